@@ -37,10 +37,10 @@ class SourceConfig(Section):
             raise ValueError(
                 f"name exactly one of {', '.join(kinds)}; given: {', '.join(given) or 'none'}"
             )
-        only_dataset = {"config", "revision", "streaming"} & self.model_fields_set
+        only_dataset = self.changed("config", "revision", "streaming")
         if only_dataset and not self.dataset:
-            raise ValueError(f"{', '.join(sorted(only_dataset))} would do nothing without dataset")
-        if "split" in self.model_fields_set and not (self.dataset or self.saved):
+            raise ValueError(f"{', '.join(only_dataset)} would do nothing without dataset")
+        if self.changed("split") and not (self.dataset or self.saved):
             raise ValueError("split would do nothing without dataset or saved")
         return self
 
@@ -60,7 +60,7 @@ class TokenizerConfig(Section):
             raise ValueError("give either train (bpe or unigram) with vocab_size, or path")
         if self.train and self.vocab_size is None:
             raise ValueError("train needs vocab_size, for example 32100")
-        if self.path and {"vocab_size", "training_megabytes"} & self.model_fields_set:
+        if self.path and self.changed("vocab_size", "training_megabytes"):
             raise ValueError("vocab_size and training_megabytes would do nothing beside path")
         return self
 

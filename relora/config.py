@@ -1,0 +1,337 @@
+"""The root config: compose the sections, load YAML and overrides, check what crosses sections.
+
+A config file is complete and includes nothing, so that `diff` of two files is the experiment. All
+problems are reported at once, each with its path, the value and what is allowed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError
+
+from relora.data.config import DataConfig
+from relora.errors import ConfigError
+from relora.lora.config import LoRAConfig
+from relora.model import ModelConfig, read_model_json
+from relora.restart.config import ReLoRAConfig, WarmStartConfig
+from relora.restart.schedule import Clock, ScheduleConfig
+from relora.runtime.config import BatchConfig, DeepSpeedConfig, OptimizerConfig, TrainConfig
+from relora.section import Section
+
+MAX_CONFIG_BYTES = 1_000_000
+
+# What a continued run may change: lengths, intervals, and what belongs to the machine.
+MAY_CHANGE = (
+    "run_dir",
+    "train.",
+    "data.dir",
+    "data.num_workers",
+    "batch.micro_batch_size",
+    "model.gradient_checkpointing",
+    "deepspeed.zero_stage",
+    "deepspeed.offload_optimizer",
+    "deepspeed.timeout_minutes",
+)
+
+
+class Config(Section):
+    """One run. Full rank, LoRA and ReLoRA differ by which of `lora` and `relora` are null."""
+
+    run_dir: Path
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    model: ModelConfig
+    data: DataConfig
+    batch: BatchConfig
+    train: TrainConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig = ScheduleConfig()
+    lora: LoRAConfig | None = None
+    relora: ReLoRAConfig | None = None
+    warm_start: WarmStartConfig | None = None
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one optimizer step."""
+        return self.batch.global_batch_size * self.data.sequence_length
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the run; a length in tokens is rounded up to whole steps."""
+        if self.train.steps is not None:
+            return self.train.steps
+        return math.ceil((self.train.tokens or 0) / self.tokens_per_step)
+
+    @property
+    def clock(self) -> Clock:
+        """The run's one clock."""
+        return Clock(
+            total=self.total_steps,
+            warmup=self.schedule.warmup_steps,
+            base=self.schedule.base,
+            min_ratio=self.schedule.min_lr_ratio,
+            birth=None if self.lora is None else self.warm_start.steps if self.warm_start else 0,
+            cycle=self.relora.cycle_steps if self.relora else None,
+            rewarm=self.relora.rewarm_steps if self.relora else 0,
+        )
+
+    @property
+    def method(self) -> str:
+        """`full rank`, `LoRA` or `ReLoRA`."""
+        return "full rank" if self.lora is None else "LoRA" if self.relora is None else "ReLoRA"
+
+    def learning_rate(self, step: int) -> float:
+        """The learning rate of the update that follows `step` finished ones."""
+        base = self.optimizer.lr
+        if self.relora and self.relora.lr and self.clock.has_adapters(step):
+            base = self.relora.lr
+        return base * self.clock.lr_factor(step)
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice (YAML keeps the last one, silently)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = key_node.value
+            if key in seen:
+                raise yaml.YAMLError(f"line {key_node.start_mark.line + 1}: {key} is given twice")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a config file, apply `a.b=c` overrides, validate all of it.
+
+    Raises:
+        ConfigError: one message with every problem.
+    """
+    values = _read_yaml(path)
+    for override in overrides:
+        _apply(values, override)
+    return build_config(values, str(path))
+
+
+def build_config(values: dict[str, Any], where: str) -> Config:
+    """Validate a tree of plain values; `where` names it in messages."""
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as error:
+        raise _report(where, [_explain(e) for e in error.errors(include_url=False)]) from None
+    problems = list(_cross_checks(config))
+    if problems:
+        raise _report(where, problems)
+    return config
+
+
+def dump_config(config: Config) -> str:
+    """The resolved config as YAML that `load_config` reads back to an equal one."""
+    plain = config.model_dump(mode="json")
+    return yaml.safe_dump(plain, sort_keys=False, default_flow_style=False, allow_unicode=True)
+
+
+def differences(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
+    """(path, old value, new value) of every leaf in which two configs differ."""
+    a, b = _leaves(old.model_dump(mode="json")), _leaves(new.model_dump(mode="json"))
+    return [(k, a.get(k), b.get(k)) for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
+
+
+def check_world(config: Config, world: int) -> None:
+    """Whether the global batch divides over `world` ranks.
+
+    Raises:
+        ConfigError: with the numbers and the nearest batches that work.
+    """
+    batch = config.batch
+    per_forward = batch.micro_batch_size * world
+    if batch.global_batch_size % per_forward:
+        down = batch.global_batch_size // per_forward * per_forward
+        fits = [n for n in (down, down + per_forward) if n]
+        raise ConfigError(
+            f"batch.global_batch_size: {batch.global_batch_size} is not a multiple of "
+            f"micro_batch_size {batch.micro_batch_size} × {world} ranks = {per_forward}; "
+            f"take {' or '.join(map(str, fits))}, or another micro_batch_size"
+        )
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such config file (looked from {Path.cwd()})")
+    if path.stat().st_size > MAX_CONFIG_BYTES:
+        raise ConfigError(f"{path}: {path.stat().st_size} bytes is no config file")
+    try:
+        values = yaml.load(path.read_text(encoding="utf8"), _Loader)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: a config file is a mapping of sections, such as `model:`")
+    return values
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"override {override!r}: write it as section.key=value")
+    try:
+        value = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from None
+    node = values
+    for key in keys[:-1]:
+        if not isinstance(node.get(key), dict):
+            node[key] = {}
+        node = node[key]
+    node[keys[-1]] = value
+
+
+def _explain(error: Any) -> str:
+    path = ".".join(str(part) for part in error["loc"])
+    message = error["msg"].removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
+    if error["type"] == "extra_forbidden":
+        allowed = _allowed_keys(error["loc"][:-1])
+        close = difflib.get_close_matches(str(error["loc"][-1]), allowed, n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        return f"{path}: unknown key; {hint}allowed here: {', '.join(allowed)}"
+    if error["type"] == "missing":
+        return f"{path}: is missing"
+    value = error["input"]
+    shown = "" if isinstance(value, dict) else f"{value!r}: "
+    return f"{path}: {shown}{message}"
+
+
+def _allowed_keys(path: Sequence[Any]) -> list[str]:
+    section: Any = Config
+    for part in path:
+        annotation = section.model_fields[part].annotation
+        kinds = [annotation, *get_args(annotation)]
+        section = next(k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel))
+    return list(section.model_fields)
+
+
+def _report(where: str, problems: list[str]) -> ConfigError:
+    if len(problems) == 1:
+        return ConfigError(f"{where}: {problems[0]}")
+    return ConfigError("\n  ".join([f"{where}: {len(problems)} problems", *problems]))
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _leaves(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _cross_checks(config: Config) -> Iterator[str]:
+    """What one section alone cannot know."""
+    yield from _check_method(config)
+    yield from _check_lengths(config)
+    yield from _check_deepspeed(config)
+    if config.model.config is not None:
+        yield from _check_model_json(config, read_model_json(config.model.config))
+
+
+def _check_method(config: Config) -> Iterator[str]:
+    if config.lora is None:
+        for name in ("relora", "warm_start"):
+            if getattr(config, name) is not None:
+                yield f"{name}: would do nothing without lora; set lora, or {name}: null"
+    if (
+        config.relora
+        and config.relora.precision == "rounded"
+        and (config.deepspeed.precision == "fp32")
+    ):
+        yield "relora.precision: rounded would do nothing with deepspeed.precision: fp32"
+    if config.schedule.base == "constant" and config.schedule.changed("min_lr_ratio"):
+        yield "schedule.min_lr_ratio: would do nothing with base: constant; remove it"
+
+
+def _check_lengths(config: Config) -> Iterator[str]:
+    clock = config.clock
+    birth = clock.birth or 0
+    if clock.warmup >= clock.total:
+        yield f"schedule.warmup_steps: {clock.warmup} must be below the run's {clock.total} steps"
+    if birth >= clock.total:
+        yield f"warm_start.steps: {birth} must be below the run's {clock.total} steps"
+    if clock.birth is None:
+        return
+    if clock.cycle is not None:
+        if birth < clock.total <= birth + clock.cycle:
+            yield (
+                f"relora.cycle_steps: {clock.cycle} leaves no merge in a run of {clock.total} "
+                f"steps{f' with {birth} of warm start' if birth else ''}; take at most "
+                f"{clock.total - birth - 1}, or relora: null for plain LoRA"
+            )
+        if clock.rewarm >= clock.cycle:
+            yield (
+                f"relora.rewarm_steps: {clock.rewarm} must be below cycle_steps {clock.cycle}, "
+                "or the learning rate never arrives"
+            )
+    first = birth or clock.cycle
+    if first is not None and clock.warmup > first:
+        yield (
+            f"schedule.warmup_steps: {clock.warmup} must not outlast the first restart at step "
+            f"{first}, or that restart would not restart the learning rate"
+        )
+
+
+def _check_deepspeed(config: Config) -> Iterator[str]:
+    section = config.deepspeed
+    if section.offload_optimizer and section.zero_stage == 0:
+        yield (
+            "deepspeed.offload_optimizer: true needs zero_stage 1, 2 or 3; stage 0 has no "
+            "partitioned optimizer to offload"
+        )
+    ours = {
+        "train_batch_size": "batch.global_batch_size",
+        "train_micro_batch_size_per_gpu": "batch.micro_batch_size",
+        "gradient_accumulation_steps": "batch",
+        "gradient_clipping": "optimizer.grad_clip",
+        "optimizer": "optimizer",
+        "scheduler": "schedule",
+        "torch_autocast": "deepspeed.precision",
+        "bf16": "deepspeed.precision",
+        "fp16": "deepspeed.precision",
+    }
+    for key in section.extra:
+        if key in ours:
+            yield f"deepspeed.extra.{key}: is decided by {ours[key]}; set it there"
+    zero = section.extra.get("zero_optimization", {})
+    if not isinstance(zero, dict):
+        yield f"deepspeed.extra.zero_optimization: {zero!r}: is a mapping"
+        return
+    for key, where in {"stage": "zero_stage", "offload_optimizer": "offload_optimizer"}.items():
+        if key in zero:
+            yield f"deepspeed.extra.zero_optimization.{key}: is decided by deepspeed.{where}"
+    if zero.get("round_robin_gradients"):
+        yield (
+            "deepspeed.extra.zero_optimization.round_robin_gradients: DeepSpeed maps fp32 masters "
+            "to the wrong parameters with it, so merges would be wrong; remove it"
+        )
+
+
+def _check_model_json(config: Config, model: dict[str, Any]) -> Iterator[str]:
+    context = model.get("max_position_embeddings", model.get("n_positions"))
+    length = config.data.sequence_length
+    if isinstance(context, int) and length > context:
+        yield (
+            f"data.sequence_length: {length} is longer than the model's context of {context} "
+            f"({config.model.config}); take at most {context}"
+        )
+    vocab, wanted = model.get("vocab_size"), config.data.tokenizer.vocab_size
+    if isinstance(vocab, int) and wanted is not None and wanted > vocab:
+        yield (
+            f"data.tokenizer.vocab_size: {wanted} does not fit the model's vocabulary of {vocab} "
+            f"({config.model.config}); make them equal"
+        )

@@ -1,0 +1,26 @@
+"""The `lora` section: which weights get adapters, and of what size."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from relora.section import Section
+
+
+class LoRAConfig(Section):
+    """Adapters y += s·B·A·x on the chosen weights; embeddings, norms and the head train in full."""
+
+    rank: int = Field(ge=1)
+    alpha: float = Field(default=32.0, gt=0)
+    scaling: Literal["standard", "rslora"] = "standard"  # s = alpha/r, or alpha/√r
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    # Last parts of module names (`q_proj`), or null: every projection of the attention and MLP
+    # blocks, that is every linear layer but the output head.
+    targets: list[str] | None = Field(default=None, min_length=1)
+
+    @property
+    def scale(self) -> float:
+        """The factor s of the adapters' output."""
+        return self.alpha / (self.rank if self.scaling == "standard" else self.rank**0.5)

@@ -1,0 +1,110 @@
+"""The one clock of a run: learning-rate factor, phase and merge steps as functions of the step.
+
+`step` is the number of optimizer updates done. Nothing here has state, so nothing here is saved.
+
+    S  birth       the step at which adapters are born: 0, or the end of the warm start
+    C  cycle       steps between merges; boundaries are S + n·C
+    w  rewarm      steps of linear warm-up after each boundary
+
+The factor for S = 0 and a cosine base is, value for value, the `cosine_restarts` rule of the
+published ReLoRA code with adjust_step = 0.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NamedTuple
+
+from pydantic import Field
+
+from relora.section import Section
+
+
+class ScheduleConfig(Section):
+    """The learning-rate curve under the restarts, as a factor of the learning rate."""
+
+    base: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_steps: int = Field(default=0, ge=0)
+    min_lr_ratio: float = Field(default=0.1, ge=0, le=1)  # final factor; `constant` has none
+
+
+class Clock(NamedTuple):
+    """All that decides when something happens in a run.
+
+    `cycle` is None without restarts (full rank, plain LoRA); `birth` is None without adapters.
+    """
+
+    total: int
+    warmup: int = 0
+    base: str = "cosine"
+    min_ratio: float = 0.1
+    birth: int | None = None
+    cycle: int | None = None
+    rewarm: int = 0
+
+    def has_adapters(self, step: int) -> bool:
+        """Whether the model holds adapters once `step` updates are done."""
+        return self.birth is not None and step >= self.birth
+
+    def is_birth(self, step: int) -> bool:
+        """Whether adapters are born after update `step` (the end of a warm start)."""
+        return self.birth is not None and step == self.birth > 0
+
+    def is_merge(self, step: int) -> bool:
+        """Whether update `step` is followed by a merge: a boundary, after S, before the end."""
+        if self.birth is None or self.cycle is None:
+            return False
+        return self.birth < step < self.total and (step - self.birth) % self.cycle == 0
+
+    def merges_before(self, step: int) -> int:
+        """How many merges are done once `step` updates are (the one at `step` counts)."""
+        if self.birth is None or self.cycle is None:
+            return 0
+        last = min(step, self.total - 1)
+        return max(0, last - self.birth) // self.cycle
+
+    def merge_steps(self) -> list[int]:
+        """Every merge step of the run, in order."""
+        if self.birth is None or self.cycle is None:
+            return []
+        return list(range(self.birth + self.cycle, self.total, self.cycle))
+
+    def boundary_before(self, step: int) -> int | None:
+        """The last restart of the learning rate at or before `step`, if there was one.
+
+        The birth of adapters counts when it ends a warm start.
+        """
+        if self.birth is None or step < self.birth:
+            return None
+        boundary = (
+            self.birth + (step - self.birth) // self.cycle * self.cycle
+            if self.cycle
+            else (self.birth)
+        )
+        return boundary if boundary > 0 else None
+
+    def base_factor(self, step: int) -> float:
+        """The curve without restarts, for step >= warmup.
+
+        cosine: min + (1 − min)·½(1 + cos(π·(t − warmup) / max(1, total − warmup)))
+        """
+        progress = (step - self.warmup) / max(1, self.total - self.warmup)
+        if self.base == "constant":
+            return 1.0
+        if self.base == "linear":
+            return self.min_ratio + (1 - self.min_ratio) * max(0.0, 1 - progress)
+        return self.min_ratio + (1 - self.min_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    def lr_factor(self, step: int) -> float:
+        """Factor of the learning rate for the update that follows `step` finished ones.
+
+        t < warmup: t/warmup. Within w steps after a boundary b: (t − b)/w · base(b + w).
+        Otherwise base(t). So the update right after a merge has learning rate 0 and only fills
+        the moments of the optimizer.
+        """
+        if step < self.warmup:
+            return step / self.warmup
+        boundary = self.boundary_before(step)
+        if boundary is not None and step - boundary < self.rewarm:
+            return (step - boundary) / self.rewarm * self.base_factor(boundary + self.rewarm)
+        return self.base_factor(step)
