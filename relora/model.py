@@ -13,8 +13,7 @@ from relora.errors import ConfigError
 from relora.section import Section
 
 if TYPE_CHECKING:
-    import torch
-    from transformers import PretrainedConfig
+    pass
 
 
 class ModelConfig(Section):

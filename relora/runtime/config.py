@@ -81,4 +81,4 @@ class DeepSpeedConfig(Section):
     precision: Literal["fp32", "bf16"] = "bf16"
     offload_optimizer: bool = False
     timeout_minutes: float = Field(default=30.0, gt=0)  # of a collective, before a hang is an error
-    extra: dict[str, Any] = {}
+    extra: dict[str, Any] = Field(default_factory=dict)

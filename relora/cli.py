@@ -1,0 +1,149 @@
+"""The verbs of the command line. This file parses arguments; the work is in `relora.commands`.
+
+A command's module is imported only when it runs, so that help and config errors answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+
+from relora import __version__
+from relora.errors import UserError
+
+OVERRIDES = "dotted overrides of the config file, such as optimizer.lr=1e-3 or relora=null"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All verbs with their arguments; every help text ends in an example."""
+    parser = argparse.ArgumentParser(
+        prog="relora",
+        description="Pretrain transformers by ReLoRA on DeepSpeed.",
+        epilog="example: relora prepare configs/quickstart_relora.yaml && "
+        "relora launch --devices 2 configs/quickstart_relora.yaml",
+    )
+    parser.add_argument("--version", action="version", version=f"relora {__version__}")
+    # The deepspeed launcher puts this before the verb; the environment says the same.
+    parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    plan = _verb(
+        verbs,
+        "plan",
+        "show a run before spending on it: timeline, parameters, tokens",
+        "relora plan configs/llama_60m_relora.yaml relora.cycle_steps=2500",
+    )
+    _config(plan)
+    plan.add_argument("--devices", type=int, default=1, metavar="N", help="ranks to plan for")
+
+    prepare = _verb(
+        verbs,
+        "prepare",
+        "text → tokenizer → token shards; goes on where it was stopped",
+        "relora prepare configs/quickstart_relora.yaml",
+    )
+    _config(prepare)
+    prepare.add_argument("--workers", type=int, default=None, help="processes (default: all cores)")
+
+    train = _verb(
+        verbs,
+        "train",
+        "train, or go on with, a run: one process, or one rank under the launcher",
+        "deepspeed --num_gpus 2 --module relora train configs/quickstart_relora.yaml",
+    )
+    _config(train)
+
+    launch = _verb(
+        verbs,
+        "launch",
+        "train on many devices: the deepspeed launcher with a free port, signals and exit code",
+        "relora launch --devices 2 configs/quickstart_relora.yaml",
+    )
+    where = launch.add_mutually_exclusive_group()
+    where.add_argument("--devices", type=int, metavar="N", help="ranks here (default: all GPUs)")
+    where.add_argument("--hostfile", type=Path, metavar="F", help="lines of `host slots=N`")
+    _config(launch)
+
+    evaluate = _verb(
+        verbs,
+        "evaluate",
+        "token-weighted loss and perplexity of a run or a checkpoint",
+        "relora evaluate runs/quickstart_relora --split validation",
+    )
+    _subject(evaluate)
+    evaluate.add_argument("--split", choices=("train", "validation"), default="validation")
+    evaluate.add_argument("--max-sequences", type=int, default=None, metavar="N")
+    evaluate.add_argument("--batch-size", type=int, default=16, metavar="N")
+
+    generate = _verb(
+        verbs,
+        "generate",
+        "continue a text",
+        "relora generate runs/quickstart_relora --prompt 'def main('",
+    )
+    _subject(generate)
+    generate.add_argument("--prompt", required=True, metavar="TEXT")
+    generate.add_argument("--max-new-tokens", type=int, default=100, metavar="N")
+    generate.add_argument("--temperature", type=float, default=0.8, help="0 is greedy")
+    generate.add_argument("--top-k", type=int, default=50, metavar="K")
+    generate.add_argument("--seed", type=int, default=0)
+
+    export = _verb(
+        verbs,
+        "export",
+        "write a merged model that transformers loads",
+        "relora export runs/quickstart_relora --to runs/quickstart_relora/export",
+    )
+    _subject(export)
+    export.add_argument("--to", type=Path, required=True, metavar="DIR")
+    export.add_argument("--format", choices=("hf",), default="hf")
+    export.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    export.add_argument("--force", action="store_true", help="replace an earlier export")
+
+    compare = _verb(
+        verbs,
+        "compare",
+        "curves of runs in one picture and one table, from finished or running runs",
+        "relora compare runs/quickstart_relora runs/quickstart_full --to runs/quickstart_report",
+    )
+    compare.add_argument("runs", type=Path, nargs="+", metavar="RUN")
+    compare.add_argument("--to", type=Path, required=True, metavar="DIR")
+
+    verify = _verb(
+        verbs,
+        "verify",
+        "check a checkpoint's files against its manifest",
+        "relora verify runs/quickstart_relora/checkpoints/step_00000300",
+    )
+    verify.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit code (0 done, 1 our bug, 2–6 and 75 as in the README)."""
+    arguments = vars(build_parser().parse_args(argv))
+    verb = arguments.pop("verb")
+    arguments.pop("local_rank")
+    try:
+        return getattr(import_module(f"relora.commands.{verb}"), verb)(**arguments) or 0
+    except UserError as error:
+        print(f"relora: {error}", file=sys.stderr)
+        return error.code
+
+
+def _verb(
+    verbs: argparse._SubParsersAction[argparse.ArgumentParser], name: str, help: str, example: str
+) -> argparse.ArgumentParser:
+    return verbs.add_parser(name, help=help, description=help, epilog=f"example: {example}")
+
+
+def _config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help=OVERRIDES)
+
+
+def _subject(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("subject", type=Path, metavar="RUN|CHECKPOINT")
