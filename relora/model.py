@@ -13,7 +13,8 @@ from relora.errors import ConfigError
 from relora.section import Section
 
 if TYPE_CHECKING:
-    pass
+    from torch import nn
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 class ModelConfig(Section):
@@ -49,3 +50,96 @@ def read_model_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
         raise ConfigError(f'model.config: {path}: needs a "model_type", such as "llama"')
     return values
+
+
+def build_model(config: ModelConfig, seed: int) -> PreTrainedModel:
+    """The causal language model in fp32 on the CPU, every parameter trainable, without KV cache.
+
+    Weights drawn from scratch come from the CPU's generator right after `torch.manual_seed(seed)`,
+    so they depend on the seed alone, not on device, rank, world size or ZeRO stage. With
+    `pretrained` they are read where the directory holds transformers weights; those of a run are
+    in its checkpoints, and `runtime.checkpoint` reads them.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    if config.pretrained and has_transformers_weights(find_model_directory(config.pretrained)):
+        directory = find_model_directory(config.pretrained)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                directory, dtype=torch.float32, local_files_only=True
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ConfigError(f"model.pretrained: {directory}: {error}") from None
+    else:
+        model = _from_config(load_model_config(config))
+    model = model.float().requires_grad_(True)
+    model.config.use_cache = False
+    if config.gradient_checkpointing:
+        # Not reentrant: the reentrant kind needs inputs with gradients, frozen embeddings have none.
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def build_meta_model(config: ModelConfig) -> PreTrainedModel:
+    """The model's structure alone: parameters without memory, for counting and checking."""
+    import torch
+
+    with torch.device("meta"):
+        return _from_config(load_model_config(config))
+
+
+def load_model_config(config: ModelConfig) -> PretrainedConfig:
+    """The transformers config that `model` names, checked as far as no weights are needed.
+
+    Raises:
+        ConfigError: the file or directory is not one that transformers can build from.
+    """
+    from transformers import AutoConfig
+
+    path = config.config
+    if path is None:
+        assert config.pretrained is not None
+        path = find_model_directory(config.pretrained) / "config.json"
+    values = read_model_json(path)
+    try:
+        return AutoConfig.for_model(**values)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{path}: transformers does not know this model: {error}") from None
+
+
+def find_model_directory(path: Path) -> Path:
+    """The directory with `config.json` that `model.pretrained` means: itself, or a run's `model/`.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    for candidate in (path, path / "model", path.parent.parent / "model"):
+        if (candidate / "config.json").is_file():
+            return candidate
+    raise ConfigError(
+        f"model.pretrained: {path}: holds no config.json; give a transformers model directory, "
+        "a run directory or one of its checkpoints"
+    )
+
+
+def has_transformers_weights(directory: Path) -> bool:
+    """Whether transformers can load weights from `directory` (safetensors, one file or many)."""
+    names = ("model.safetensors", "model.safetensors.index.json")
+    return any((directory / name).is_file() for name in names)
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(trainable, total) number of parameters, shared ones counted once, partitioned ones whole."""
+    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
+    return sum(n for n, trainable in sizes if trainable), sum(n for n, _ in sizes)
+
+
+def _from_config(config: PretrainedConfig) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_config(config)
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(f"model: {error}") from None

@@ -53,7 +53,7 @@ class TrainConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW with decoupled weight decay, none of it on norms, biases and adapters' vectors."""
+    """AdamW with decoupled weight decay, none of it on norms and biases."""
 
     name: Literal["adamw"] = "adamw"
     lr: float = Field(gt=0)

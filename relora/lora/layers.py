@@ -1,0 +1,89 @@
+"""Linear layers with a frozen weight and a trainable low-rank update.
+
+    y = x Wᵀ + b + s · (drop(x) Aᵀ) Bᵀ        A (r, in), B (out, r)
+
+The layers keep their base class's parameter names (`weight`, `bias`), so a state dict of the plain
+model and one of the adapted model name the same tensors. At birth B = 0: the function is unchanged
+and B has a gradient (A's is zero until B has moved). LoRA: arXiv 2106.09685; ReLoRA: 2307.05695.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+
+class LoRALayer:
+    """What the adapted layers share. Mixed into a layer class that has `weight` and `bias`.
+
+    Attributes:
+        lora_A: (r, in) trainable, kept in fp32.
+        lora_B: (out, r) trainable, kept in fp32.
+        scale: s, the factor of the update.
+        transposed: whether `weight` is (in, out), as in GPT-2's Conv1D.
+    """
+
+    weight: nn.Parameter
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    scale: float
+    transposed: bool
+
+    def add_lora_(self, rank: int, scale: float, dropout: float) -> None:
+        """Freeze the weight and add A and B beside it; B is zero, A is left for `reinit`."""
+        out_features, in_features = self.weight.shape[:: -1 if self.transposed else 1]
+        like = {"device": self.weight.device, "dtype": torch.float32}
+        self.weight.requires_grad_(False)
+        self.lora_A = nn.Parameter(torch.empty(rank, in_features, **like))
+        self.lora_B = nn.Parameter(torch.zeros(out_features, rank, **like))
+        self.scale = scale
+        self.lora_dropout = dropout
+
+    def update(self, x: Tensor) -> Tensor:
+        """s · (drop(x) Aᵀ) Bᵀ for x (…, in); returns (…, out)."""
+        x = F.dropout(x, self.lora_dropout, self.training)  # type: ignore[attr-defined]
+        return F.linear(F.linear(x, self.lora_A), self.lora_B) * self.scale
+
+
+class LoRALinear(LoRALayer, nn.Linear):
+    """nn.Linear with an update; weight is (out, in)."""
+
+    transposed = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (…, in) → (…, out)."""
+        return F.linear(x, self.weight, self.bias) + self.update(x)
+
+
+class LoRAConv1D(LoRALayer, Conv1D):
+    """GPT-2's Conv1D, a linear layer whose weight is (in, out), with an update."""
+
+    transposed = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (…, in) → (…, out)."""
+        # addmm under autocast wants one dtype for all three; linear casts each by itself.
+        return F.linear(x, self.weight.t(), self.bias) + self.update(x)
+
+
+def delta_rows(
+    a: Tensor, b: Tensor, scale: float, transposed: bool, start: int, stop: int
+) -> Tensor:
+    """Rows start..stop of s·B·A as it lies in the weight, in the dtype of A and B.
+
+    Args:
+        a: (r, in), b: (out, r).
+        transposed: the weight is (in, out), so these are rows of (B·A)ᵀ.
+    """
+    if transposed:
+        return (a[:, start:stop].t() @ b.t()) * scale
+    return (b[start:stop] @ a) * scale
+
+
+def kaiming_bound(in_features: int) -> float:
+    """A ~ U(−bound, bound): Kaiming uniform with a = √5, which is 1/√in, as loralib and PEFT do."""
+    return math.sqrt(6 / ((1 + 5) * in_features))
