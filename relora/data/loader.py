@@ -1,0 +1,203 @@
+"""Token shards in, batches out; the whole state is the number of sequences consumed.
+
+Sequence j of a split is `tokens[j*L : (j+1)*L]`. Every epoch visits the sequences in a fresh
+order, given by a keyed permutation that is computed, not stored: row `i` of the run is a function
+of (seed, i) alone. So batches do not depend on world size, micro-batch or loader processes, and
+resuming at any place costs nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from relora.errors import DataError
+
+_ROUNDS = 8
+_MASK64 = (1 << 64) - 1
+
+
+def _mix(value: Any) -> Any:
+    """The finaliser of SplitMix64 (Steele et al. 2014): every input bit moves every output bit.
+
+    For uint64 arrays, which wrap around.
+    """
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return value ^ (value >> np.uint64(31))
+
+
+def _round_keys(key: tuple[int, int]) -> np.ndarray:
+    """One uint64 a round from (seed, epoch)."""
+    counter = np.arange(1, _ROUNDS + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    for part in key:
+        counter = _mix(counter ^ _mix(np.full(_ROUNDS, part & _MASK64, dtype=np.uint64)))
+    return counter
+
+
+def permute(position: np.ndarray, n: int, key: tuple[int, int]) -> np.ndarray:
+    """Where a keyed permutation of 0..n-1 sends each position, in O(1) memory.
+
+    A Feistel network permutes the smallest power of two that holds n; an image outside 0..n-1 is
+    sent through again until it falls inside (cycle walking: Black and Rogaway 2002), which takes
+    fewer than two turns on average. `position` and the result are int64 arrays of one shape.
+    """
+    assert n > 0, n
+    bits = (n - 1).bit_length()
+    low_bits = np.uint64((bits + 1) // 2)
+    low_mask = np.uint64((1 << int(low_bits)) - 1)
+    high_mask = np.uint64((1 << (bits // 2)) - 1)
+    keys = _round_keys(key)
+
+    def once(x: np.ndarray) -> np.ndarray:
+        high, low = x >> low_bits, x & low_mask
+        for turn in range(0, _ROUNDS, 2):
+            high = high ^ (_mix(low ^ keys[turn]) & high_mask)
+            low = low ^ (_mix(high ^ keys[turn + 1]) & low_mask)
+        return (high << low_bits) | low
+
+    image = np.asarray(position, dtype=np.uint64)
+    assert image.size == 0 or int(image.max()) < n, (image, n)
+    image = once(image)
+    while (outside := image >= n).any():
+        image[outside] = once(image[outside])
+    return image.astype(np.int64)
+
+
+def sequence_indices(start: int, count: int, n: int, seed: int) -> np.ndarray:
+    """Which sequences stand at places start..start+count-1 of the run; an int64 array (count,).
+
+    Place p lies in epoch p // n; one call may span several epochs.
+    """
+    places = np.arange(start, start + count, dtype=np.int64)
+    epochs, within = np.divmod(places, n)
+    found = np.empty(count, dtype=np.int64)
+    for epoch in np.unique(epochs):
+        here = epochs == epoch
+        found[here] = permute(within[here], n, (seed, int(epoch)))
+    return found
+
+
+def count_sequences(tokens: np.ndarray, sequence_length: int) -> int:
+    """How many whole sequences a split holds; a DataError if there is none."""
+    count = len(tokens) // sequence_length
+    if count == 0:
+        raise DataError(
+            f"{getattr(tokens, 'filename', None) or 'the split'}: {len(tokens)} tokens make no "
+            f"sequence of data.sequence_length {sequence_length}; use more text, a shorter "
+            "sequence or, for the validation split, a larger data.validation_fraction"
+        )
+    return count
+
+
+class _Steps(Dataset):
+    """Item i: this rank's rows of optimizer step i, an int64 tensor (micro-batches, micro, L)."""
+
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        length: int,
+        rows: tuple[int, int, int, int],
+        seed: int,
+        start: int,
+    ) -> None:
+        self.tokens, self.length, self.seed, self.start = tokens, length, seed, start
+        self.global_batch, self.micro, self.rank, self.world = rows
+        self.count = count_sequences(tokens, length)
+
+    def __getitem__(self, step: int) -> torch.Tensor:
+        first = self.start + step * self.global_batch
+        indices = sequence_indices(first, self.global_batch, self.count, self.seed)
+        mine = indices.reshape(-1, self.world, self.micro)[:, self.rank]
+        return _rows(self.tokens, self.length, mine)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A memory map would travel to a loader process as a copy of the file: send its name."""
+        state = dict(self.__dict__)
+        if isinstance(self.tokens, np.memmap):
+            state["tokens"] = (self.tokens.filename, self.tokens.dtype)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if isinstance(self.tokens, tuple):
+            filename, dtype = self.tokens
+            self.tokens = np.memmap(Path(filename), dtype=dtype, mode="r")
+
+
+def _rows(tokens: np.ndarray, length: int, indices: np.ndarray) -> torch.Tensor:
+    """Sequences by number: an int64 tensor of shape (*indices.shape, length)."""
+    sequences = tokens[: len(tokens) // length * length].reshape(-1, length)
+    return torch.from_numpy(sequences[indices].astype(np.int64))
+
+
+def train_batches(
+    tokens: np.ndarray,
+    *,
+    sequence_length: int,
+    global_batch: int,
+    micro_batch: int,
+    rank: int,
+    world: int,
+    seed: int,
+    consumed: int = 0,
+    num_workers: int = 0,
+) -> Iterator[list[torch.Tensor]]:
+    """Endlessly, this rank's micro-batches of the next optimizer step.
+
+    Each is an int64 tensor (micro_batch, sequence_length). Micro-batch m of rank r holds rows
+    [(m*world + r)*micro_batch, +micro_batch) of the global batch, so their union over ranks is the
+    same for every way to cut it. `consumed` is the number of sequences the run has seen. With
+    `num_workers` processes that read ahead the batches are the same.
+    """
+    assert global_batch % (micro_batch * world) == 0, (global_batch, micro_batch, world)
+    rows = (global_batch, micro_batch, rank, world)
+    steps = _Steps(tokens, sequence_length, rows, seed, consumed)
+    if num_workers == 0:
+        return (list(steps[step].unbind()) for step in itertools.count())
+    loader = DataLoader(
+        steps,
+        sampler=_Endless(),
+        batch_size=None,  # an item is a batch already
+        num_workers=num_workers,
+        pin_memory=torch.cuda.is_available(),
+    )
+    return (list(batch.unbind()) for batch in loader)
+
+
+class _Endless(torch.utils.data.Sampler):
+    """0, 1, 2, …"""
+
+    def __iter__(self) -> Iterator[int]:
+        return itertools.count()
+
+
+def eval_batches(
+    tokens: np.ndarray,
+    *,
+    sequence_length: int,
+    micro_batch: int,
+    rank: int,
+    world: int,
+    max_sequences: int | None = None,
+) -> Iterator[tuple[torch.Tensor, int]]:
+    """The first `max_sequences` sequences in order, spread over ranks, each exactly once.
+
+    Yields (batch, real): an int64 tensor (micro_batch, sequence_length) whose first `real` rows
+    count (0 is possible); the others repeat sequence 0. Every rank yields the same number of
+    batches, because a forward pass on ZeRO 3 is a collective.
+    """
+    count = count_sequences(tokens, sequence_length)
+    count = count if max_sequences is None else min(count, max_sequences)
+    stride = world * micro_batch
+    for start in range(0, count, stride):
+        first = start + rank * micro_batch
+        indices = np.arange(first, first + micro_batch)
+        real = int((indices < count).sum())
+        yield _rows(tokens, sequence_length, np.where(indices < count, indices, 0)), real

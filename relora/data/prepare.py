@@ -1,0 +1,375 @@
+"""Text to tokenizer to token shards: parallel, restartable, and the same bytes every time.
+
+The corpus is cut into units of a few MB of whole documents. Each unit's tokens go to a part of
+their own, named only when complete; a killed run finds the parts it made and goes on. At the end
+the parts are strung together in order, and index.json is written last. So the result depends on
+neither the number of workers nor on interruptions.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import hashlib
+import itertools
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from relora.data import corpus
+from relora.data.config import DataConfig
+from relora.data.shards import FORMAT, SPLITS, describe, publish, read_index, shard_directory
+from relora.data.tokenizer import (
+    build_tokenizer,
+    describe_tokenizer,
+    encode_documents,
+    load_encoder,
+    load_tokenizer,
+    tokenizer_hash,
+)
+from relora.errors import DataError
+
+UNIT_CHARACTERS = 2_000_000  # about as many bytes; small enough for progress, large for a process
+
+Say = Callable[[str], None]
+
+
+def prepare(
+    config: DataConfig, *, seed: int = 0, workers: int | None = None, quiet: bool = False
+) -> Path:
+    """Make the token shards of a config, if they are not there yet, and return their directory.
+
+    `seed` chooses the text a tokenizer is trained on where there is more than enough of it.
+    `workers` is the number of processes that tokenize, by default one per core. Raises DataError
+    when the text or the tokenizer is unusable; then no index.json is left.
+    """
+    say = _say(quiet)
+    made_from = {  # raises for a source that matches nothing, before anything is written
+        "source": corpus.describe_source(config.source),
+        "tokenizer": describe_tokenizer(config.tokenizer),
+    }
+    directory = shard_directory(config)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with _alone_in(directory, say):
+            if not _is_complete(directory, made_from, say):
+                _prepare(config, directory, made_from, seed, workers or _cores(), quiet)
+    except OSError as error:
+        raise DataError(f"cannot write token shards to {directory}: {error}") from error
+    return directory
+
+
+def _prepare(
+    config: DataConfig,
+    directory: Path,
+    made_from: dict[str, Any],
+    seed: int,
+    workers: int,
+    quiet: bool,
+) -> None:
+    say = _say(quiet)
+    _start_or_go_on(directory, made_from, say)
+    began = time.monotonic()
+    if not (directory / "tokenizer").is_dir():
+        _make_tokenizer(config, directory, seed)
+        say(
+            f"tokenizer: {config.tokenizer.train or config.tokenizer.path}, "
+            f"{time.monotonic() - began:.1f} s"
+        )
+    tokenizer = load_tokenizer(directory / "tokenizer")
+    vocab_size = len(tokenizer)
+    job = _Job(
+        tokenizer_dir=directory / "tokenizer",
+        tokenizer_sha256=tokenizer_hash(directory / "tokenizer"),
+        eos_id=int(tokenizer.eos_token_id),
+        dtype="uint16" if vocab_size <= 1 << 16 else "uint32",
+        validation_fraction=config.validation_fraction,
+    )
+    began = time.monotonic()
+    parts = directory / "parts"
+    parts.mkdir(exist_ok=True)
+    count = _tokenize(config, job, parts, workers, quiet)
+    splits, max_token_id = _join(directory, parts, count, job)
+    index = {
+        "format": FORMAT,
+        "dtype": job.dtype,
+        "vocab_size": vocab_size,
+        "eos_id": job.eos_id,
+        "max_token_id": max_token_id,
+        "tokenizer_sha256": job.tokenizer_sha256,
+        "splits": splits,
+        "validation_fraction": config.validation_fraction,
+        "tokenizer_seed": seed,
+        **made_from,
+    }
+    _write_json(directory / "index.json", index)
+    shutil.rmtree(parts)
+    say(f"{describe(index)}\n{directory}: done, {time.monotonic() - began:.1f} s")
+
+
+def _say(quiet: bool) -> Say:
+    return (lambda message: None) if quiet else functools.partial(print, flush=True)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+@contextmanager
+def _alone_in(directory: Path, say: Say) -> Iterator[None]:
+    """Hold the directory's lock; the system frees it when this process ends, however it ends."""
+    with (directory / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"{directory}: another prepare is at work; waiting for it")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _is_complete(directory: Path, made_from: dict[str, Any], say: Say) -> bool:
+    if not (directory / "index.json").is_file():
+        return False
+    try:
+        index = read_index(directory)
+    except DataError as error:
+        say(f"prepared anew, because {error}")
+        return False
+    if changes := _changes(index, made_from):
+        say(f"prepared anew, because {changes}")
+        return False
+    shutil.rmtree(directory / "parts", ignore_errors=True)  # killed between index and clean-up
+    say(f"{directory}: prepared already\n{describe(index)}")
+    return True
+
+
+def _changes(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """In words, how the text or tokenizer differs from what a directory was made from."""
+    found = []
+    for what in ("source", "tokenizer"):
+        for key in sorted({*before[what], *now[what]}):
+            old, new = before[what].get(key), now[what].get(key)
+            if old != new:
+                short = key.endswith("sha256")
+                found.append(f"its {what} changed" + ("" if short else f": {key} {old} → {new}"))
+    return ", ".join(dict.fromkeys(found))
+
+
+def _start_or_go_on(directory: Path, made_from: dict[str, Any], say: Say) -> None:
+    """Clear away what was made from something else; keep what a killed run may build on."""
+    (directory / "index.json").unlink(missing_ok=True)
+    record = directory / "made_from.json"
+    if record.is_file() and json.loads(record.read_bytes()) == made_from:
+        if (directory / "tokenizer").is_dir():
+            say(f"{directory}: going on with an unfinished prepare")
+        return
+    for name in ("tokenizer", "parts"):
+        shutil.rmtree(directory / name, ignore_errors=True)
+    for split in SPLITS:
+        (directory / f"{split}.bin").unlink(missing_ok=True)
+    _write_json(record, made_from)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    publish(temporary, path)
+
+
+def _make_tokenizer(config: DataConfig, directory: Path, seed: int) -> None:
+    temporary = directory / "tokenizer.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    build_tokenizer(config.tokenizer, lambda: corpus.iter_documents(config.source), temporary, seed)
+    publish(temporary, directory / "tokenizer")
+
+
+class _Job(NamedTuple):
+    """What every unit is tokenized with."""
+
+    tokenizer_dir: Path
+    tokenizer_sha256: str
+    eos_id: int
+    dtype: str
+    validation_fraction: float
+
+
+def _units(documents: Iterator[corpus.Document]) -> Iterator[list[str]]:
+    """Whole documents in lots of about 2 MB."""
+    unit: list[str] = []
+    size = 0
+    for document in documents:
+        unit.append(document.text)
+        size += len(document.text)
+        if size >= UNIT_CHARACTERS:
+            yield unit
+            unit, size = [], 0
+    if unit:
+        yield unit
+
+
+def _tokenize(config: DataConfig, job: _Job, parts: Path, workers: int, quiet: bool) -> int:
+    """Make every part that is missing; returns how many there are."""
+    units = _units(corpus.iter_documents(config.source))
+    first = list(itertools.islice(units, 2))
+    if len(first) < 2:  # not worth the start of a process
+        workers = 1
+    tasks = ((job, _part(parts, n), texts) for n, texts in enumerate(itertools.chain(first, units)))
+    results = itertools.starmap(_make_part, tasks) if workers == 1 else _in_parallel(tasks, workers)
+    count = 0
+    with _progress(corpus.text_bytes(config.source), quiet) as bar:
+        for size in results:
+            bar.update(size)
+            count += 1
+    return count
+
+
+def _in_parallel(tasks: Iterator[tuple[_Job, Path, list[str]]], workers: int) -> Iterator[int]:
+    """`_make_part` of each task in `workers` processes; results in order."""
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, context, _start_worker)
+    pending: deque[Future[int]] = deque()
+    try:
+        for task in tasks:
+            pending.append(pool.submit(_make_part, *task))
+            if len(pending) > 2 * workers:  # bounds the text held in memory
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    except BrokenProcessPool as error:
+        raise DataError(
+            "a process that tokenizes was killed, most likely for want of memory; run prepare "
+            "again with fewer workers: it goes on where it was"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _part(parts: Path, number: int) -> Path:
+    return parts / f"{number:08d}.npz"
+
+
+def _start_worker() -> None:
+    """A worker leaves Ctrl-C to its parent, and dies with it even when that is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+@functools.lru_cache(maxsize=1)
+def _encoder(directory: Path, sha256: str) -> Callable[[str], list[int]]:
+    return load_encoder(directory)
+
+
+def _make_part(job: _Job, path: Path, texts: list[str]) -> int:
+    """Tokenize one unit into an .npz, unless it is there already; returns its bytes of text.
+
+    The part keeps a digest of what it was made from, so that one left by a killed run is used
+    only for the very same text and tokenizer.
+    """
+    encoded = [text.encode() for text in texts]
+    size = sum(map(len, encoded))
+    digest = hashlib.sha256(repr(job[1:]).encode())
+    for data in encoded:
+        digest.update(b"%d " % len(data))
+        digest.update(data)
+    if path.is_file():
+        with np.load(path) as part:
+            if part["digest"].tobytes() == digest.digest():
+                return size
+    threshold = int(job.validation_fraction * 2**64)
+    tokens: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
+    counts = np.zeros((len(SPLITS), 2), dtype=np.int64)  # documents, bytes
+    eos = np.array([job.eos_id])
+    for data, ids in zip(
+        encoded,
+        encode_documents(_encoder(job.tokenizer_dir, job.tokenizer_sha256), texts),
+        strict=True,
+    ):
+        # By content alone, so a document stays in its split whatever is added around it.
+        draw = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest())
+        split = int(draw < threshold)
+        tokens[SPLITS[split]] += [ids, eos]
+        counts[split] += 1, len(data)
+    arrays = {
+        split: np.concatenate(lots or [eos[:0]]).astype(job.dtype) for split, lots in tokens.items()
+    }
+    arrays["counts"] = counts
+    temporary = path.with_suffix(f".tmp{os.getpid()}")
+    with temporary.open("wb") as file:
+        arrays["digest"] = np.frombuffer(digest.digest(), np.uint8)
+        np.savez(file, allow_pickle=False, **arrays)
+    publish(temporary, path)
+    return size
+
+
+def _join(
+    directory: Path, parts: Path, count: int, job: _Job
+) -> tuple[dict[str, dict[str, Any]], int]:
+    """String the parts together; returns each split's counts and hash, and the highest id."""
+    splits: dict[str, dict[str, Any]] = {}
+    max_token_id = 0
+    for number_of_split, split in enumerate(SPLITS):
+        totals = np.zeros(2, dtype=np.int64)
+        digest = hashlib.sha256()
+        tokens = 0
+        temporary = directory / f"{split}.tmp"
+        with temporary.open("wb") as file:
+            for number in range(count):
+                with np.load(_part(parts, number)) as part:
+                    ids = part[split]
+                    totals += part["counts"][number_of_split]
+                tokens += len(ids)
+                max_token_id = max(max_token_id, int(ids.max(initial=0)))
+                digest.update(ids.data)
+                file.write(ids.data)
+        if tokens == 0:
+            raise DataError(
+                f"data.validation_fraction: at {job.validation_fraction} no document of this "
+                f"source fell into the {split} split; documents are split whole, so give more of "
+                "them (one a file, or one a row) or another fraction"
+            )
+        publish(temporary, directory / f"{split}.bin")
+        splits[split] = {
+            "documents": int(totals[0]),
+            "tokens": tokens,
+            "bytes": int(totals[1]),
+            "sha256": digest.hexdigest(),
+        }
+    return splits, max_token_id
+
+
+def _progress(total: int | None, quiet: bool) -> tqdm:
+    """A bar over bytes of text, with rate and time left: live on a terminal, else now and then."""
+    live = sys.stderr.isatty()
+    return tqdm(
+        total=total,
+        desc="tokenize",
+        unit="B",
+        unit_scale=True,
+        disable=quiet,
+        mininterval=0.5 if live else 10,
+        maxinterval=10 if live else 60,
+        ascii=None if live else True,
+    )
