@@ -46,7 +46,7 @@ newer() {
 # train METHOD: one run under the deepspeed launcher; nothing if it is finished.
 train() {
     local config=configs/quickstart_$1.yaml state=runs/quickstart_$1/run_state.json
-    if newer "$state" "$config" && grep -q '"finished"' "$state"; then
+    if newer "$state" "$config" && grep -q '"status": "finished"' "$state"; then
         echo "finished: runs/quickstart_$1"
         return
     fi

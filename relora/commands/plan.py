@@ -182,8 +182,8 @@ def _parameters(config: Config, model: nn.Module, shapes: dict[str, tuple[int, .
         rank, cycles = config.lora.rank, len(config.clock.merge_steps()) + 1
         full = min(min(shape) for shape in shapes.values())
         lines += [
-            f"  {total[0] / sum(total):.1%} is trained once adapters are born, whose updates sum to "
-            f"rank {min(full, cycles * rank)} of {full} at most",
+            f"  {total[0] / sum(total):.1%} is trained once adapters are born; their updates sum "
+            f"to rank {min(full, cycles * rank)} of {full} at most",
         ]
     return lines
 
