@@ -13,20 +13,14 @@ import functools
 import hashlib
 import itertools
 import json
-import multiprocessing
 import os
 import shutil
-import signal
 import sys
-import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -37,14 +31,11 @@ from relora.data.shards import FORMAT, SPLITS, describe, publish, read_index, sh
 from relora.data.tokenizer import (
     build_tokenizer,
     describe_tokenizer,
-    encode_documents,
-    load_encoder,
     load_tokenizer,
     tokenizer_hash,
 )
+from relora.data.units import Job, cut_units, make_part, make_parts, part_path
 from relora.errors import DataError
-
-UNIT_CHARACTERS = 2_000_000  # about as many bytes; small enough for progress, large for a process
 
 Say = Callable[[str], None]
 
@@ -68,7 +59,12 @@ def prepare(
         directory.mkdir(parents=True, exist_ok=True)
         with _alone_in(directory, say):
             if not _is_complete(directory, made_from, say):
-                _prepare(config, directory, made_from, seed, workers or _cores(), quiet)
+                try:
+                    _prepare(config, directory, made_from, seed, workers or _cores(), quiet)
+                except DataError:
+                    if not (directory / "tokenizer").is_dir():  # nothing to go on with
+                        shutil.rmtree(directory)
+                    raise
     except OSError as error:
         raise DataError(f"cannot write token shards to {directory}: {error}") from error
     return directory
@@ -92,8 +88,8 @@ def _prepare(
             f"{time.monotonic() - began:.1f} s"
         )
     tokenizer = load_tokenizer(directory / "tokenizer")
-    vocab_size = len(tokenizer)
-    job = _Job(
+    vocab_size = max(tokenizer.get_vocab().values()) + 1  # ids may have gaps
+    job = Job(
         tokenizer_dir=directory / "tokenizer",
         tokenizer_sha256=tokenizer_hash(directory / "tokenizer"),
         eos_id=int(tokenizer.eos_token_id),
@@ -149,6 +145,7 @@ def _is_complete(directory: Path, made_from: dict[str, Any], say: Say) -> bool:
         index = read_index(directory)
     except DataError as error:
         say(f"prepared anew, because {error}")
+        (directory / "made_from.json").unlink(missing_ok=True)  # trust nothing in there
         return False
     if changes := _changes(index, made_from):
         say(f"prepared anew, because {changes}")
@@ -198,38 +195,16 @@ def _make_tokenizer(config: DataConfig, directory: Path, seed: int) -> None:
     publish(temporary, directory / "tokenizer")
 
 
-class _Job(NamedTuple):
-    """What every unit is tokenized with."""
-
-    tokenizer_dir: Path
-    tokenizer_sha256: str
-    eos_id: int
-    dtype: str
-    validation_fraction: float
-
-
-def _units(documents: Iterator[corpus.Document]) -> Iterator[list[str]]:
-    """Whole documents in lots of about 2 MB."""
-    unit: list[str] = []
-    size = 0
-    for document in documents:
-        unit.append(document.text)
-        size += len(document.text)
-        if size >= UNIT_CHARACTERS:
-            yield unit
-            unit, size = [], 0
-    if unit:
-        yield unit
-
-
-def _tokenize(config: DataConfig, job: _Job, parts: Path, workers: int, quiet: bool) -> int:
+def _tokenize(config: DataConfig, job: Job, parts: Path, workers: int, quiet: bool) -> int:
     """Make every part that is missing; returns how many there are."""
-    units = _units(corpus.iter_documents(config.source))
+    units = cut_units(corpus.iter_documents(config.source))
     first = list(itertools.islice(units, 2))
     if len(first) < 2:  # not worth the start of a process
         workers = 1
-    tasks = ((job, _part(parts, n), texts) for n, texts in enumerate(itertools.chain(first, units)))
-    results = itertools.starmap(_make_part, tasks) if workers == 1 else _in_parallel(tasks, workers)
+    tasks = (
+        (job, part_path(parts, n), texts) for n, texts in enumerate(itertools.chain(first, units))
+    )
+    results = itertools.starmap(make_part, tasks) if workers == 1 else make_parts(tasks, workers)
     count = 0
     with _progress(corpus.text_bytes(config.source), quiet) as bar:
         for size in results:
@@ -238,94 +213,8 @@ def _tokenize(config: DataConfig, job: _Job, parts: Path, workers: int, quiet: b
     return count
 
 
-def _in_parallel(tasks: Iterator[tuple[_Job, Path, list[str]]], workers: int) -> Iterator[int]:
-    """`_make_part` of each task in `workers` processes; results in order."""
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, _start_worker)
-    pending: deque[Future[int]] = deque()
-    try:
-        for task in tasks:
-            pending.append(pool.submit(_make_part, *task))
-            if len(pending) > 2 * workers:  # bounds the text held in memory
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    except BrokenProcessPool as error:
-        raise DataError(
-            "a process that tokenizes was killed, most likely for want of memory; run prepare "
-            "again with fewer workers: it goes on where it was"
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _part(parts: Path, number: int) -> Path:
-    return parts / f"{number:08d}.npz"
-
-
-def _start_worker() -> None:
-    """A worker leaves Ctrl-C to its parent, and dies with it even when that is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def follow() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
-
-
-@functools.lru_cache(maxsize=1)
-def _encoder(directory: Path, sha256: str) -> Callable[[str], list[int]]:
-    return load_encoder(directory)
-
-
-def _make_part(job: _Job, path: Path, texts: list[str]) -> int:
-    """Tokenize one unit into an .npz, unless it is there already; returns its bytes of text.
-
-    The part keeps a digest of what it was made from, so that one left by a killed run is used
-    only for the very same text and tokenizer.
-    """
-    encoded = [text.encode() for text in texts]
-    size = sum(map(len, encoded))
-    digest = hashlib.sha256(repr(job[1:]).encode())
-    for data in encoded:
-        digest.update(b"%d " % len(data))
-        digest.update(data)
-    if path.is_file():
-        with np.load(path) as part:
-            if part["digest"].tobytes() == digest.digest():
-                return size
-    threshold = int(job.validation_fraction * 2**64)
-    tokens: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
-    counts = np.zeros((len(SPLITS), 2), dtype=np.int64)  # documents, bytes
-    eos = np.array([job.eos_id])
-    for data, ids in zip(
-        encoded,
-        encode_documents(_encoder(job.tokenizer_dir, job.tokenizer_sha256), texts),
-        strict=True,
-    ):
-        # By content alone, so a document stays in its split whatever is added around it.
-        draw = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest())
-        split = int(draw < threshold)
-        tokens[SPLITS[split]] += [ids, eos]
-        counts[split] += 1, len(data)
-    arrays = {
-        split: np.concatenate(lots or [eos[:0]]).astype(job.dtype) for split, lots in tokens.items()
-    }
-    arrays["counts"] = counts
-    temporary = path.with_suffix(f".tmp{os.getpid()}")
-    with temporary.open("wb") as file:
-        arrays["digest"] = np.frombuffer(digest.digest(), np.uint8)
-        np.savez(file, allow_pickle=False, **arrays)
-    publish(temporary, path)
-    return size
-
-
 def _join(
-    directory: Path, parts: Path, count: int, job: _Job
+    directory: Path, parts: Path, count: int, job: Job
 ) -> tuple[dict[str, dict[str, Any]], int]:
     """String the parts together; returns each split's counts and hash, and the highest id."""
     splits: dict[str, dict[str, Any]] = {}
@@ -337,7 +226,7 @@ def _join(
         temporary = directory / f"{split}.tmp"
         with temporary.open("wb") as file:
             for number in range(count):
-                with np.load(_part(parts, number)) as part:
+                with np.load(part_path(parts, number)) as part:
                     ids = part[split]
                     totals += part["counts"][number_of_split]
                 tokens += len(ids)

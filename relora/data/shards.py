@@ -70,9 +70,6 @@ def open_shards(config: DataConfig, *, verify: bool = False) -> TokenShards:
             "settings; run: relora prepare CONFIG"
         )
     index = read_index(directory)
-    tokenizer_dir = directory / "tokenizer"
-    if not tokenizer_dir.is_dir() or tokenizer_hash(tokenizer_dir) != index["tokenizer_sha256"]:
-        raise _damaged(tokenizer_dir, "is not the tokenizer these shards were made with")
     if verify:
         for split in SPLITS:
             _verify(directory / f"{split}.bin", index["splits"][split])
@@ -82,7 +79,7 @@ def open_shards(config: DataConfig, *, verify: bool = False) -> TokenShards:
     ]
     return TokenShards(
         directory=directory,
-        tokenizer_dir=tokenizer_dir,
+        tokenizer_dir=directory / "tokenizer",
         train=maps[0],
         validation=maps[1],
         index=index,
@@ -93,14 +90,14 @@ def open_shards(config: DataConfig, *, verify: bool = False) -> TokenShards:
 
 
 def read_index(directory: Path) -> dict[str, Any]:
-    """index.json, if it makes sense and the shards are as long as it says; else a DataError."""
+    """index.json, if it makes sense and shards and tokenizer are as it says; else a DataError."""
     path = directory / "index.json"
     try:
         index = json.loads(path.read_bytes())
         if index["format"] != FORMAT:
             raise _damaged(path, f"has format {index['format']}, and this version reads {FORMAT}")
-        dtype = np.dtype({"uint16": "<u2", "uint32": "<u4"}[index["dtype"]])
-        sizes = {split: index["splits"][split]["tokens"] * dtype.itemsize for split in SPLITS}
+        width = {"uint16": 2, "uint32": 4}[index["dtype"]]
+        sizes = {split: index["splits"][split]["tokens"] * width for split in SPLITS}
         if not 0 <= index["max_token_id"] < index["vocab_size"]:
             raise _damaged(
                 path, f"has token id {index['max_token_id']} in {index['vocab_size']} tokens"
@@ -117,6 +114,9 @@ def read_index(directory: Path) -> dict[str, Any]:
             raise _damaged(shard, "is missing")
         if actual != expected:
             raise _damaged(shard, f"has {actual:,} bytes where its index says {expected:,}")
+    tokenizer_dir = directory / "tokenizer"
+    if not tokenizer_dir.is_dir() or tokenizer_hash(tokenizer_dir) != index["tokenizer_sha256"]:
+        raise _damaged(tokenizer_dir, "is not the tokenizer these shards were made with")
     return index
 
 
@@ -159,4 +159,4 @@ def _verify(shard: Path, counts: dict[str, Any]) -> None:
 
 
 def _damaged(path: Path, what: str) -> DataError:
-    return DataError(f"{path}: {what}; delete {path.parent} and run: relora prepare CONFIG")
+    return DataError(f"{path}: {what}; run relora prepare CONFIG to make it again")

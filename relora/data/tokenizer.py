@@ -1,4 +1,4 @@
-"""The tokenizer: trained by sentencepiece or taken from elsewhere, kept as transformers wants it."""
+"""The tokenizer: trained by sentencepiece or taken from elsewhere, kept as transformers does."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from relora.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_TOKENIZER_SUFFIXES = (".json", ".txt", ".model", ".tiktoken", ".jinja")
 _SAMPLE_CHARACTERS = 4096  # length of the stretches of text that sentencepiece learns from
 _SCAN_BYTES = 10 * 1000**3  # training text is drawn from this much of the corpus
 
@@ -68,10 +69,10 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
 
 
 def tokenizer_hash(directory: Path) -> str:
-    """sha256 over the names and contents of a tokenizer directory's files."""
+    """sha256 over the names and contents of a tokenizer directory's files, weights left out."""
     digest = hashlib.sha256()
     for path in sorted(directory.iterdir()):
-        if path.is_file():
+        if path.suffix in _TOKENIZER_SUFFIXES and path.is_file():
             content = hashlib.sha256(path.read_bytes()).hexdigest()
             digest.update(f"{path.name}\0{content}\0".encode())
     return digest.hexdigest()
