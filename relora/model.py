@@ -67,7 +67,7 @@ def build_model(config: ModelConfig, seed: int) -> PreTrainedModel:
     if config.pretrained and has_transformers_weights(find_model_directory(config.pretrained)):
         directory = find_model_directory(config.pretrained)
         try:
-            model = AutoModelForCausalLM.from_pretrained(
+            model: Any = AutoModelForCausalLM.from_pretrained(
                 directory, dtype=torch.float32, local_files_only=True
             )
         except (OSError, ValueError, RuntimeError) as error:
@@ -77,7 +77,7 @@ def build_model(config: ModelConfig, seed: int) -> PreTrainedModel:
     model = model.float().requires_grad_(True)
     model.config.use_cache = False
     if config.gradient_checkpointing:
-        # Not reentrant: the reentrant kind needs inputs with gradients, frozen embeddings have none.
+        # The reentrant kind would need inputs that require gradients.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
 

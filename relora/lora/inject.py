@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from relora.errors import ConfigError
@@ -12,9 +13,10 @@ from relora.lora.config import LoRAConfig
 from relora.lora.layers import LoRAConv1D, LoRALayer, LoRALinear
 
 ADAPTED: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: LoRALinear, Conv1D: LoRAConv1D}
+PLAIN: dict[type[nn.Module], type[nn.Module]] = {LoRALinear: nn.Linear, LoRAConv1D: Conv1D}
 
 
-def find_targets(model: nn.Module, config: LoRAConfig) -> list[str]:
+def find_targets(model: PreTrainedModel, config: LoRAConfig) -> list[str]:
     """Names of the layers that get adapters, in the model's order.
 
     Default: every linear layer but the output head, which is all projections of the attention and
@@ -24,7 +26,7 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> list[str]:
         ConfigError: a target that matches no layer, one that is no linear layer, or a rank beyond
             a layer's smaller dimension.
     """
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = model.get_output_embeddings()
     linear = {name: m for name, m in model.named_modules() if type(m) in ADAPTED and m is not head}
     wanted = config.targets
     if wanted is None:
@@ -48,7 +50,7 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> list[str]:
     return chosen
 
 
-def add_adapters(model: nn.Module, config: LoRAConfig) -> list[str]:
+def add_adapters(model: PreTrainedModel, config: LoRAConfig) -> list[str]:
     """Turn the targets into adapted layers, in place; returns their names.
 
     Their weights are frozen; biases, embeddings, norms and the head go on training in full.
@@ -63,6 +65,13 @@ def add_adapters(model: nn.Module, config: LoRAConfig) -> list[str]:
         assert isinstance(layer, LoRALayer)
         layer.add_lora_(config.rank, config.scale, config.dropout)
     return names
+
+
+def remove_adapters(model: nn.Module) -> None:
+    """Turn adapted layers back into plain ones, in place; what A and B hold is dropped."""
+    for _, layer in list(adapted_layers(model)):
+        del layer.lora_A, layer.lora_B
+        layer.__class__ = PLAIN[type(layer)]  # type: ignore[assignment]
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 
-class LoRALayer:
+class LoRALayer(nn.Module):
     """What the adapted layers share. Mixed into a layer class that has `weight` and `bias`.
 
     Attributes:
@@ -27,25 +27,26 @@ class LoRALayer:
         transposed: whether `weight` is (in, out), as in GPT-2's Conv1D.
     """
 
-    weight: nn.Parameter
+    weight: Tensor
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     scale: float
+    lora_dropout: float
     transposed: bool
 
     def add_lora_(self, rank: int, scale: float, dropout: float) -> None:
         """Freeze the weight and add A and B beside it; B is zero, A is left for `reinit`."""
         out_features, in_features = self.weight.shape[:: -1 if self.transposed else 1]
-        like = {"device": self.weight.device, "dtype": torch.float32}
+        device = self.weight.device
         self.weight.requires_grad_(False)
-        self.lora_A = nn.Parameter(torch.empty(rank, in_features, **like))
-        self.lora_B = nn.Parameter(torch.zeros(out_features, rank, **like))
+        self.lora_A = nn.Parameter(torch.empty(rank, in_features, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(out_features, rank, device=device))
         self.scale = scale
         self.lora_dropout = dropout
 
     def update(self, x: Tensor) -> Tensor:
         """s · (drop(x) Aᵀ) Bᵀ for x (…, in); returns (…, out)."""
-        x = F.dropout(x, self.lora_dropout, self.training)  # type: ignore[attr-defined]
+        x = F.dropout(x, self.lora_dropout, self.training)
         return F.linear(F.linear(x, self.lora_A), self.lora_B) * self.scale
 
 

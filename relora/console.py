@@ -1,0 +1,126 @@
+"""The lines a run prints: a header, then one for each log step, merge and evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from relora import __version__
+from relora.config import Config
+from relora.restart.schedule import Clock
+from relora.runtime.metrics import format_count, format_duration
+
+if TYPE_CHECKING:
+    from relora.data.shards import TokenShards
+    from relora.runtime.distributed import Ranks
+
+MERGES_SHOWN = 8
+
+
+def header(
+    config: Config, parameters: tuple[int, int], shards: TokenShards, ranks: Ranks
+) -> list[str]:
+    """What is trained, on what, where and when.
+
+    Args:
+        parameters: (trainable, total) of the phase that is about to train.
+    """
+    trainable, total = parameters
+    batch = config.batch
+    accumulation = batch.global_batch_size // (batch.micro_batch_size * ranks.world)
+    length = config.data.sequence_length
+    epochs = (
+        config.total_steps * config.tokens_per_step / max(1, len(shards.train) // length * length)
+    )
+    model = config.model.config or config.model.pretrained
+    rows = {
+        "run": f"{config.method}, {config.run_dir} (relora {__version__})",
+        "model": f"{model}: {format_count(total)} parameters, {format_count(trainable)} trainable "
+        f"({trainable / total:.1%}) from here on",
+        "data": f"{format_count(len(shards.train))} tokens to train on, "
+        f"{format_count(len(shards.validation))} to validate on; "
+        f"{format_count(config.tokens_per_step)} a step, "
+        f"{format_count(config.total_steps * config.tokens_per_step)} in all ({epochs:.2f} epochs)",
+        "ranks": f"{ranks.world} × {ranks.device.type}, ZeRO {config.deepspeed.zero_stage}, "
+        f"{config.deepspeed.precision}; {batch.global_batch_size} sequences of {length} a step = "
+        f"{ranks.world} × {batch.micro_batch_size} × {accumulation} accumulated",
+        "timeline": timeline(config.clock),
+    }
+    return [f"{name:9} {text}" for name, text in rows.items()]
+
+
+def timeline(clock: Clock) -> str:
+    """The phases of a run in one line."""
+    parts = []
+    if clock.birth is None:
+        parts.append("full rank throughout")
+    elif clock.birth:
+        parts.append(f"full rank to step {clock.birth}")
+    merges = clock.merge_steps()
+    if merges:
+        shown = ", ".join(map(str, merges[:MERGES_SHOWN]))
+        more = f", … ({len(merges)} in all)" if len(merges) > MERGES_SHOWN else ""
+        parts.append(f"cycles of {clock.cycle}: merges after {shown}{more}")
+    elif clock.birth is not None:
+        parts.append("one adapter, never merged")
+    return " · ".join([*parts, f"ends at {clock.total}"])
+
+
+def step_line(clock: Clock, step: int, values: Mapping[str, float]) -> str:
+    """One log line: where the run is, how it does, how fast, how long still."""
+    remaining = (clock.total - step) * values["perf/step_ms"] / 1000
+    return " | ".join(
+        [
+            f"step {step:>{len(str(clock.total))}}/{clock.total}",
+            place(clock, step),
+            f"loss {values['train/loss']:.4f}",
+            f"lr {values['train/lr']:.2e}",
+            f"gnorm {values['train/grad_norm']:.3f}",
+            f"{values['perf/tokens_per_s']:,.0f} tok/s",
+            f"{values['perf/step_ms']:.0f} ms",
+            f"{values['perf/memory_gib']:.2f} GiB",
+            f"eta {format_duration(remaining)}",
+        ]
+    )
+
+
+def place(clock: Clock, step: int) -> str:
+    """Where in the cycles a step lies."""
+    if clock.birth is None:
+        return "full rank"
+    if step <= clock.birth and clock.birth > 0:
+        return f"warm start {step}/{clock.birth}"
+    if clock.cycle is None:
+        return "one cycle"
+    done, within = divmod(step - clock.birth, clock.cycle)
+    # The last cycle may be longer: a boundary at the very end of the run is no merge.
+    if within == 0 or done > clock.merges_before(step):
+        done, within = done - 1, within + clock.cycle
+    return f"cycle {done + 1} {within}/{clock.cycle}"
+
+
+def birth_line(step: int, adapters: int, trainable: int, total: int, seconds: float) -> str:
+    """The end of a warm start."""
+    return (
+        f"BIRTH at step {step}: {adapters} adapters, {format_count(trainable)} of "
+        f"{format_count(total)} parameters train from here on ({seconds:.1f} s)"
+    )
+
+
+def merge_line(step: int, layers: int, values: Mapping[str, float]) -> str:
+    """A merge, and what was checked about it."""
+    return (
+        f"MERGE {values['relora/merge']:.0f} at step {step}: {layers} layers, "
+        f"|ΔW|/|W| {values['relora/update_ratio']:.1e}, "
+        f"{values['relora/zeroed_share']:.1%} of their moments zeroed, "
+        f"logits moved by {values['relora/probe_deviation']:.0e} ({values['time/merge_s']:.1f} s)"
+    )
+
+
+def eval_line(step: int, values: Mapping[str, float]) -> str:
+    """An evaluation."""
+    return (
+        f"EVAL at step {step}: loss {values['eval/loss']:.4f}, perplexity "
+        f"{values['eval/perplexity']:.2f} on {format_count(values['eval/tokens'])} tokens "
+        f"({values['time/eval_s']:.1f} s)"
+    )

@@ -1,0 +1,87 @@
+"""What must hold across a merge, checked while training. A violation stops the run (exit 5)."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from relora.errors import NumericsError
+from relora.runtime.places import Place, Places
+from relora.runtime.zero import Engine
+
+TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}
+
+
+@torch.no_grad()
+def probe(engine: Engine, batch: Tensor) -> Tensor:
+    """Logits of the probe batch (rows, tokens) without dropout, in fp32 on this rank."""
+    engine.eval()
+    logits = engine(input_ids=batch).logits.float()
+    engine.train()
+    return logits
+
+
+def check_function(before: Tensor, after: Tensor, tolerance: float, merge: int) -> float:
+    """The largest change of the probe's logits relative to the largest logit.
+
+    Raises:
+        NumericsError: it exceeds the tolerance on some rank (every rank raises).
+    """
+    deviation = (after - before).abs().max() / before.abs().max().clamp_min(1e-30)
+    worst = deviation.double().nan_to_num(nan=float("inf"))
+    if dist.get_world_size() > 1:
+        dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+    if worst.item() > tolerance:
+        raise NumericsError(
+            f"merge {merge} changed the model's function: the probe batch's logits moved by "
+            f"{worst.item():.2e} of the largest, allowed is {tolerance:.0e}; the weights are not "
+            "saved. If the model is healthy, raise relora.tolerance; else report this"
+        )
+    return worst.item()
+
+
+@torch.no_grad()
+def check_copies(places: Places, merge: int) -> None:
+    """Replicas hold the same bits on all ranks, and fp32 masters equal what the forward reads.
+
+    Raises:
+        NumericsError: with the first parameter's name (every rank raises).
+    """
+    names = [place.name for place in places]
+    bad = torch.tensor([_master_differs(place) for place in places], dtype=torch.int64)
+    sums = torch.tensor([_checksum(place) for place in places], dtype=torch.int64)
+    if dist.get_world_size() > 1:
+        device = places[names[0]].live.device
+        bad, low, high = bad.to(device), sums.to(device), sums.to(device).clone()
+        dist.all_reduce(bad, op=dist.ReduceOp.MAX)
+        if not places.partitioned:  # under ZeRO 3 ranks hold different shards, not replicas
+            dist.all_reduce(low, op=dist.ReduceOp.MIN)
+            dist.all_reduce(high, op=dist.ReduceOp.MAX)
+            if bool((low != high).any()):
+                name = names[int((low != high).nonzero()[0])]
+                raise NumericsError(
+                    f"after merge {merge} the ranks hold different values of {name}; "
+                    "resume from the last checkpoint, and report this"
+                )
+    if bool(bad.any()):
+        name = names[int(bad.nonzero()[0])]
+        raise NumericsError(
+            f"after merge {merge} the optimizer's fp32 copy of {name} differs from the weights; "
+            "resume from the last checkpoint, and report this"
+        )
+
+
+def _master_differs(place: Place) -> bool:
+    if place.master is None or not place.count:
+        return False
+    start = place.start - place.live_start
+    return not torch.equal(place.master, place.live.narrow(0, start, place.count).to(place.master))
+
+
+def _checksum(place: Place) -> int:
+    bits = place.live.view(torch.int16 if place.live.element_size() == 2 else torch.int32)
+    total = bits.sum(dtype=torch.int64)
+    if place.remainder is not None:
+        total = total * 31 + place.remainder.sum(dtype=torch.int64)
+    return int(total)

@@ -1,0 +1,31 @@
+"""How A starts: at birth and again after every merge."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+from relora.lora.layers import kaiming_bound
+
+
+def seeded_generator(seed: int, merge: int, name: str) -> torch.Generator:
+    """A CPU generator keyed by (seed, merge number, parameter name).
+
+    The key decides every draw alone, so it is the same on every rank, device, world size and
+    after a resume, and no generator state needs saving.
+    """
+    digest = hashlib.blake2b(f"{seed}/{merge}/{name}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def draw_a(shape: torch.Size, seed: int, merge: int, name: str) -> Tensor:
+    """A new A (r, in) in fp32 on the CPU: Kaiming uniform(√5), as in loralib.
+
+    Args:
+        merge: number of the merge it follows; 0 is the birth.
+        name: full parameter name, such as `model.layers.0.mlp.up_proj.lora_A`.
+    """
+    bound = kaiming_bound(shape[1])
+    return torch.empty(shape).uniform_(-bound, bound, generator=seeded_generator(seed, merge, name))

@@ -1,0 +1,137 @@
+"""Ranks: who am I, what do the others say, and who prints.
+
+Everything goes through torch.distributed; `runtime.zero.init_distributed` has set it up.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import socket
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from relora.errors import UserError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all. `device` is where its tensors live."""
+
+    rank: int
+    world: int
+    local_rank: int
+    local_world: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which alone prints and writes what is not sharded."""
+        return self.rank == 0
+
+    def say(self, text: str) -> None:
+        """Print one line, on rank 0 only."""
+        if self.is_main:
+            print(text, flush=True)
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Sums over ranks, in fp64 (for a handful of numbers)."""
+        if self.world == 1:
+            return values
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor)
+        return tensor.tolist()
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank; the same answer on all."""
+        return self.sum([float(flag)])[0] > 0
+
+    def share(self, value: Any) -> Any:
+        """Rank 0's picklable value, on every rank."""
+        if self.world == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's picklable value, by rank, on every rank."""
+        if self.world == 1:
+            return [value]
+        box: list[Any] = [None] * self.world
+        dist.all_gather_object(box, value)
+        return box
+
+    def agree(self, error: UserError | None) -> None:
+        """Raise on every rank the first error that any rank met; collective."""
+        errors = [e for e in self.gather(error) if e is not None]
+        if errors:
+            raise errors[0]
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.world > 1:
+            dist.barrier()
+
+
+def read_world() -> int:
+    """World size as the launcher's environment says, before any process group exists."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def read_ranks() -> Ranks:
+    """This process's place, from the launcher's environment; one lone rank without a launcher.
+
+    Fills in the variables that torch.distributed needs where there was no launcher, and shares
+    the machine's cores between its ranks when they compute on the CPU.
+    """
+    for name, value in {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+    }.items():
+        os.environ.setdefault(name, value)
+    if "MASTER_PORT" not in os.environ:
+        os.environ["MASTER_PORT"] = str(free_port())
+    local_rank, world = int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"])
+    # deepspeed's launcher says LOCAL_SIZE, torchrun LOCAL_WORLD_SIZE.
+    local_world = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", world)))
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
+    return Ranks(int(os.environ["RANK"]), world, local_rank, local_world, device)
+
+
+def seed_dropout(seed: int, consumed: int, rank: int) -> None:
+    """Key the generators to (seed, data position, rank), so that a resumed run needs no state."""
+    digest = hashlib.blake2b(f"{seed}/{consumed}/{rank}".encode(), digest_size=8).digest()
+    torch.manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def free_port() -> int:
+    """A TCP port that was free on this machine a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def on_terminal() -> bool:
+    """Whether somebody watches the standard output."""
+    return sys.stdout.isatty()
+
+
+def memory_gib(device: torch.device) -> float:
+    """Peak memory of this rank so far in GiB: allocated on the GPU, resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,0 +1,140 @@
+"""What a run tells while it goes: metrics.jsonl (the truth), TensorBoard, console, log.txt.
+
+Keys are `group/name`, with the unit in the name where there is one. One JSON object a line, each
+with `step`; a line holds training figures, an evaluation, or a merge.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from relora.runtime.distributed import on_terminal
+
+BAR_WIDTH = 24
+
+
+class Metrics:
+    """Writes one run's figures. On ranks other than 0 it does nothing.
+
+    Args:
+        run_dir: the run directory, which exists.
+        active: whether this rank writes.
+        resumed_at: step the run goes on from; later lines of an earlier process are dropped.
+    """
+
+    def __init__(self, run_dir: Path, active: bool, resumed_at: int) -> None:
+        self.active = active
+        self._terminal = active and on_terminal()
+        self._bar = ""
+        if not active:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        path = run_dir / "metrics.jsonl"
+        drop_after(path, resumed_at)
+        self._lines = path.open("a", encoding="utf8")
+        self._log = (run_dir / "log.txt").open("a", encoding="utf8")
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resumed_at + 1)
+
+    def write(self, step: int, values: Mapping[str, float | int | str]) -> None:
+        """Add a line to metrics.jsonl and its numbers to TensorBoard."""
+        if not self.active:
+            return
+        # Strict JSON has no NaN or Infinity; a reader gets null.
+        plain = {key: None if _is_odd(value) else value for key, value in values.items()}
+        line = {"step": step, "time_s": round(time.time(), 3), **plain}
+        self._lines.write(json.dumps(line) + "\n")
+        self._lines.flush()
+        for key, value in values.items():
+            if isinstance(value, str):
+                self._board.add_text(key, value, step)
+            elif not isinstance(value, bool):
+                self._board.add_scalar(key, value, step)
+
+    def say(self, text: str) -> None:
+        """A line on the console and in log.txt."""
+        if not self.active:
+            return
+        self._clear_bar()
+        print(text, flush=True)
+        self._log.write(text + "\n")
+        self._log.flush()
+
+    def bar(self, done: int, total: int, text: str) -> None:
+        """Redraw the live bar at the bottom of a terminal; nothing in a file or a pipe."""
+        if not self._terminal:
+            return
+        filled = round(BAR_WIDTH * done / total)
+        bar = f"[{'█' * filled}{'·' * (BAR_WIDTH - filled)}] {done}/{total} {text}"
+        self._clear_bar()
+        print(bar, end="", flush=True)
+        self._bar = bar
+
+    def close(self) -> None:
+        """Flush and close everything."""
+        if not self.active:
+            return
+        self._clear_bar()
+        self._board.close()
+        self._lines.close()
+        self._log.close()
+
+    def _clear_bar(self) -> None:
+        if self._bar:
+            print("\r\x1b[2K", end="")
+            self._bar = ""
+
+
+def drop_after(path: Path, step: int) -> None:
+    """Remove the lines of metrics.jsonl beyond `step`, which a resumed run writes again.
+
+    A last line cut off by a kill goes too.
+    """
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf8").splitlines():
+        try:
+            values = json.loads(line)
+        except ValueError:
+            continue
+        if values["step"] <= step:
+            kept.append(line)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf8")
+    temporary.replace(path)
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl; an unfinished last line of a running run is left out."""
+    path = run_dir / "metrics.jsonl"
+    lines = path.read_text(encoding="utf8").split("\n")
+    return [json.loads(line) for line in lines[:-1] if line]
+
+
+def format_duration(seconds: float) -> str:
+    """1h02m, 3m05s or 12s."""
+    if not math.isfinite(seconds):
+        return "?"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
+
+
+def format_count(count: float) -> str:
+    """1.50M, 24.6K, 310."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g}{unit}"
+    return f"{count:.0f}"
+
+
+def _is_odd(value: object) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)

@@ -1,0 +1,211 @@
+"""The door to DeepSpeed: its config, its engine, one optimizer step. Nobody else imports it.
+
+Precision: trainable parameters are fp32 on every stage and the `bf16` engine of DeepSpeed is never
+used; `precision: bf16` casts the frozen base to bf16 and multiplies under torch autocast. That is
+the one arrangement that behaves the same on ZeRO 0–3 (the bf16 and fp16 wrappers of stage 0 take a
+dummy optimizer step at construction).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from relora.runtime.config import DeepSpeedConfig, OptimizerConfig
+from relora.runtime.distributed import Ranks
+
+Engine = Any  # deepspeed.DeepSpeedEngine; the import happens late
+
+
+class StepResult(NamedTuple):
+    """What one optimizer step did. `applied` is False if the update was not finite and skipped."""
+
+    loss: float  # mean over this rank's micro-batches
+    grad_norm: float  # global, before clipping
+    applied: bool
+
+
+def init_distributed(ranks: Ranks, timeout_minutes: float) -> None:
+    """Join the process group: nccl on GPUs, gloo on CPUs. Compiles nothing."""
+    deepspeed = _import_deepspeed()
+    deepspeed.init_distributed(
+        dist_backend="nccl" if ranks.device.type == "cuda" else "gloo",
+        auto_mpi_discovery=False,
+        timeout=timedelta(minutes=timeout_minutes),
+        verbose=False,
+    )
+
+
+def build_engine(
+    model: nn.Module,
+    deepspeed_config: DeepSpeedConfig,
+    optimizer_config: OptimizerConfig,
+    micro_batch_size: int,
+    ranks: Ranks,
+) -> Engine:
+    """Wrap a model for training: AdamW over its trainable parameters, under the chosen stage."""
+    deepspeed = _import_deepspeed()
+    optimizer = build_optimizer(model, optimizer_config)
+    engine, *_ = deepspeed.initialize(
+        model=model.to(ranks.device) if deepspeed_config.zero_stage < 3 else model,
+        optimizer=optimizer,
+        config=deepspeed_json(deepspeed_config, optimizer_config, micro_batch_size),
+        dist_init_required=False,
+    )
+    _set_timeouts(deepspeed_config.timeout_minutes)
+    return engine
+
+
+def deepspeed_json(
+    config: DeepSpeedConfig, optimizer: OptimizerConfig, micro_batch_size: int
+) -> dict[str, Any]:
+    """DeepSpeed's own config. Gradient accumulation is ours (see `train_step`), hence 1 here."""
+    clip = optimizer.grad_clip or 0.0
+    values: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": clip if config.zero_stage > 0 else 0.0,  # stage 0: `train_step` clips
+        "zero_optimization": {"stage": config.zero_stage},
+        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW everywhere: no compiled op
+        "steps_per_print": 10**9,
+    }
+    if config.offload_optimizer:
+        values["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+    if config.precision == "bf16":
+        values["torch_autocast"] = {
+            "enabled": True,
+            "dtype": "bfloat16",
+            # Modules listed here would have their gradients reduced in bf16; none shall.
+            "lower_precision_safe_modules": [],
+        }
+    return _merge(values, config.extra)
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """AdamW in up to three groups: decayed matrices, undecayed norms and biases, adapters.
+
+    Adapters need groups of their own: under ZeRO, Adam's step count is one per group.
+    """
+    groups: dict[str, list[nn.Parameter]] = {"decayed": [], "undecayed": [], "adapters": []}
+    for name, param in model.named_parameters():
+        if not param.requires_grad:
+            continue
+        is_adapter = name.rpartition(".")[2] in ("lora_A", "lora_B")
+        groups["adapters" if is_adapter else "decayed" if param.ndim > 1 else "undecayed"].append(
+            param
+        )
+    return torch.optim.AdamW(
+        [
+            {
+                "params": params,
+                "name": name,
+                "weight_decay": 0.0 if name == "undecayed" else config.weight_decay,
+            }
+            for name, params in groups.items()
+            if params
+        ],
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        fused=True,
+    )
+
+
+def train_step(
+    engine: Engine,
+    micro_batches: Sequence[Tensor],
+    loss_of: Callable[[Engine, Tensor], Tensor],
+    learning_rate: float,
+    grad_clip: float | None,
+) -> StepResult:
+    """One optimizer step over this rank's micro-batches; gradients are reduced once, at the end.
+
+    An update that is not finite is skipped on all ranks alike.
+    """
+    stage = engine.zero_optimization_stage()
+    engine.train()
+    for group in engine.optimizer.param_groups:
+        group["lr"] = learning_rate
+    losses = []
+    last = len(micro_batches) - 1
+    # Stages 1–3 collect local gradients and reduce them when the block ends; stage 0 reduces in
+    # the backward pass outside no_sync.
+    with engine.coalesce_grad_reduction() if stage > 0 and last > 0 else nullcontext():
+        for index, batch in enumerate(micro_batches):
+            with engine.no_sync() if stage == 0 and index < last else nullcontext():
+                loss = loss_of(engine, batch)
+                engine.backward(loss / len(micro_batches))
+                losses.append(loss.detach())
+    if stage == 0:
+        norm, applied = _step_unsharded(engine, grad_clip)
+    else:
+        engine.step()
+        applied = bool(engine.was_step_applied())
+        norm = float(engine.get_global_grad_norm()) if applied else math.inf
+    return StepResult(torch.stack(losses).mean().item(), norm, applied)
+
+
+def destroy(engine: Engine) -> None:
+    """Take an engine's hooks off and let go of its memory."""
+    engine.destroy()
+    engine.optimizer = engine.module = None
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def leave() -> None:
+    """End the process group, so that no rank dies in the middle of the others' last messages."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _step_unsharded(engine: Engine, grad_clip: float | None) -> tuple[float, bool]:
+    # DeepSpeed's stage 0 in fp32 neither reports the norm nor refuses an infinite gradient.
+    params = [p for p in engine.module.parameters() if p.grad is not None]
+    norm = float(nn.utils.clip_grad_norm_(params, grad_clip or math.inf))
+    if not math.isfinite(norm):
+        engine.zero_grad()
+        return math.inf, False
+    engine.step()
+    return norm, True
+
+
+def _merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in extra.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _set_timeouts(minutes: float) -> None:
+    # DeepSpeed clones the world group with torch's default timeout and reduces on the clone.
+    from torch.distributed import distributed_c10d
+
+    for group in list(distributed_c10d._world.pg_map):
+        distributed_c10d._set_pg_timeout(timedelta(minutes=minutes), group)
+
+
+def _import_deepspeed() -> Any:
+    """Import it quietly, on the accelerator that there is, with nothing left to compile."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    os.environ.setdefault("DS_BUILD_OPS", "0")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import deepspeed
+        from deepspeed.ops import __compatible_ops__
+
+    # On CPUs init_distributed would compile this op, and a killed compile hangs later starts.
+    __compatible_ops__["deepspeed_shm_comm"] = False
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    return deepspeed

@@ -1,0 +1,70 @@
+"""What a RUN|CHECKPOINT argument means: its config, its checkpoint, its model with all merged."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from relora.config import Config, load_config
+from relora.errors import CheckpointError
+from relora.model import ModelConfig, build_model
+from relora.runtime.checkpoint import Checkpoint, newest_checkpoint, run_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A checkpoint of a run, ready to be read."""
+
+    run_dir: Path
+    config: Config
+    checkpoint: Checkpoint
+
+    @property
+    def tokenizer_dir(self) -> Path:
+        """The run's transformers tokenizer."""
+        return self.run_dir / "tokenizer"
+
+
+def is_subject(path: Path) -> bool:
+    """Whether `path` is a run directory or one of its checkpoints."""
+    return (path / "config.yaml").is_file() or (path / "manifest.json").is_file()
+
+
+def open_subject(path: Path) -> Subject:
+    """Find the checkpoint that `path` (a run or a checkpoint) means, and its run.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    directory = newest_checkpoint(path)
+    run_dir = run_of(directory)
+    if not (run_dir / "config.yaml").is_file():
+        raise CheckpointError(f"{directory}: {run_dir} is no run directory: it has no config.yaml")
+    return Subject(run_dir, load_config(run_dir / "config.yaml"), Checkpoint(directory))
+
+
+def merged_model(subject: Subject) -> PreTrainedModel:
+    """The plain transformers model on the CPU in fp32, W + s·B·A in place of every adapted W."""
+    import torch
+
+    from relora.lora.inject import adapted_layers, add_adapters, remove_adapters
+    from relora.lora.layers import delta_rows
+
+    config, checkpoint = subject.config, subject.checkpoint
+    model = build_model(ModelConfig(pretrained=subject.run_dir), config.seed)
+    if config.clock.has_adapters(checkpoint.step):
+        assert config.lora is not None
+        add_adapters(model, config.lora)
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            param.copy_(checkpoint.tensor(name))
+        for _, layer in adapted_layers(model):
+            rows = layer.weight.shape[0]
+            a, b = layer.lora_A, layer.lora_B
+            layer.weight += delta_rows(a, b, layer.scale, layer.transposed, 0, rows)
+    remove_adapters(model)
+    return model.requires_grad_(True)
