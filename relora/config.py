@@ -94,6 +94,23 @@ class Config(Section):
         return base * self.clock.lr_factor(step)
 
 
+# What pydantic wants, in other words than its own.
+_TYPES = {
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "string_type": "text",
+    "path_type": "a path",
+    "list_type": "a list, such as [a, b]",
+    "tuple_type": "a list, such as [a, b]",
+    "dict_type": "a mapping",
+}
+
+
 class _Loader(yaml.SafeLoader):
     """SafeLoader that refuses a key given twice (YAML keeps the last one, silently)."""
 
@@ -101,6 +118,8 @@ class _Loader(yaml.SafeLoader):
         seen = set()
         for key_node, _ in node.value:
             key = key_node.value
+            if not isinstance(key, str):
+                raise yaml.YAMLError(f"line {key_node.start_mark.line + 1}: a key must be a name")
             if key in seen:
                 raise yaml.YAMLError(f"line {key_node.start_mark.line + 1}: {key} is given twice")
             seen.add(key)
@@ -156,7 +175,8 @@ def check_world(config: Config, world: int) -> None:
         fits = [n for n in (down, down + per_forward) if n]
         raise ConfigError(
             f"batch.global_batch_size: {batch.global_batch_size} is not a multiple of "
-            f"micro_batch_size {batch.micro_batch_size} × {world} ranks = {per_forward}; "
+            f"micro_batch_size {batch.micro_batch_size} × {world} "
+            f"{'rank' if world == 1 else 'ranks'} = {per_forward}; "
             f"take {' or '.join(map(str, fits))}, or another micro_batch_size"
         )
 
@@ -183,29 +203,62 @@ def _apply(values: dict[str, Any], override: str) -> None:
     try:
         value = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from None
+        problem = getattr(error, "problem", None) or error
+        raise ConfigError(
+            f"override {override!r}: the value is not valid YAML: {problem}"
+        ) from None
     node = values
-    for key in keys[:-1]:
-        if not isinstance(node.get(key), dict):
+    for depth, key in enumerate(keys[:-1], 1):
+        if node.get(key) is None:
             node[key] = {}
+        if not isinstance(node[key], dict):
+            where = ".".join(keys[:depth])
+            raise ConfigError(
+                f"override {override!r}: {where} is {_shown(node[key])}, which has no keys; "
+                f"override {where} as a whole"
+            )
         node = node[key]
     node[keys[-1]] = value
 
 
 def _explain(error: Any) -> str:
-    path = ".".join(str(part) for part in error["loc"])
-    message = error["msg"].removeprefix("Value error, ")
-    message = message[:1].lower() + message[1:]
-    if error["type"] == "extra_forbidden":
-        allowed = _allowed_keys(error["loc"][:-1])
-        close = difflib.get_close_matches(str(error["loc"][-1]), allowed, n=1)
+    """One of pydantic's errors as path, value and what is allowed, in the words of YAML."""
+    loc, kind = error["loc"], error["type"]
+    path = ".".join(str(part) for part in loc)
+    if kind == "extra_forbidden":
+        allowed = _allowed_keys(loc[:-1])
+        close = difflib.get_close_matches(str(loc[-1]), allowed, n=1)
         hint = f"did you mean {close[0]}? " if close else ""
         return f"{path}: unknown key; {hint}allowed here: {', '.join(allowed)}"
-    if error["type"] == "missing":
+    if kind == "missing":
+        if isinstance(loc[-1], int):
+            return f"{path.rpartition('.')[0]}: has no value number {loc[-1] + 1}"
         return f"{path}: is missing"
+    if kind in ("model_type", "model_attributes_type"):
+        message = f"must be a section with the keys {', '.join(_allowed_keys(loc))}"
+    elif kind in ("too_short", "too_long"):
+        bound = "min_length" if kind == "too_short" else "max_length"
+        word = "at least" if kind == "too_short" else "at most"
+        message = f"must have {word} {error['ctx'][bound]} of them"
+    elif kind in _TYPES:
+        message = f"must be {_TYPES[kind]}"
+    else:
+        message = error["msg"].removeprefix("Value error, ")
+        message = message.replace("Input should be", "must be").replace(
+            "input should be", "must be"
+        )
+        message = message[:1].lower() + message[1:]
     value = error["input"]
-    shown = "" if isinstance(value, dict) else f"{value!r}: "
-    return f"{path}: {shown}{message}"
+    return (
+        f"{path}: {message}" if isinstance(value, dict) else f"{path}: {_shown(value)}: {message}"
+    )
+
+
+def _shown(value: Any) -> str:
+    """A value as YAML spells it, near enough."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return repr(value)
 
 
 def _allowed_keys(path: Sequence[Any]) -> list[str]:
@@ -239,7 +292,12 @@ def _cross_checks(config: Config) -> Iterator[str]:
     yield from _check_lengths(config)
     yield from _check_deepspeed(config)
     if config.model.config is not None:
-        yield from _check_model_json(config, read_model_json(config.model.config))
+        try:
+            model = read_model_json(config.model.config)
+        except ConfigError as error:
+            yield str(error)
+        else:
+            yield from _check_model_json(config, model)
 
 
 def _check_method(config: Config) -> Iterator[str]:
@@ -279,7 +337,7 @@ def _check_lengths(config: Config) -> Iterator[str]:
                 "or the learning rate never arrives"
             )
     first = birth or clock.cycle
-    if first is not None and clock.warmup > first:
+    if first is not None and first < clock.warmup < clock.total:
         yield (
             f"schedule.warmup_steps: {clock.warmup} must not outlast the first restart at step "
             f"{first}, or that restart would not restart the learning rate"
