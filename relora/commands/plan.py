@@ -35,7 +35,7 @@ def plan(config: Path, overrides: Sequence[str], devices: int) -> int:
     """Print model, method, timeline, parameters, tokens, batch geometry and warnings.
 
     Raises:
-        ConfigError: whatever would stop `relora train` with this config on `devices` ranks.
+        ConfigError: the config is wrong in itself, or does not fit its model or `devices` ranks.
     """
     run = load_config(config, overrides)
     check_world(run, devices)
