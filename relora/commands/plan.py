@@ -258,7 +258,7 @@ def _warn_restarts(config: Config) -> Iterator[str]:
 
 def _warn_budget(config: Config, parameters: int, corpus: int | None) -> Iterator[str]:
     tokens = config.total_steps * config.tokens_per_step
-    if config.model.config and tokens < TOKENS_PER_PARAMETER * parameters:
+    if config.model.config and tokens < TOKENS_PER_PARAMETER / 2 * parameters:
         yield (
             f"{tokens / parameters:.2g} tokens a parameter; about {TOKENS_PER_PARAMETER} are "
             "compute-optimal"

@@ -1,0 +1,102 @@
+"""Every config that is shipped loads, can be planned, and differs from its twin by the method."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from relora.cli import main
+from relora.config import differences, dump_config, load_config
+from relora.model import build_meta_model, count_parameters, read_model_json
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+SIZES = {
+    "llama_60m": (60e6, 512, 1376, 8, 8),
+    "llama_130m": (130e6, 768, 2048, 12, 12),
+    "llama_250m": (250e6, 768, 2560, 24, 16),
+    "llama_350m": (350e6, 1024, 2736, 24, 16),
+    "llama_1b3": (1.3e9, 2048, 5461, 24, 32),
+    "llama_7b": (7e9, 4096, 11008, 32, 32),
+}
+
+
+@pytest.fixture(autouse=True)
+def _at_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)  # shipped configs name files from the repository's root
+
+
+def test_every_size_is_there_twice() -> None:
+    expected = {f"{name}_{kind}" for name in [*SIZES, "quickstart"] for kind in ("relora", "full")}
+    assert {path.stem for path in CONFIGS} == expected
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_shipped_config_can_be_planned(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = path.relative_to(ROOT)  # as a user would name it
+    assert main(["plan", str(path)]) == 0
+    page = capsys.readouterr().out
+    assert max(map(len, page.splitlines())) <= 100
+    config = load_config(path)
+    assert f"{config.total_steps:,}" in page
+    # A warning is for what somebody may not have meant; the paper's settings need none.
+    assert ("no warnings" in page) == (config.model.config.stem in SIZES)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_shipped_config_names_all_that_decides_the_experiment(path: Path, tmp_path: Path) -> None:
+    config = load_config(path)
+    assert config.run_dir == Path("runs") / path.stem
+    assert config.data.tokenizer.vocab_size == read_model_json(config.model.config)["vocab_size"]  # type: ignore[arg-type]
+    # What a run writes into its directory reads back as the same config.
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize("name", [*SIZES, "quickstart"])
+def test_a_pair_differs_by_nothing_but_the_method(name: str) -> None:
+    full = load_config(Path(f"configs/{name}_full.yaml"))
+    relora = load_config(Path(f"configs/{name}_relora.yaml"))
+    changed = {path.partition(".")[0] for path, *_ in differences(full, relora)}
+    assert changed == {"run_dir", "lora", "relora", "warm_start"}
+    assert (full.method, relora.method) == ("full rank", "ReLoRA")
+    assert relora.relora is not None
+    assert relora.relora.lr == pytest.approx(2 * full.optimizer.lr)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_a_paper_model_has_the_papers_shape_and_size(name: str) -> None:
+    size, hidden, ffn, layers, heads = SIZES[name]
+    config = load_config(Path(f"configs/{name}_relora.yaml"))
+    model = build_meta_model(config.model)
+    shape = model.config
+    assert (shape.hidden_size, shape.intermediate_size) == (hidden, ffn)
+    assert (shape.num_hidden_layers, shape.num_attention_heads) == (layers, heads)
+    assert shape.vocab_size == 32_100
+    assert not shape.tie_word_embeddings
+    assert count_parameters(model)[1] == pytest.approx(size, rel=0.06)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_a_paper_run_has_the_papers_rank_and_cycles(name: str) -> None:
+    config = load_config(Path(f"configs/{name}_relora.yaml"))
+    assert config.lora
+    assert config.relora
+    assert config.warm_start
+    assert (config.lora.rank, config.lora.alpha) == (128, 32)
+    assert (config.relora.cycle_steps, config.relora.rewarm_steps) == (5000, 100)
+    assert config.warm_start.steps in (5000, 10_000)
+    assert config.schedule.min_lr_ratio == 0.1
+
+
+def test_the_quickstart_merges_at_least_four_times_after_a_warm_start() -> None:
+    clock = load_config(Path("configs/quickstart_relora.yaml")).clock
+    assert clock.birth
+    assert len(clock.merge_steps()) >= 4
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_special_tokens_are_those_of_our_tokenizers(path: Path) -> None:
+    model = read_model_json(load_config(path).model.config)  # type: ignore[arg-type]
+    assert [model[f"{name}_token_id"] for name in ("bos", "eos", "pad")] == [1, 2, 3]
