@@ -94,6 +94,7 @@ class Places:
         exact: keep a remainder beside every frozen bf16 parameter.
     """
 
+    @torch.no_grad()
     def __init__(self, engine: Any, exact: bool = True) -> None:
         wrapper = engine.optimizer
         self.adam: torch.optim.Optimizer = getattr(wrapper, "optimizer", wrapper)
@@ -132,6 +133,7 @@ class Places:
         assert place.flat is not None
         self._state(place.flat)["step"].fill_(step)
 
+    @torch.no_grad()
     def restore_(self, source: Source) -> None:
         """Take every value, moment and Adam step that the source has.
 
