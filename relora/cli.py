@@ -124,7 +124,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code (0 done, 1 our bug, 2–6 and 75 as in the README)."""
-    arguments = vars(build_parser().parse_args(argv))
+    parser = build_parser()
+    known, rest = parser.parse_known_args(argv)
+    arguments = vars(known)
+    # argparse takes overrides before an option or after it, and not both.
+    if rest and not ("overrides" in arguments and all("=" in r and r[0] != "-" for r in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments["overrides"] += rest
     verb = arguments.pop("verb")
     arguments.pop("local_rank")
     try:

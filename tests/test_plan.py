@@ -1,0 +1,292 @@
+"""`relora plan` says what the run will do: every figure on its page is checked against the run."""
+
+from __future__ import annotations
+
+import json
+import re
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from relora.cli import main
+from relora.commands.plan import count_by_group, phases, short
+from relora.config import build_config, load_config
+from relora.data.prepare import prepare
+from relora.lora.config import LoRAConfig
+from relora.lora.inject import add_adapters
+from relora.model import ModelConfig, build_meta_model, count_parameters
+
+ROOT = Path(__file__).parent.parent
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 512,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 64,
+}
+GPT2 = {"model_type": "gpt2", "vocab_size": 512, "n_embd": 32, "n_layer": 2, "n_head": 2,
+        "n_positions": 64}  # fmt: skip
+NEOX = {**LLAMA, "model_type": "gpt_neox"}
+VALUES = {
+    "run_dir": "run",
+    "model": {"config": "model.json"},
+    "data": {
+        "source": {"files": ["text/*.txt"]},
+        "tokenizer": {"train": "bpe", "vocab_size": 512},
+        "sequence_length": 32,
+    },
+    "batch": {"global_batch_size": 8, "micro_batch_size": 2},
+    "train": {"steps": 100, "eval_every": 10},
+    "optimizer": {"lr": 0.001},
+    "schedule": {"warmup_steps": 5, "min_lr_ratio": 0.1},
+    "lora": {"rank": 4, "alpha": 8},
+    "relora": {"cycle_steps": 30, "rewarm_steps": 5, "lr": 0.002},
+    "warm_start": {"steps": 20},
+    "deepspeed": {"precision": "fp32"},
+}
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A config of a tiny Llama, in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    Path("model.json").write_text(json.dumps(LLAMA))
+    Path("config.yaml").write_text(yaml.safe_dump(VALUES))
+    return Path("config.yaml")
+
+
+def page_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What `relora plan ARGUMENTS` prints."""
+    assert main(["plan", *arguments]) == 0
+    return capsys.readouterr().out
+
+
+def test_the_timeline_is_that_of_the_clock(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = page_of(capsys, str(config))
+    rows = re.findall(r"^  (.+?) +([\d,]+) – ([\d,]+) +(\S+) +(\S+)   (.+)$", page, re.MULTILINE)
+    # 20 steps of warm start, merges after 50 and 80; 8 × 32 tokens a step.
+    assert [(name, start, stop, tokens, then) for name, start, stop, tokens, _, then in rows] == [
+        ("warm start", "0", "20", "5.12K", "adapters are born"),
+        ("cycle 1", "20", "50", "12.8K", "merge 1"),
+        ("cycle 2", "50", "80", "20.5K", "merge 2"),
+        ("cycle 3", "80", "100", "25.6K", "end"),
+    ]
+    run = load_config(config)
+    for _, start, stop, _, peak, _ in rows:
+        rates = [run.learning_rate(step) for step in range(int(start), int(stop))]
+        assert float(peak) == pytest.approx(max(rates), rel=0.01)
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_phases_tile_the_run_and_end_where_something_happens(data: st.DataObject) -> None:
+    values = {**VALUES, "model": {"pretrained": "x"}, "schedule": {}}
+    total = data.draw(st.integers(3, 2000), "total")
+    birth = data.draw(st.integers(0, total - 2), "birth")
+    values["train"] = {"steps": total}
+    values["warm_start"] = {"steps": birth} if birth else None
+    values["relora"] = data.draw(
+        st.none()
+        | st.builds(
+            lambda c: {"cycle_steps": c, "rewarm_steps": 0}, st.integers(1, total - birth - 1)
+        ),
+        "relora",
+    )
+    config = build_config(values, "test")
+    cut = phases(config)
+    assert [phase.start for phase in cut] == [0, *(phase.stop for phase in cut[:-1])]
+    assert cut[-1].stop == total
+    clock = config.clock
+    events = [step for step in range(1, total) if clock.is_merge(step) or clock.is_birth(step)]
+    assert [phase.stop for phase in cut[:-1]] == events
+
+
+@pytest.mark.parametrize(
+    ("overrides", "method", "rows"),
+    [
+        (["lora=null", "relora=null", "warm_start=null"], "full rank", ["full rank"]),
+        (["relora=null"], "LoRA: 20 steps of full rank, then", ["warm start", "LoRA"]),
+        (["relora=null", "warm_start=null"], "LoRA: rank 4, s = 2", ["LoRA"]),
+        (["warm_start=null"], "ReLoRA: rank 4, s = 2 (standard)", ["cycle 1", "cycle 2"]),
+    ],
+)
+def test_each_method_is_named_with_its_phases(
+    overrides: list[str],
+    method: str,
+    rows: list[str],
+    config: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    page = page_of(capsys, str(config), *overrides)
+    assert f"method       {method}" in page
+    assert re.findall(r"^  (\S.*?) +0 –", page, re.MULTILINE) == rows[:1]
+    for row in rows:
+        assert f"\n  {row} " in page
+
+
+@pytest.mark.parametrize("shape", [LLAMA, GPT2, NEOX], ids=lambda shape: shape["model_type"])
+def test_groups_hold_every_parameter_once(shape: dict[str, object], config: Path) -> None:
+    Path("model.json").write_text(json.dumps(shape))
+    model = build_meta_model(ModelConfig(config=Path("model.json")))
+    before = count_by_group(model)
+    assert sum(trainable for trainable, _ in before.values()) == count_parameters(model)[1]
+    assert "adapters" not in before
+    names = add_adapters(model, LoRAConfig(rank=4))
+    after = count_by_group(model)
+    trainable, total = count_parameters(model)
+    assert sum(counts[0] for counts in after.values()) == trainable
+    assert sum(map(sum, after.values())) == total
+    # Every projection is frozen, nothing else is, and A and B have r·(in + out) numbers each.
+    assert after["projections"] == (0, before["projections"][0])
+    layers = [model.get_submodule(name) for name in names]
+    assert after["adapters"] == (sum(4 * sum(layer.weight.shape) for layer in layers), 0)  # type: ignore[union-attr,arg-type]
+    for group in ("embeddings", "norms, biases"):
+        assert after[group] == before[group]
+
+
+def test_groups_of_a_llama_are_as_counted_by_hand(config: Path) -> None:
+    groups = count_by_group(build_meta_model(ModelConfig(config=Path("model.json"))))
+    assert groups == {
+        "projections": (2 * (4 * 32 * 32 + 3 * 32 * 64), 0),
+        "embeddings": (512 * 32, 0),
+        "head": (512 * 32, 0),
+        "norms, biases": (5 * 32, 0),
+    }
+
+
+def test_tied_embeddings_are_counted_once(config: Path) -> None:
+    Path("model.json").write_text(json.dumps(GPT2))
+    groups = count_by_group(build_meta_model(ModelConfig(config=Path("model.json"))))
+    assert groups["embeddings"] == (512 * 32 + 64 * 32, 0)
+    assert "head" not in groups
+
+
+def test_batch_and_tokens_add_up(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = page_of(capsys, str(config), "--devices", "2")
+    assert "8 sequences of 32 = 2 ranks × micro-batch 2 × accumulation 2" in page
+    assert "tokens       25.6K = 100 steps × 256," in page
+    parameters = count_parameters(build_meta_model(ModelConfig(config=Path("model.json"))))[1]
+    assert f"{25_600 / parameters:.3g} per parameter" in page
+    assert "corpus       not prepared yet" in page
+    # Commands to copy hold the overrides.
+    page = page_of(capsys, str(config), "--devices", "4", "train.steps=90")
+    assert "next         relora prepare config.yaml train.steps=90\n" in page
+    assert "relora launch --devices 4 config.yaml train.steps=90\n" in page
+
+
+def test_prepared_shards_give_epochs(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = [f"data.source={{files: ['{ROOT}/relora/**/*.py']}}", "data.validation_fraction=0.2"]
+    directory = prepare(load_config(config, data).data, workers=1, quiet=True)
+    capsys.readouterr()
+    tokens = json.loads((directory / "index.json").read_text())["splits"]["train"]["tokens"]
+    steps = 3 * tokens // 256
+    page = page_of(capsys, str(config), *data, f"train.steps={steps}")
+    epochs = steps * 256 / tokens
+    assert f"{short(tokens)} training tokens: {epochs:.3g} epochs" in page
+    assert f"! the corpus is read {epochs:.2g} times" in page
+
+
+def test_the_curve_shows_every_restart(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = page_of(capsys, str(config))
+    axis = re.search(r"^ +0 └(.+)$", page, re.MULTILINE)
+    assert axis is not None
+    # 100 steps in 80 columns: column n begins at step round(1.25 n).
+    columns = {step: max(n for n in range(80) if round(1.25 * n) <= step) for step in (20, 50, 80)}
+    assert {step: axis[1][column] for step, column in columns.items()} == {
+        20: "△", 50: "▲", 80: "▲",
+    }  # fmt: skip
+    assert axis[1].count("▲") == 2
+    # Rows of the drawing: the learning rate is 0 at each restart and reaches the top somewhere.
+    rows = re.findall(r"│(.*)$", page, re.MULTILINE)
+    assert len(rows) == 8
+    assert "█" in rows[0] or "▇" in rows[0]
+    for column in columns.values():
+        assert rows[-1].ljust(80)[column] == " "
+
+
+def test_many_cycles_are_cut_out_of_the_middle(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = page_of(capsys, str(config), "relora.cycle_steps=2", "relora.rewarm_steps=0")
+    shown = re.findall(r"^  cycle (\d+)", page, re.MULTILINE)
+    (hidden,) = re.findall(r"^  … (\d+) more cycles …", page, re.MULTILINE)
+    assert len(shown) + int(hidden) == 40
+    assert shown[0] == "1"
+    assert shown[-1] == "40"
+    assert max(map(len, page.splitlines())) <= 100
+
+
+WARNINGS = {
+    "lora.rank=20": "lora.rank 20: A and B hold as many numbers as the weight itself in 8 of 14",
+    "warm_start=null": "no warm_start: from random weights, low rank from the first step",
+    "relora.rewarm_steps=20": "relora.rewarm_steps 20: 67% of every cycle is warm-up",
+    "train.steps=81": "the last cycle has only 1 of 30 steps",
+    "relora.reset.mode=none": "relora.reset.mode none: old moments steer the new A and B",
+    "relora.rewarm_steps=0": "relora.rewarm_steps 0: full learning rate on moments just reset",
+    "relora.reset.masks=independent": "relora.reset.masks independent: updates of first moment",
+    "relora.lr=null": "relora.lr null: 1.0e-03 as in full rank; the paper doubles it",
+    "schedule.warmup_steps=0": "schedule.warmup_steps 0: full learning rate on random weights",
+    "train.eval_every=null": "train.eval_every null: one validation loss at the end, no curve",
+    "train.steps=2000": "train.save_every null: a crash loses the whole run",
+}
+
+
+@pytest.mark.parametrize("override", WARNINGS)
+def test_a_doubtful_setting_is_warned_of(
+    override: str, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def warned(*arguments: str) -> bool:
+        return f"! {WARNINGS[override]}" in page_of(capsys, str(config), *arguments)
+
+    assert warned(override)
+    assert not warned()
+
+
+def test_tokens_per_parameter_are_warned_of_below_half_the_optimum(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parameters = count_parameters(build_meta_model(ModelConfig(config=Path("model.json"))))[1]
+    few, enough = 10 * parameters // 256, 10 * parameters // 256 + 1
+    assert "are compute-optimal" in page_of(capsys, str(config), f"train.steps={few}")
+    assert "are compute-optimal" not in page_of(capsys, str(config), f"train.steps={enough}")
+
+
+def test_rounded_merges_are_warned_of(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = ["deepspeed.precision=bf16", "relora.precision=rounded"]
+    assert "! relora.precision rounded: bf16 weights drop" in page_of(
+        capsys, str(config), *overrides
+    )
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0"), (999, "999"), (1000, "1K"), (1_234_567, "1.23M"), (12e9, "12B")]
+)
+def test_counts_are_shortened_to_units_a_config_takes(count: float, text: str) -> None:
+    assert short(int(count)) == text
+    from relora.runtime.config import parse_count
+
+    assert parse_count(text) == pytest.approx(count, rel=0.01)
+
+
+def test_7b_is_planned_in_seconds_and_without_its_memory() -> None:
+    before = time.perf_counter()
+    subprocess.run(
+        [sys.executable, "-m", "relora", "plan", "configs/llama_7b_relora.yaml", "--devices", "16"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )
+    assert time.perf_counter() - before < 30  # about 6 s on an idle core
+    # The largest child so far, in KiB; 7B parameters alone would be 28 GB.
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 3e6
