@@ -45,7 +45,8 @@ def prepare(
 ) -> Path:
     """Make the token shards of a config, if they are not there yet, and return their directory.
 
-    `seed` chooses the text a tokenizer is trained on where there is more than enough of it.
+    `seed` chooses the text a tokenizer is trained on where there is more than enough of it. What
+    is prepared already stays, whatever the seed: runs that differ in it share their data.
     `workers` is the number of processes that tokenize, by default one per core. Raises DataError
     when the text or the tokenizer is unusable; then no index.json is left.
     """

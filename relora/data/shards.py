@@ -159,4 +159,4 @@ def _verify(shard: Path, counts: dict[str, Any]) -> None:
 
 
 def _damaged(path: Path, what: str) -> DataError:
-    return DataError(f"{path}: {what}; run relora prepare CONFIG to make it again")
+    return DataError(f"{path}: {what}; delete {path.parent} and run: relora prepare CONFIG")

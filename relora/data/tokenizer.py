@@ -39,7 +39,8 @@ def build_tokenizer(
     directory.mkdir(parents=True, exist_ok=True)
     if config.train:
         sample = _training_sample(documents(), config.training_megabytes, seed)
-        write_sentencepiece(train_sentencepiece(config, sample), directory, sample)
+        model = train_sentencepiece(config, sample)
+        write_sentencepiece(model, directory, sample, "data.tokenizer.train")
         return
     assert config.path is not None
     sample = [text for _, text in itertools.islice(documents(), 200)]
@@ -47,7 +48,7 @@ def build_tokenizer(
         path = Path(config.path).expanduser()
         if not path.is_file():
             raise DataError(f"data.tokenizer.path: no file {path}")
-        write_sentencepiece(path.read_bytes(), directory, sample)
+        write_sentencepiece(path.read_bytes(), directory, sample, f"data.tokenizer.path: {path}")
     else:
         _copy_transformers(config.path, directory, sample)
 
