@@ -21,7 +21,7 @@ die() {
 # Prints the number of GPUs that a program started from here would see; 0 without a driver.
 count_gpus() {
     if [[ -n ${CUDA_VISIBLE_DEVICES+x} ]]; then
-        awk -F, '{ print NF }' <<<"$CUDA_VISIBLE_DEVICES"
+        awk -F, '{ print ($1 == "-1") ? 0 : NF }' <<<"$CUDA_VISIBLE_DEVICES"
     else
         (nvidia-smi -L 2>/dev/null || true) | grep -c '^GPU' || true
     fi

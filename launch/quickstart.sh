@@ -13,7 +13,7 @@ PROMPT=${PROMPT:-def main(}
 RELORA=runs/quickstart_relora FULL=runs/quickstart_full REPORT=runs/quickstart_report
 EXPORT=$RELORA/export SAMPLE=$RELORA/sample.txt
 
-# Ranks: all GPUs, two without, and never a number that the batch of 32 sequences does not divide by.
+# Ranks: all GPUs, or two without; fewer where the batch of 32 sequences could not be shared out.
 DEVICES=${DEVICES:-$((GPUS > 0 ? GPUS : 2))}
 while ((32 % DEVICES)); do
     DEVICES=$((DEVICES - 1))

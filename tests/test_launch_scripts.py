@@ -1,0 +1,490 @@
+"""The scripts under launch/, run for real with everything they call replaced by a recorder.
+
+A fake Python makes fake environments, so no package is installed and nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = [
+    *sorted((ROOT / "launch").glob("*.sh")),
+    ROOT / "launch" / "slurm.sbatch",
+    ROOT / ".ci" / "run",
+]
+# Every fake writes its name and arguments into $LOG first.
+RECORD = '#!/usr/bin/env bash\necho "$(basename "$0") $*" >>"$LOG"\n'
+FAKE_PYTHON = (
+    RECORD
+    + r"""
+case "$*" in
+*version_info*) [[ ! ${OLD_PYTHON-} ]] ;;
+--version) echo Python 3.9.1 ;;
+"-m venv"*)
+    venv=${*: -1}
+    mkdir -p "$venv/bin"
+    touch "$venv/pyvenv.cfg"
+    cp "$0" "$venv/bin/python"
+    cp "$TOOLS"/* "$venv/bin/" ;;
+"-m pip --version") ;;
+"-m pip show"*) exit 1 ;; # torch is not installed yet
+*"import torch"*) [[ ${SYSTEM_TORCH-} ]] ;;
+*urlopen*) [[ ${CPU_INDEX-} ]] ;;
+*getsockname*) echo 12345 ;;
+*--extra-index-url*) ;;
+*+cpu*) [[ ${LOCAL_WHEEL-} ]] ;;
+"-m pip install"*) [[ ! ${PIP_FAILS-} ]] || { echo "no network"; exit 1; } ;;
+*) echo "unexpected: $*" >&2; exit 99 ;;
+esac
+"""
+)
+
+
+class Tree:
+    """A copy of what the scripts need, with fakes on the PATH; `run` runs a script in it."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.log = root / "log"
+        for name in ("launch", "configs"):
+            shutil.copytree(ROOT / name, root / name)
+        shutil.copy(ROOT / "pyproject.toml", root)
+        (root / "bin").mkdir()
+        (root / "tools").mkdir()
+        self.fake("python3", FAKE_PYTHON)
+        for tool in ("relora", "deepspeed"):
+            self.fake(tool, RECORD, "tools")
+        self.environment = {
+            "PATH": f"{root}/bin:/usr/bin:/bin",
+            "HOME": str(root),
+            "LOG": str(self.log),
+            "TOOLS": str(root / "tools"),
+            "CUDA_VISIBLE_DEVICES": "",
+            "LOCAL_WHEEL": "1",
+        }
+
+    def fake(self, name: str, text: str, folder: str = "bin") -> None:
+        path = self.root / folder / name
+        path.write_text(text)
+        path.chmod(0o755)
+
+    def run(
+        self, *command: str, **environment: str
+    ) -> tuple[subprocess.CompletedProcess, list[str]]:
+        """The finished process and what the fakes recorded while it ran."""
+        self.log.write_text("")
+        done = subprocess.run(
+            ["bash", *command],
+            cwd=self.root,
+            env=self.environment | environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+        return done, self.log.read_text().splitlines()
+
+    def set_up(
+        self, extras: str, **environment: str
+    ) -> tuple[subprocess.CompletedProcess, list[str]]:
+        code = f"set -euo pipefail; source launch/env.sh; set_up '{extras}'"
+        return self.run("-c", code, **environment)
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Tree:
+    return Tree(tmp_path)
+
+
+def installs(log: list[str]) -> list[str]:
+    return [line for line in log if "pip install" in line]
+
+
+# Scripts as text
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
+def test_a_script_is_sound(script: Path) -> None:
+    subprocess.run(["bash", "-n", script], check=True)
+    shellcheck = shutil.which(
+        "shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    )
+    assert shellcheck, "comes with pip install -e '.[dev]'"
+    done = subprocess.run([shellcheck, script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    text = script.read_text()
+    assert script.name in ("env.sh", "run") or "set -euo pipefail" in text
+    assert "\t" not in text
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_ci_runs_the_documented_test_command_and_nothing_else() -> None:
+    lines = (ROOT / ".ci" / "run").read_text().splitlines()
+    assert lines == ["#!/usr/bin/env bash", 'exec bash "$(dirname "$0")/../launch/test.sh"']
+
+
+def test_every_pin_is_exact_and_names_no_build() -> None:
+    pins = [
+        line
+        for line in (ROOT / "launch" / "constraints.txt").read_text().splitlines()
+        if not line.startswith("#")
+    ]
+    assert pins == sorted(pins, key=str.lower)
+    for pin in pins:
+        name, equals, version = pin.partition("==")
+        assert name
+        assert equals
+        assert "+" not in version
+        assert not name.startswith(("nvidia-", "triton"))
+
+
+# Set-up
+
+
+def test_set_up_installs_once_and_then_is_silent_and_fast(tree: Tree) -> None:
+    done, log = tree.set_up("dev")
+    assert done.returncode == 0, done.stderr
+    assert "relora: set up in" in done.stderr
+    assert installs(log)[-1].endswith(
+        "-c " + str(tree.root / ".venv/constraints.txt") + " -e .[dev]"
+    )
+    before = time.perf_counter()
+    done, log = tree.set_up("dev")
+    assert time.perf_counter() - before < 1
+    assert (done.returncode, done.stdout, done.stderr, log) == (0, "", "", [])
+
+
+def test_what_dev_installed_is_enough_without_it_but_not_the_other_way(tree: Tree) -> None:
+    tree.set_up("")
+    assert installs(tree.set_up("")[1]) == []
+    assert installs(tree.set_up("dev")[1]) != []
+    assert installs(tree.set_up("")[1]) == []
+
+
+@pytest.mark.parametrize("file", ["pyproject.toml", "launch/constraints.txt"])
+def test_a_change_of_what_is_to_be_installed_installs_again(file: str, tree: Tree) -> None:
+    tree.set_up("dev")
+    path = tree.root / file
+    path.write_text(path.read_text() + "# changed\n")
+    assert installs(tree.set_up("dev")[1]) != []
+    assert installs(tree.set_up("dev")[1]) == []
+
+
+def test_a_failed_installation_is_told_and_gone_on_with(tree: Tree) -> None:
+    done, _ = tree.set_up("dev", PIP_FAILS="1")
+    assert done.returncode == 1
+    assert "no network" in done.stderr
+    assert "relora: pip could not install" in done.stderr
+    assert not (tree.root / ".venv/relora.stamp").exists()
+    done, log = tree.set_up("dev")
+    assert done.returncode == 0
+    assert installs(log) != []
+    assert (tree.root / ".venv/relora.stamp").exists()
+
+
+def test_an_environment_half_made_is_made_anew(tree: Tree) -> None:
+    (tree.root / ".venv/bin").mkdir(parents=True)
+    (tree.root / ".venv/pyvenv.cfg").touch()
+    tree.fake("python", "#!/bin/sh\nexit 1\n", ".venv/bin")
+    done, log = tree.set_up("dev")
+    assert done.returncode == 0, done.stderr
+    assert f"python3 -m venv --clear {tree.root}/.venv" in log
+
+
+def test_an_environment_that_works_is_not_made_anew(tree: Tree) -> None:
+    tree.set_up("dev")
+    (tree.root / ".venv/relora.stamp").unlink()
+    _, log = tree.set_up("dev")
+    assert not [line for line in log if "-m venv" in line]
+    assert installs(log) != []
+
+
+def test_an_old_python_is_refused_with_the_way_out(tree: Tree) -> None:
+    done, log = tree.set_up("dev", OLD_PYTHON="1")
+    assert done.returncode == 1
+    assert "needs Python 3.11 or newer, and python3 is Python 3.9.1" in done.stderr
+    assert "set PYTHON=" in done.stderr
+    assert installs(log) == []
+
+
+def test_without_a_gpu_the_cpu_build_of_torch_comes_first(tree: Tree) -> None:
+    _, log = tree.set_up("")
+    first, *others = installs(log)
+    assert "torch==" in first
+    assert first.endswith("+cpu")
+    assert len(others) == 1
+    assert not [line for line in log if "urlopen" in line]  # found at once: nobody is asked
+
+
+def test_the_cpu_index_is_used_where_it_answers(tree: Tree) -> None:
+    _, log = tree.set_up("", LOCAL_WHEEL="", CPU_INDEX="1")
+    assert "--extra-index-url https://download.pytorch.org/whl/cpu" in installs(log)[1]
+    assert len(installs(log)) == 3
+
+
+def test_without_any_cpu_build_pip_decides(tree: Tree) -> None:
+    done, log = tree.set_up("", LOCAL_WHEEL="")
+    assert done.returncode == 0
+    assert "--extra-index-url" not in "".join(log)
+    assert installs(log)[-1].endswith("-e .")
+
+
+def test_with_a_gpu_the_torch_that_is_there_is_kept(tree: Tree) -> None:
+    pins = tree.root / ".venv/constraints.txt"
+    _, log = tree.set_up("", CUDA_VISIBLE_DEVICES="0,1", SYSTEM_TORCH="1")
+    assert "-m venv --system-site-packages" in "\n".join(log)
+    assert "+cpu" not in "\n".join(log)
+    assert "torch==" not in pins.read_text()
+
+
+def test_with_a_gpu_and_no_torch_pip_gives_the_pinned_one(tree: Tree) -> None:
+    pins = tree.root / ".venv/constraints.txt"
+    _, log = tree.set_up("", CUDA_VISIBLE_DEVICES="0")
+    assert "--system-site-packages" not in "\n".join(log)
+    assert "+cpu" not in "\n".join(log)
+    assert "torch==" in pins.read_text()
+
+
+@pytest.mark.parametrize(("visible", "count"), [("", "0"), ("-1", "0"), ("3", "1"), ("0,2,5", "3")])
+def test_gpus_are_those_that_are_visible(visible: str, count: str, tree: Tree) -> None:
+    done, _ = tree.run("-c", "source launch/env.sh; echo $GPUS", CUDA_VISIBLE_DEVICES=visible)
+    assert done.stdout.strip() == count
+
+
+def test_gpus_are_counted_by_the_driver_if_all_are_visible(tree: Tree) -> None:
+    del tree.environment["CUDA_VISIBLE_DEVICES"]
+    tree.fake("nvidia-smi", "#!/bin/sh\necho 'GPU 0: A (UUID: x)'\necho 'GPU 1: A (UUID: y)'\n")
+    done, _ = tree.run("-c", "source launch/env.sh; echo $GPUS ${DS_ACCELERATOR-none}")
+    assert done.stdout.split() == ["2", "none"]
+
+
+def test_nothing_is_ever_compiled(tree: Tree) -> None:
+    done, _ = tree.run("-c", "source launch/env.sh; env")
+    assert "DS_BUILD_OPS=0" in done.stdout.splitlines()
+    assert "DS_ACCELERATOR=cpu" in done.stdout.splitlines()
+
+
+# The scripts that run something
+
+
+def finish(tree: Tree, name: str) -> None:
+    """Leave what a finished run leaves."""
+    directory = tree.root / "runs" / name
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "run_state.json").write_text('{\n "status": "finished"\n}\n')
+
+
+def test_the_quickstart_does_everything_once_and_in_order(tree: Tree) -> None:
+    # deepspeed leaves a finished run, relora's verbs what they are asked for
+    tree.fake(
+        "deepspeed",
+        RECORD + 'mkdir -p runs/"$(basename "$8" .yaml)"\n'
+        """echo '"status": "finished"' >runs/"$(basename "$8" .yaml)"/run_state.json\n""",
+        "tools",
+    )
+    tree.fake(
+        "relora",
+        RECORD + 'case "$1" in\n'
+        'export) mkdir -p "$4"; touch "$4/config.json" ;;\n'
+        "generate) echo 'def main(self):' ;;\n"
+        'compare) mkdir -p "$5"; touch "$5/report.md" ;;\n'
+        "esac\n",
+        "tools",
+    )
+    done, log = tree.run("launch/quickstart.sh")
+    assert done.returncode == 0, done.stderr
+    launcher = "deepspeed --master_port 12345 --num_gpus 2 --module relora train"
+    assert [line for line in log if not line.startswith("python")] == [
+        "relora prepare configs/quickstart_relora.yaml",
+        f"{launcher} configs/quickstart_relora.yaml batch.micro_batch_size=16",
+        f"{launcher} configs/quickstart_full.yaml batch.micro_batch_size=16",
+        "relora export runs/quickstart_relora --to runs/quickstart_relora/export --force",
+        "relora generate runs/quickstart_relora --prompt def main(",
+        "relora compare runs/quickstart_relora runs/quickstart_full --to runs/quickstart_report",
+    ]
+    assert (tree.root / "runs/quickstart_relora/sample.txt").read_text() == "def main(self):\n"
+    for phase in ("set-up", "prepare", "train: ReLoRA", "train: full-rank baseline", "together"):
+        assert any(
+            line.startswith(phase) and line.endswith(" s") for line in done.stdout.splitlines()
+        )
+    # A second call has nothing left to do but to see that the data is there.
+    done, log = tree.run("launch/quickstart.sh")
+    assert done.returncode == 0, done.stderr
+    assert log == ["relora prepare configs/quickstart_relora.yaml"]
+    # A changed config is for `relora train` to judge.
+    os.utime(tree.root / "configs/quickstart_full.yaml", times=(2e9, 2e9))
+    _, log = tree.run("launch/quickstart.sh")
+    assert [line.split()[-2] for line in log if "deepspeed" in line] == [
+        "configs/quickstart_full.yaml"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("visible", "ranks", "micro_batch"), [("0", 1, 16), ("0,1,2", 2, 16), ("0,1,2,3,4,5,6,7", 8, 4)]
+)
+def test_the_quickstart_takes_all_gpus_that_divide_its_batch(
+    visible: str, ranks: int, micro_batch: int, tree: Tree
+) -> None:
+    _, log = tree.run("launch/quickstart.sh", CUDA_VISIBLE_DEVICES=visible)
+    launches = [line for line in log if line.startswith("deepspeed")]
+    assert f"--num_gpus {ranks} " in launches[0]
+    assert launches[0].endswith(f"batch.micro_batch_size={micro_batch}")
+
+
+def test_train_prepares_and_launches_on_all_devices(tree: Tree) -> None:
+    done, log = tree.run("launch/train.sh", "seed=1", CONFIG="configs/x.yaml", DEVICES="3")
+    assert done.returncode == 0, done.stderr
+    assert log[-2:] == [
+        "relora prepare configs/x.yaml seed=1",
+        "relora launch --devices 3 configs/x.yaml seed=1",
+    ]
+
+
+def test_test_runs_linters_before_tests_and_covers_only_the_whole(tree: Tree) -> None:
+    tools = ["ruff", "ruff", "mypy", "shellcheck", "pytest"]
+    for tool in tools:
+        tree.fake(tool, RECORD, "tools")
+    done, log = tree.run("launch/test.sh")
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[0] for line in log if not line.startswith("python")] == tools
+    assert "--cov=relora" in log[-1]
+    assert "--cov-fail-under=85" in log[-1]
+    _, log = tree.run("launch/test.sh", "tests/test_plan.py", "-x")
+    assert log[-1] == "pytest tests/test_plan.py -x"
+
+
+def test_multi_node_asks_every_machine_before_it_starts(tree: Tree) -> None:
+    done, log = tree.run("launch/multi_node.sh")
+    assert done.returncode == 1
+    assert "copy launch/hostfile.example there" in done.stderr
+    shutil.copy(tree.root / "launch/hostfile.example", tree.root / "launch/hostfile")
+    tree.fake("pdsh", RECORD)
+    tree.fake("ssh", RECORD + "[[ $* != *node-2* || ${ALL_UP-} ]]\n")
+    done, log = tree.run("launch/multi_node.sh")
+    assert done.returncode == 1
+    assert "node-2 (" in done.stderr
+    assert not [line for line in log if line.startswith("relora")]
+    done, log = tree.run("launch/multi_node.sh", "seed=1", ALL_UP="1")
+    assert done.returncode == 0, done.stderr
+    assert log[-1] == (
+        f"relora launch --hostfile {tree.root}/launch/hostfile configs/llama_1b3_relora.yaml seed=1"
+    )
+
+
+# Slurm
+
+FAKE_SRUN = (
+    RECORD
+    + r"""
+shift # --kill-on-bad-exit=1
+for task in 0 1 2 3; do
+    SLURM_PROCID=$task SLURM_LOCALID=$((task % 2)) "$@" &
+    tasks+=($!)
+done
+trap 'kill -TERM "${tasks[@]}"' TERM # as srun does
+code=0
+for task in "${tasks[@]}"; do
+    while kill -0 "$task" 2>/dev/null; do
+        wait "$task"
+        this=$?
+        ((this > 128 || this <= code)) || code=$this
+    done
+    wait "$task"
+    this=$?
+    ((this > 128 || this <= code)) || code=$this
+done
+exit "$code"
+"""
+)
+FAKE_RANK = r"""#!/usr/bin/env bash
+echo "rank $RANK/$WORLD_SIZE local $LOCAL_RANK at $MASTER_ADDR:$MASTER_PORT: $*" >>"$LOG"
+trap 'echo "rank $RANK stops" >>"$LOG"; stop=1' TERM
+[[ ${WAIT-} ]] || exit "${CODE-0}"
+while [[ ! ${stop-} ]]; do sleep 0.1; done
+sleep 0.5 # its checkpoint; a second signal meanwhile would be written down too
+exit 75
+"""
+
+
+@pytest.fixture
+def slurm(tree: Tree) -> Tree:
+    """A tree in which sbatch has just started the script, on two nodes of two GPUs."""
+    tree.fake("scontrol", RECORD + '[[ $1 == requeue ]] || printf "gpu-07\\ngpu-08\\n"\n')
+    tree.fake("srun", FAKE_SRUN)
+    (tree.root / ".venv/bin").mkdir(parents=True)
+    tree.fake("relora", FAKE_RANK, ".venv/bin")
+    tree.environment |= {
+        "SLURM_JOB_ID": "4711",
+        "SLURM_JOB_NODELIST": "gpu-[07-08]",
+        "SLURM_NTASKS": "4",
+        "SLURM_SUBMIT_DIR": str(tree.root),
+    }
+    return tree
+
+
+def test_slurm_starts_one_rank_a_task_with_one_master(slurm: Tree) -> None:
+    done, log = slurm.run("launch/slurm.sbatch", "seed=1", CONFIG="configs/x.yaml")
+    assert done.returncode == 0, done.stderr
+    assert sorted(line for line in log if line.startswith("rank")) == [
+        f"rank {rank}/4 local {rank % 2} at gpu-07:24711: train configs/x.yaml seed=1"
+        for rank in range(4)
+    ]
+    assert "scontrol show hostnames gpu-[07-08]" in log
+    assert not [line for line in log if "requeue" in line]
+
+
+def test_slurm_directives_are_literal() -> None:
+    lines = (ROOT / "launch/slurm.sbatch").read_text().splitlines()
+    directives = [line for line in lines if line.startswith("#SBATCH")]
+    assert "#SBATCH --signal=B:TERM@180" in directives
+    assert "#SBATCH --requeue" in directives
+    assert not [line for line in directives if "$" in line]  # Slurm expands nothing there
+    # Slurm reads directives up to the first command only.
+    assert lines.index(directives[-1]) < lines.index("set -euo pipefail")
+
+
+def test_slurm_keeps_the_exit_code_of_a_failed_run_and_does_not_requeue(slurm: Tree) -> None:
+    done, log = slurm.run("launch/slurm.sbatch", CODE="3")
+    assert done.returncode == 3
+    assert not [line for line in log if "requeue" in line]
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_slurm_stops_every_rank_once_and_requeues(signals: int, slurm: Tree) -> None:
+    slurm.log.write_text("")
+    job = subprocess.Popen(
+        ["bash", "launch/slurm.sbatch"],
+        cwd=slurm.root,
+        env=slurm.environment | {"WAIT": "1"},
+        stdout=subprocess.DEVNULL,
+    )
+    try:
+        _wait_until(lambda: slurm.log.read_text().count(": train ") == 4)
+        for _ in range(signals):
+            job.send_signal(signal.SIGTERM)
+            time.sleep(0.2)
+        assert job.wait(timeout=20) == 75
+    finally:
+        job.kill()
+    log = slurm.log.read_text().splitlines()
+    assert sorted(line for line in log if line.endswith(" stops")) == [
+        f"rank {n} stops" for n in range(4)
+    ]
+    assert log[-1] == "scontrol requeue 4711"
+
+
+def _wait_until(condition: Callable[[], bool], seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
