@@ -7,7 +7,6 @@ import re
 import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -280,13 +279,15 @@ def test_counts_are_shortened_to_units_a_config_takes(count: float, text: str) -
 
 
 def test_7b_is_planned_in_seconds_and_without_its_memory() -> None:
-    before = time.perf_counter()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run(
         [sys.executable, "-m", "relora", "plan", "configs/llama_7b_relora.yaml", "--devices", "16"],
         cwd=ROOT,
         check=True,
         capture_output=True,
     )
-    assert time.perf_counter() - before < 30  # about 6 s on an idle core
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    # Processor time, since a busy machine stretches any other; about 6 s.
+    assert used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime < 15
     # The largest child so far, in KiB; 7B parameters alone would be 28 GB.
-    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 3e6
+    assert used.ru_maxrss < 3e6
