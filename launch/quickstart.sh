@@ -19,9 +19,6 @@ while ((32 % DEVICES)); do
     DEVICES=$((DEVICES - 1))
 done
 MICRO_BATCH=$((32 / DEVICES < 16 ? 32 / DEVICES : 16))
-# Ranks that share the cores get in each other's way if each of them takes all.
-CORES=$(nproc)
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((CORES > DEVICES ? CORES / DEVICES : 1))}
 
 TIMES=()
 # phase NAME COMMAND…: runs it and keeps how long it took.

@@ -407,7 +407,7 @@ exit "$code"
 """
 )
 FAKE_RANK = r"""#!/usr/bin/env bash
-echo "rank $RANK/$WORLD_SIZE local $LOCAL_RANK at $MASTER_ADDR:$MASTER_PORT: $*" >>"$LOG"
+echo "rank $RANK/$WORLD_SIZE local $LOCAL_RANK/$LOCAL_WORLD_SIZE at $MASTER_ADDR:$MASTER_PORT: $*" >>"$LOG"
 trap 'echo "rank $RANK stops" >>"$LOG"; stop=1' TERM
 [[ ${WAIT-} ]] || exit "${CODE-0}"
 while [[ ! ${stop-} ]]; do sleep 0.1; done
@@ -427,6 +427,7 @@ def slurm(tree: Tree) -> Tree:
         "SLURM_JOB_ID": "4711",
         "SLURM_JOB_NODELIST": "gpu-[07-08]",
         "SLURM_NTASKS": "4",
+        "SLURM_NNODES": "2",
         "SLURM_SUBMIT_DIR": str(tree.root),
     }
     return tree
@@ -436,7 +437,7 @@ def test_slurm_starts_one_rank_a_task_with_one_master(slurm: Tree) -> None:
     done, log = slurm.run("launch/slurm.sbatch", "seed=1", CONFIG="configs/x.yaml")
     assert done.returncode == 0, done.stderr
     assert sorted(line for line in log if line.startswith("rank")) == [
-        f"rank {rank}/4 local {rank % 2} at gpu-07:24711: train configs/x.yaml seed=1"
+        f"rank {rank}/4 local {rank % 2}/2 at gpu-07:24711: train configs/x.yaml seed=1"
         for rank in range(4)
     ]
     assert "scontrol show hostnames gpu-[07-08]" in log
