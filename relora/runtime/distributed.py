@@ -110,6 +110,12 @@ def read_ranks() -> Ranks:
     return Ranks(int(os.environ["RANK"]), world, local_rank, local_world, device)
 
 
+def lone_rank() -> Ranks:
+    """A process that works by itself, on the GPU if there is one; no process group."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return Ranks(0, 1, 0, 1, device)
+
+
 def seed_dropout(seed: int, consumed: int, rank: int) -> None:
     """Key the generators to (seed, data position, rank), so that a resumed run needs no state."""
     digest = hashlib.blake2b(f"{seed}/{consumed}/{rank}".encode(), digest_size=8).digest()

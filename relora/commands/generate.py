@@ -1,0 +1,53 @@
+"""`relora generate`: let a trained model continue a text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from relora.errors import ConfigError
+from relora.subject import merged_model, open_subject
+
+
+def generate(
+    subject: Path,
+    prompt: str,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int,
+    seed: int,
+) -> int:
+    """Print the prompt and what the model makes of it. The same seed gives the same text."""
+    opened = open_subject(subject)
+
+    import torch
+
+    from relora.data.tokenizer import load_tokenizer
+    from relora.runtime.distributed import lone_rank
+
+    tokenizer = load_tokenizer(opened.tokenizer_dir)
+    ids = torch.tensor([tokenizer.encode(prompt, add_special_tokens=False)], dtype=torch.long)
+    if not ids.numel():
+        raise ConfigError("--prompt: is empty; give at least one character to go on from")
+    model: Any = merged_model(opened).eval()
+    model.to(lone_rank().device)
+    model.config.use_cache = True
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context is not None and ids.shape[1] + max_new_tokens > context:
+        raise ConfigError(
+            f"--max-new-tokens: {max_new_tokens} after a prompt of {ids.shape[1]} tokens is beyond "
+            f"the model's context of {context}"
+        )
+    sampling = {"temperature": temperature, "top_k": top_k} if temperature > 0 else {}
+    torch.manual_seed(seed)
+    output = model.generate(
+        ids.to(model.device),
+        attention_mask=torch.ones_like(ids).to(model.device),
+        max_new_tokens=max_new_tokens,
+        do_sample=bool(sampling),
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
+        **sampling,
+    )
+    print(tokenizer.decode(output[0], skip_special_tokens=True))
+    return 0

@@ -1,0 +1,131 @@
+"""`relora launch`: the deepspeed launcher with a free port, signals forwarded, exit code kept.
+
+The `deepspeed` front-end, on SIGTERM, ends itself and leaves its ranks training; its `launch.py`
+stops them one after the other, so that a save in which all take part would never end. Here every
+rank gets the signal at once.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from relora.config import Config, check_world, load_config
+from relora.errors import PREEMPTED, ConfigError
+
+OURS = (0, 1, 2, 3, 4, 5, 6, PREEMPTED)  # exit codes that a rank gives on purpose
+LOST = 6  # exit code for a rank that was killed or hung
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+def launch(
+    config: Path, overrides: Sequence[str], devices: int | None, hostfile: Path | None
+) -> int:
+    """Train on `devices` ranks here, or on the hosts of `hostfile`; returns the run's code."""
+    settings = load_config(config, overrides)
+    arguments = ["train", str(config), *overrides]
+    if hostfile is not None:
+        if not hostfile.is_file():
+            raise ConfigError(f"--hostfile: {hostfile}: no such file; its lines are `host slots=N`")
+        command = multi_node_command(hostfile, arguments)
+    else:
+        count = devices or _device_count()
+        if count < 1:
+            raise ConfigError(f"--devices: {count}; at least 1")
+        check_world(settings, count)
+        command = one_node_command(count, arguments)
+    return _keep_code(_run(command), settings)
+
+
+def one_node_command(devices: int, arguments: Sequence[str]) -> list[str]:
+    """The per-node launcher of deepspeed, which starts and watches the ranks."""
+    from relora.runtime.distributed import free_port
+
+    world = base64.urlsafe_b64encode(json.dumps({"localhost": list(range(devices))}).encode())
+    return [
+        sys.executable,
+        "-u",
+        "-m",
+        "deepspeed.launcher.launch",
+        f"--world_info={world.decode()}",
+        "--master_addr=127.0.0.1",
+        f"--master_port={free_port()}",
+        "--quiet",
+        "--module",
+        "relora",
+        *arguments,
+    ]
+
+
+def multi_node_command(hostfile: Path, arguments: Sequence[str]) -> list[str]:
+    """The front-end of deepspeed, which reaches the hosts by pdsh or ssh."""
+    from relora.runtime.distributed import free_port
+
+    return [
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.runner",
+        f"--hostfile={hostfile}",
+        f"--master_port={free_port()}",
+        "--module",
+        "relora",
+        *arguments,
+    ]
+
+
+def _device_count() -> int:
+    import torch
+
+    return torch.cuda.device_count() or 1
+
+
+def _run(command: Sequence[str]) -> int:
+    """Run the launcher in a session of its own and pass our signals to the ranks."""
+    environment = {**os.environ, "DS_BUILD_OPS": "0"}
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        ranks = _ranks_of(process.pid)
+        for rank in ranks or [process.pid]:
+            try:
+                os.kill(rank, number)
+            except ProcessLookupError:
+                continue
+
+    previous = {number: signal.signal(number, forward) for number in FORWARDED}
+    try:
+        return process.wait()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _ranks_of(launcher: int) -> list[int]:
+    """Process ids of the ranks that the per-node launcher has started."""
+    import psutil
+
+    try:
+        return [child.pid for child in psutil.Process(launcher).children()]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _keep_code(code: int, config: Config) -> int:
+    """The run's exit code; a rank that was killed is noted in run_state.json, as it could not."""
+    if code in OURS:
+        return code
+    from relora.runtime.rundir import read_run_state, write_run_state
+
+    reason = f"a rank was lost: it ended with code {code}"
+    print(f"relora: {reason}; the same command goes on from the newest checkpoint", file=sys.stderr)
+    if config.run_dir.is_dir():
+        step = read_run_state(config.run_dir).get("step", 0)
+        write_run_state(config.run_dir, "failed", reason, step, LOST)
+    return LOST
