@@ -3,6 +3,7 @@
 import hashlib
 import json
 import multiprocessing
+import re
 import shutil
 import signal
 import subprocess
@@ -138,7 +139,7 @@ from relora.data.config import DataConfig
 
 def slowly(documents, cut=units.cut_units):
     for unit in cut(documents):
-        time.sleep(0.25)
+        time.sleep(0.1)
         yield unit
 
 if __name__ == "__main__":
@@ -233,19 +234,18 @@ def test_a_crash_at_any_commit_leaves_nothing_that_looks_finished(corpus, monkey
     assert place > 12  # made_from, tokenizer, at least two parts, two shards, index; twice each
 
 
-def test_parts_of_other_text_are_not_used(corpus, tmp_path, monkeypatch):
-    """With a tokenizer from elsewhere, parts could outlive a change of the text."""
-    first = config(corpus, "first")
-    tokenizer = {"path": str(prepare(first, quiet=True) / "tokenizer")}
-    settings = config(corpus, tokenizer=tokenizer)
-    process = start_slowly(settings, tmp_path, workers=1, parts=3)
-    process.kill()
-    process.wait()
-    (corpus / "0.txt").write_text("other text " * 100)
+def test_parts_of_other_text_are_not_used(corpus):
+    """Even if they lie where the parts of a killed run do."""
+    settings, undisturbed = config(corpus), config(corpus, "undisturbed")
+    prepare(undisturbed, quiet=True)
+    directory = shard_directory(settings)
+    shutil.copytree(shard_directory(undisturbed), directory)
+    (directory / "index.json").unlink()
+    (directory / "parts").mkdir()
+    job = relora.data.units.Job(directory / "tokenizer", "", 2, "uint16", 0.2)
+    relora.data.units.make_part(job, directory / "parts/00000000.npz", ["something else"])
     prepare(settings, quiet=True)
-    again = config(corpus, "again", tokenizer=tokenizer)
-    prepare(again, quiet=True)
-    assert made(settings) == made(again)
+    assert made(settings) == made(undisturbed)
 
 
 def test_prepare_twice_does_nothing_the_second_time_and_says_so(corpus, capsys, monkeypatch):
@@ -259,6 +259,14 @@ def test_prepare_twice_does_nothing_the_second_time_and_says_so(corpus, capsys, 
     assert "prepared already" in capsys.readouterr().out
     after = {path: path.stat().st_mtime_ns for path in directory.rglob("*") if path.name != "lock"}
     assert after == before
+
+
+def test_without_a_terminal_progress_comes_in_whole_lines(corpus, capfd, monkeypatch):
+    monkeypatch.setattr(relora.data.prepare, "_SAY_EVERY", 0)
+    prepare(config(corpus))
+    out, err = capfd.readouterr()
+    assert re.search(r"^tokenize: .*%.*\[00:0\d<.*B/s\]$", out, re.MULTILINE)
+    assert err == ""
 
 
 def test_quiet_is_quiet(corpus, capfd):

@@ -71,7 +71,7 @@ def assert_equal_ids(pair, documents):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_ids_equal_sentencepiece_on_documents_of_the_standard_library(pairs, library, kind):
-    assert_equal_ids(pairs[kind], library[::10])
+    assert_equal_ids(pairs[kind], library[::20])
 
 
 @pytest.mark.slow
@@ -166,13 +166,15 @@ def test_the_config_names_a_class_that_transformers_4_knows(built):
     assert config["clean_up_tokenization_spaces"] is False
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_training_is_deterministic_and_the_hash_follows_the_ids(library, tmp_path, built, kind):
-    for name, size in (("same", 1000), ("other", 999)):
-        config = TokenizerConfig(train=kind, vocab_size=size, training_megabytes=0.3)
-        build_tokenizer(config, lambda: iter(library), tmp_path / name, seed=0)
-    assert tokenizer_hash(tmp_path / "same") == tokenizer_hash(built[kind])
-    assert tokenizer_hash(tmp_path / "other") != tokenizer_hash(built[kind])
+@pytest.mark.parametrize(
+    ("kind", "size", "equal"), [("bpe", 1000, 1), ("unigram", 1000, 1), ("bpe", 999, 0)]
+)
+def test_training_again_gives_the_same_hash_and_other_ids_another(
+    library, tmp_path, built, kind, size, equal
+):
+    config = TokenizerConfig(train=kind, vocab_size=size, training_megabytes=0.3)
+    build_tokenizer(config, lambda: iter(library), tmp_path, seed=0)
+    assert (tokenizer_hash(tmp_path) == tokenizer_hash(built[kind])) == equal
 
 
 def test_training_text_comes_from_the_whole_corpus(library):

@@ -180,7 +180,7 @@ def _load_dataset(source: SourceConfig) -> Any:
     except Exception as error:  # see above
         raise DataError(f"data set {name}: {type(error).__name__}: {error}") from error
     if not isinstance(found, datasets.DatasetDict):
-        if "split" in source.model_fields_set:
+        if source.changed("split"):
             raise DataError(f"{name}: holds one data set without splits; leave out source.split")
         return found
     if source.split not in found:

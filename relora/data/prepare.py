@@ -38,6 +38,7 @@ from relora.data.units import Job, cut_units, make_part, make_parts, part_path
 from relora.errors import DataError
 
 Say = Callable[[str], None]
+_SAY_EVERY = 10  # seconds
 
 
 def prepare(
@@ -206,11 +207,27 @@ def _tokenize(config: DataConfig, job: Job, parts: Path, workers: int, quiet: bo
         (job, part_path(parts, n), texts) for n, texts in enumerate(itertools.chain(first, units))
     )
     results = itertools.starmap(make_part, tasks) if workers == 1 else make_parts(tasks, workers)
-    count = 0
-    with _progress(corpus.text_bytes(config.source), quiet) as bar:
-        for size in results:
-            bar.update(size)
+    return _watch(results, corpus.text_bytes(config.source), quiet)
+
+
+def _watch(sizes: Iterator[int], total: int | None, quiet: bool) -> int:
+    """Run through units, given by their bytes, showing rate and time left; returns their number.
+
+    A live bar on a terminal, elsewhere a line every ten seconds.
+    """
+    count = done = 0
+    began = said = time.monotonic()
+    live = sys.stderr.isatty() and not quiet
+    with tqdm(total=total, desc="tokenize", unit="B", unit_scale=True, disable=not live) as bar:
+        for size in sizes:
             count += 1
+            done += size
+            bar.update(size)
+            now = time.monotonic()
+            if now - said > _SAY_EVERY and not live and not quiet:
+                meter = tqdm.format_meter(done, total, now - began, 0, unit="B", unit_scale=True)
+                print(f"tokenize: {meter}", flush=True)
+                said = now
     return count
 
 
@@ -248,18 +265,3 @@ def _join(
             "sha256": digest.hexdigest(),
         }
     return splits, max_token_id
-
-
-def _progress(total: int | None, quiet: bool) -> tqdm:
-    """A bar over bytes of text, with rate and time left: live on a terminal, else now and then."""
-    live = sys.stderr.isatty()
-    return tqdm(
-        total=total,
-        desc="tokenize",
-        unit="B",
-        unit_scale=True,
-        disable=quiet,
-        mininterval=0.5 if live else 10,
-        maxinterval=10 if live else 60,
-        ascii=None if live else True,
-    )
