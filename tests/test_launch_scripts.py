@@ -297,7 +297,7 @@ def test_the_quickstart_does_everything_once_and_in_order(tree: Tree) -> None:
         RECORD + 'case "$1" in\n'
         'export) mkdir -p "$4"; touch "$4/config.json" ;;\n'
         "generate) echo 'def main(self):' ;;\n"
-        'compare) mkdir -p "$5"; touch "$5/report.md" ;;\n'
+        'compare) mkdir -p "$5"; touch "$5/comparison.md" ;;\n'
         "esac\n",
         "tools",
     )

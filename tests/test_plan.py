@@ -15,12 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from relora.cli import main
-from relora.commands.plan import count_by_group, phases, short
+from relora.commands.plan import count_by_group, phases
 from relora.config import build_config, load_config
 from relora.data.prepare import prepare
 from relora.lora.config import LoRAConfig
 from relora.lora.inject import add_adapters
 from relora.model import ModelConfig, build_meta_model, count_parameters
+from relora.runtime.config import parse_count
+from relora.runtime.metrics import format_count
 
 ROOT = Path(__file__).parent.parent
 LLAMA = {
@@ -192,7 +194,7 @@ def test_prepared_shards_give_epochs(config: Path, capsys: pytest.CaptureFixture
     steps = 3 * tokens // 256
     page = page_of(capsys, str(config), *data, f"train.steps={steps}")
     epochs = steps * 256 / tokens
-    assert f"{short(tokens)} training tokens: {epochs:.3g} epochs" in page
+    assert f"{format_count(tokens)} training tokens: {epochs:.3g} epochs" in page
     assert f"! the corpus is read {epochs:.2g} times" in page
 
 
@@ -272,9 +274,7 @@ def test_rounded_merges_are_warned_of(config: Path, capsys: pytest.CaptureFixtur
     ("count", "text"), [(0, "0"), (999, "999"), (1000, "1K"), (1_234_567, "1.23M"), (12e9, "12B")]
 )
 def test_counts_are_shortened_to_units_a_config_takes(count: float, text: str) -> None:
-    assert short(int(count)) == text
-    from relora.runtime.config import parse_count
-
+    assert format_count(int(count)) == text
     assert parse_count(text) == pytest.approx(count, rel=0.01)
 
 

@@ -131,6 +131,8 @@ def _header(config: Config, model: nn.Module, path: str) -> list[str]:
 
 
 def _timeline(config: Config) -> list[str]:
+    from relora.runtime.metrics import format_count
+
     lines = ["timeline             steps                 tokens    peak LR   then"]
     cut = phases(config)
     left_out = len(cut) - MAX_CYCLES
@@ -142,7 +144,7 @@ def _timeline(config: Config) -> list[str]:
         peak = max(config.learning_rate(step) for step in range(phase.start, phase.stop))
         lines.append(
             f"  {phase.name:<12} {phase.start:>9,} – {phase.stop:<9,} "
-            f"{short(phase.stop * config.tokens_per_step):>12} {peak:>10.2e}   {phase.ends_in}"
+            f"{format_count(phase.stop * config.tokens_per_step):>12} {peak:>10.2e}   {phase.ends_in}"
         )
     return lines
 
@@ -189,11 +191,13 @@ def _parameters(config: Config, model: nn.Module, shapes: dict[str, tuple[int, .
 
 
 def _budget(config: Config, parameters: int, devices: int, corpus: int | None) -> list[str]:
+    from relora.runtime.metrics import format_count
+
     batch, per_step = config.batch, config.tokens_per_step
     tokens = config.total_steps * per_step
     accumulation = batch.global_batch_size // (batch.micro_batch_size * devices)
     lines = [
-        f"tokens       {short(tokens)} = {config.total_steps:,} steps × {short(per_step)}, "
+        f"tokens       {format_count(tokens)} = {config.total_steps:,} steps × {format_count(per_step)}, "
         f"{tokens / parameters:.3g} per parameter",
         f"batch        {batch.global_batch_size:,} sequences of {config.data.sequence_length:,} = "
         f"{devices} {'rank' if devices == 1 else 'ranks'} × micro-batch {batch.micro_batch_size} "
@@ -202,7 +206,10 @@ def _budget(config: Config, parameters: int, devices: int, corpus: int | None) -
     ]
     if corpus is None:
         return [*lines, "corpus       not prepared yet: relora prepare counts its tokens"]
-    return [*lines, f"corpus       {short(corpus)} training tokens: {tokens / corpus:.3g} epochs"]
+    return [
+        *lines,
+        f"corpus       {format_count(corpus)} training tokens: {tokens / corpus:.3g} epochs",
+    ]
 
 
 def _warnings(
@@ -281,11 +288,3 @@ def _corpus_tokens(config: Config) -> int | None:
     if not (directory / "index.json").is_file():
         return None
     return read_index(directory)["splits"]["train"]["tokens"]
-
-
-def short(count: int) -> str:
-    """1234567 → 1.23M, with the units a config takes."""
-    for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("K", 10**3)):
-        if count >= size:
-            return f"{count / size:.3g}{unit}"
-    return str(count)
