@@ -407,7 +407,8 @@ exit "$code"
 """
 )
 FAKE_RANK = r"""#!/usr/bin/env bash
-echo "rank $RANK/$WORLD_SIZE local $LOCAL_RANK/$LOCAL_WORLD_SIZE at $MASTER_ADDR:$MASTER_PORT: $*" >>"$LOG"
+place="rank $RANK/$WORLD_SIZE local $LOCAL_RANK/$LOCAL_WORLD_SIZE"
+echo "$place at $MASTER_ADDR:$MASTER_PORT: $*" >>"$LOG"
 trap 'echo "rank $RANK stops" >>"$LOG"; stop=1' TERM
 [[ ${WAIT-} ]] || exit "${CODE-0}"
 while [[ ! ${stop-} ]]; do sleep 0.1; done

@@ -142,9 +142,10 @@ def _timeline(config: Config) -> list[str]:
                 lines.append(f"  … {left_out} more cycles …")
             continue
         peak = max(config.learning_rate(step) for step in range(phase.start, phase.stop))
+        tokens = format_count(phase.stop * config.tokens_per_step)
         lines.append(
-            f"  {phase.name:<12} {phase.start:>9,} – {phase.stop:<9,} "
-            f"{format_count(phase.stop * config.tokens_per_step):>12} {peak:>10.2e}   {phase.ends_in}"
+            f"  {phase.name:<12} {phase.start:>9,} – {phase.stop:<9,} {tokens:>12} {peak:>10.2e}   "
+            f"{phase.ends_in}"
         )
     return lines
 
@@ -197,8 +198,8 @@ def _budget(config: Config, parameters: int, devices: int, corpus: int | None) -
     tokens = config.total_steps * per_step
     accumulation = batch.global_batch_size // (batch.micro_batch_size * devices)
     lines = [
-        f"tokens       {format_count(tokens)} = {config.total_steps:,} steps × {format_count(per_step)}, "
-        f"{tokens / parameters:.3g} per parameter",
+        f"tokens       {format_count(tokens)} = {config.total_steps:,} steps × "
+        f"{format_count(per_step)}, {tokens / parameters:.3g} per parameter",
         f"batch        {batch.global_batch_size:,} sequences of {config.data.sequence_length:,} = "
         f"{devices} {'rank' if devices == 1 else 'ranks'} × micro-batch {batch.micro_batch_size} "
         f"× accumulation {accumulation}",
