@@ -6,6 +6,7 @@ A command's module is imported only when it runs, so that help and config errors
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -137,7 +138,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return getattr(import_module(f"relora.commands.{verb}"), verb)(**arguments) or 0
     except UserError as error:
-        print(f"relora: {error}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # one message a machine, not one a rank
+            print(f"relora: {error}", file=sys.stderr)
         return error.code
 
 

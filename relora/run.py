@@ -15,7 +15,7 @@ from relora.data.loader import eval_batches, train_batches
 from relora.data.shards import TokenShards
 from relora.errors import DataError, NumericsError
 from relora.lora.inject import adapted_layers, add_adapters, find_targets
-from relora.model import build_meta_model, build_model, count_parameters
+from relora.model import ModelConfig, build_meta_model, build_model, count_parameters
 from relora.restart import invariants
 from relora.restart.merge import init_adapters_, restart_
 from relora.runtime import zero
@@ -89,7 +89,13 @@ def _build_engine(
 
     Weights the source lacks are as at the start of the run; adapters it lacks are born.
     """
-    model = _first_model(config)
+    if source is None:
+        model = _first_model(config)
+    else:  # its structure is enough, and the run directory has that
+        structure = ModelConfig(
+            pretrained=config.run_dir, gradient_checkpointing=config.model.gradient_checkpointing
+        )
+        model = build_model(structure, config.seed)
     if config.clock.has_adapters(step):
         assert config.lora is not None
         add_adapters(model, config.lora)
@@ -109,7 +115,6 @@ def _build_engine(
 
 def _first_model(config: Config) -> Any:
     """The model at step 0: from scratch, from a transformers directory, or from another run."""
-
     pretrained = config.model.pretrained
     if pretrained is None or not is_subject(pretrained):
         return build_model(config.model, config.seed)
@@ -120,7 +125,6 @@ def _first_model(config: Config) -> Any:
 
 def train_run(run: Run, stop: StopRequest) -> bool:
     """Train until the end of the run or until asked to stop; True if the run is finished."""
-
     config, ranks, clock = run.config, run.ranks, run.config.clock
     batches = train_batches(
         run.shards.train,
@@ -151,6 +155,7 @@ def train_run(run: Run, stop: StopRequest) -> bool:
             _note_skipped(run, in_a_row)
             continue
         run.step += 1
+        run.metrics.bar(run.step, clock.total, f"loss {loss:.4f}")
 
         # What the clock says.
         if clock.is_birth(run.step):
@@ -261,7 +266,6 @@ def _log(run: Run, loss: float, lr: float, grad_norm: float) -> None:
         values["relora/cycle"] = config.clock.merges_before(run.step) + 1
     run.metrics.write(run.step, values)
     run.metrics.say(console.step_line(config.clock, run.step, values))
-    run.metrics.bar(run.step, config.clock.total, config.method)
 
 
 def _evaluate(run: Run) -> None:

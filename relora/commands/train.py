@@ -31,11 +31,12 @@ def train(config: Path, overrides: Sequence[str]) -> int:
     """
     settings = load_config(config, overrides)
 
-    from relora.runtime.distributed import read_ranks, read_world
+    from relora.runtime.distributed import read_rank, read_ranks, read_world
 
     check_world(settings, read_world())
     if is_finished(settings):
-        print(f"{settings.run_dir}: is finished ({settings.total_steps} steps); nothing to do")
+        if read_rank() == 0:
+            print(f"{settings.run_dir}: is finished ({settings.total_steps} steps); nothing to do")
         return 0
     check_model(settings)
 

@@ -83,6 +83,11 @@ def read_world() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def read_rank() -> int:
+    """This process's rank as the launcher's environment says."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def read_ranks() -> Ranks:
     """This process's place, from the launcher's environment; one lone rank without a launcher.
 
@@ -107,7 +112,7 @@ def read_ranks() -> Ranks:
     else:
         device = torch.device("cpu")
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
-    return Ranks(int(os.environ["RANK"]), world, local_rank, local_world, device)
+    return Ranks(read_rank(), world, local_rank, local_world, device)
 
 
 def lone_rank() -> Ranks:

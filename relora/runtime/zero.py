@@ -200,6 +200,8 @@ def _import_deepspeed() -> Any:
     """Import it quietly, on the accelerator that there is, with nothing left to compile."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     os.environ.setdefault("DS_BUILD_OPS", "0")
+    # What torch will drop some day is for DeepSpeed to mend; its users cannot.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import deepspeed
