@@ -56,7 +56,6 @@ class Run:
 
 def start_run(config: Config, shards: TokenShards, ranks: Ranks) -> Run:
     """Build the run as it was at its newest sound checkpoint, or at step 0."""
-
     checkpoint, complaints = newest_sound(config.run_dir, ranks)
     step = checkpoint.step if checkpoint else 0
     if checkpoint and checkpoint.state["data"] != shards.fingerprint:
@@ -184,7 +183,6 @@ def due(step: int, every: int | None) -> bool:
 
 def _give_birth(run: Run) -> None:
     """End the warm start: the same weights and moments in a new engine, with adapters beside."""
-
     began = time.perf_counter()
     frozen = _frozen_names(run.config)
     state = capture(run.places, lambda name: name not in frozen)
@@ -199,7 +197,6 @@ def _give_birth(run: Run) -> None:
 
 def _frozen_names(config: Config) -> set[str]:
     """Names of the weights that adapters freeze."""
-
     assert config.lora is not None
     targets = find_targets(build_meta_model(config.model), config.lora)
     return {f"{target}.weight" for target in targets}
@@ -207,7 +204,6 @@ def _frozen_names(config: Config) -> set[str]:
 
 def _restart(run: Run, batch: Tensor) -> None:
     """Merge, reinit, reset, and check that the function and all copies are what they must be."""
-
     config = run.config
     assert config.relora is not None
     began = time.perf_counter()
@@ -247,7 +243,6 @@ def _note_skipped(run: Run, in_a_row: int) -> None:
 
 def _log(run: Run, loss: float, lr: float, grad_norm: float) -> None:
     """The figures of this step, and the speed since the last log."""
-
     config = run.config
     seconds = sum(run.interval) / len(run.interval)
     run.interval.clear()
@@ -270,7 +265,6 @@ def _log(run: Run, loss: float, lr: float, grad_norm: float) -> None:
 
 def _evaluate(run: Run) -> None:
     """Loss on the validation split."""
-
     began = time.perf_counter()
     batches = eval_batches(
         run.shards.validation,
@@ -295,7 +289,6 @@ def _evaluate(run: Run) -> None:
 
 def _save(run: Run) -> None:
     """A checkpoint of this step, if there is none yet."""
-
     if run.saved_at == run.step:
         return
     state = {
