@@ -47,7 +47,7 @@ train() {
         echo "finished: runs/quickstart_$1"
         return
     fi
-    deepspeed --master_port "$(free_port)" --num_gpus "$DEVICES" \
+    deepspeed --master_port "$(free_port)" --num_gpus "$DEVICES" --quiet \
         --module relora train "$config" batch.micro_batch_size="$MICRO_BATCH"
 }
 

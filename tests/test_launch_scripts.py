@@ -288,8 +288,8 @@ def test_the_quickstart_does_everything_once_and_in_order(tree: Tree) -> None:
     # deepspeed leaves a finished run, relora's verbs what they are asked for
     tree.fake(
         "deepspeed",
-        RECORD + 'mkdir -p runs/"$(basename "$8" .yaml)"\n'
-        """echo '"status": "finished"' >runs/"$(basename "$8" .yaml)"/run_state.json\n""",
+        RECORD + 'mkdir -p runs/"$(basename "$9" .yaml)"\n'
+        """echo '"status": "finished"' >runs/"$(basename "$9" .yaml)"/run_state.json\n""",
         "tools",
     )
     tree.fake(
@@ -303,7 +303,7 @@ def test_the_quickstart_does_everything_once_and_in_order(tree: Tree) -> None:
     )
     done, log = tree.run("launch/quickstart.sh")
     assert done.returncode == 0, done.stderr
-    launcher = "deepspeed --master_port 12345 --num_gpus 2 --module relora train"
+    launcher = "deepspeed --master_port 12345 --num_gpus 2 --quiet --module relora train"
     assert [line for line in log if not line.startswith("python")] == [
         "relora prepare configs/quickstart_relora.yaml",
         f"{launcher} configs/quickstart_relora.yaml batch.micro_batch_size=16",
