@@ -1,0 +1,100 @@
+"""What the CPU tests claim, on a CUDA device: run with `bash launch/test.sh -m gpu`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.timeout(600),
+]
+
+CONFIG = """
+run_dir: {directory}/run
+model: {{config: {directory}/model.json}}
+data:
+  source: {{builtin: python, max_documents: 60}}
+  tokenizer: {{train: bpe, vocab_size: 512}}
+  sequence_length: 64
+  dir: {directory}/data
+  validation_fraction: 0.2
+batch: {{global_batch_size: 16, micro_batch_size: 4}}
+train: {{steps: 30, log_every: 1, eval_every: 10, save_every: 10}}
+optimizer: {{lr: 2e-3, weight_decay: 0.1}}
+schedule: {{warmup_steps: 3}}
+lora: {{rank: 8}}
+relora: {{cycle_steps: 6, rewarm_steps: 2, lr: 4e-3}}
+warm_start: {{steps: 8}}
+deepspeed: {{zero_stage: 0, precision: fp32}}
+"""
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama and 60 files of Python, prepared."""
+    from relora.cli import main
+
+    directory = tmp_path_factory.mktemp("gpu")
+    shape = {
+        "model_type": "llama",
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "intermediate_size": 160,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 128,
+    }
+    (directory / "model.json").write_text(json.dumps(shape))
+    (directory / "config.yaml").write_text(CONFIG.format(directory=directory))
+    assert main(["prepare", str(directory / "config.yaml")]) == 0
+    return directory
+
+
+def losses(workspace: Path, name: str, *overrides: str) -> list[float]:
+    """Train (or go on with) the run `name`; returns the losses of all its steps."""
+    from relora.cli import main
+
+    run = workspace / name
+    code = main(["train", str(workspace / "config.yaml"), f"run_dir={run}", *overrides])
+    assert code in (0, 75)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line["train/loss"] for line in lines if "train/loss" in line]
+
+
+def test_zero_stages_agree_in_fp32(workspace: Path) -> None:
+    reference = losses(workspace, "fp32-0")
+    assert len(reference) == 30
+    for stage in (1, 2, 3):
+        other = losses(workspace, f"fp32-{stage}", f"deepspeed.zero_stage={stage}")
+        np.testing.assert_allclose(other, reference, rtol=1e-4)
+
+
+def test_bf16_follows_fp32_on_every_stage(workspace: Path) -> None:
+    reference = losses(workspace, "fp32-0")
+    for stage in (0, 1, 2, 3):
+        other = losses(
+            workspace,
+            f"bf16-{stage}",
+            f"deepspeed.zero_stage={stage}",
+            "deepspeed.precision=bf16",
+        )
+        np.testing.assert_allclose(other, reference, rtol=2e-2)
+        assert other != reference, "bf16 had no effect"
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stop", [5, 8, 14, 15])
+def test_resuming_gives_the_losses_of_never_having_stopped(
+    workspace: Path, stage: int, stop: int
+) -> None:
+    options = [f"deepspeed.zero_stage={stage}", "deepspeed.precision=bf16"]
+    straight = losses(workspace, f"bf16-{stage}", *options)
+    losses(workspace, f"stopped-{stage}-{stop}", *options, f"train.stop_after={stop}")
+    resumed = losses(workspace, f"stopped-{stage}-{stop}", *options)
+    np.testing.assert_allclose(resumed, straight, rtol=1e-6)
