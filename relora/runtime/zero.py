@@ -166,7 +166,8 @@ def destroy(engine: Engine) -> None:
 def leave() -> None:
     """End the process group, so that no rank dies in the middle of the others' last messages."""
     if dist.is_initialized():
-        dist.destroy_process_group()
+        # DeepSpeed's own call also forgets the groups that it keeps for the next engine.
+        _import_deepspeed().comm.destroy_process_group()
 
 
 def _step_unsharded(engine: Engine, grad_clip: float | None) -> tuple[float, bool]:
