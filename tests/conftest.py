@@ -1,0 +1,32 @@
+"""What several test files share."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Sizes that nothing divides: shards of ZeRO are padded, and a group's last rank gets less.
+TINY_LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 61,
+    "hidden_size": 18,
+    "intermediate_size": 35,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 32,
+    "initializer_range": 0.2,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A config JSON of a Llama with about 8,000 parameters."""
+    path = tmp_path_factory.mktemp("models") / "tiny_llama.json"
+    path.write_text(json.dumps(TINY_LLAMA))
+    return path

@@ -1,0 +1,693 @@
+"""Runs of `relora.run` under real ranks against a float64 reference of the whole algorithm.
+
+Everything is compared after every update: losses, gradient norms, what the forward pass reads, the
+optimizer's masters, both moments; so also one and two updates after each merge, when a stale copy
+would come back. Largest relative deviations, measured over 17 updates with 3 merges:
+
+                              loss    weights, A    B        first, second moments
+    fp32, ZeRO 0–3, 1–2 ranks 1.5e-7  2e-7, 4e-7    2e-6     4e-6, 6e-6
+    everything in float64     4e-16   1e-15         2e-14    1e-14, 2e-14
+
+Pooled over all tensors of a role. Single tensors of B reach 1.6e-5 in fp32 in the first updates
+after a restart: there Adam divides a gradient by itself, so entries whose gradient is rounding
+noise move by a full step of noise. In float64 the same entries agree to 2e-14.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import product
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import reference
+import torch
+import torch.distributed as dist
+from conftest import TINY_LLAMA
+from ranks import Outcomes, Scenario, run_ranks
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from relora.config import Config, build_config
+from relora.data.loader import train_batches
+from relora.lora.inject import find_targets
+from relora.lora.layers import delta_rows
+from relora.model import ModelConfig, build_model, load_model_config
+from relora.restart import invariants, merge
+from relora.restart.reinit import draw_a
+from relora.runtime import zero
+from relora.runtime.places import Place
+
+SEQUENCE = 12
+GLOBAL_BATCH = 4
+MERGES = (7, 11, 15)
+BIRTH = 3
+FP32, FP32_MOMENTS = 1e-5, 5e-5  # all tensors of a role together
+FP32_ONE_PARAMETER, FP32_ONE_MOMENT = 5e-5, 2e-4
+# Rounding W anew at a merge moves the logits of a model of width 18 by 2.6 % of the largest.
+BF16 = {"deepspeed__precision": "bf16", "relora__tolerance": 0.1}
+
+
+def settings(model: str, run_dir: str, changes: dict[str, Any]) -> Config:
+    """The run of all tests here: 3 steps of warm start, merges after 7, 11 and 15, two more."""
+    values: dict[str, Any] = {
+        "run_dir": run_dir,
+        "seed": 5,
+        "model": {"config": model},
+        "data": {
+            "source": "python",
+            "tokenizer": {"path": "by hand"},
+            "sequence_length": SEQUENCE,
+        },
+        "batch": {"global_batch_size": GLOBAL_BATCH, "micro_batch_size": GLOBAL_BATCH},
+        "train": {"steps": 17},
+        "optimizer": {"lr": 5e-3, "weight_decay": 0.1, "grad_clip": 1.0, "eps": 1e-6},
+        "schedule": {"warmup_steps": 2, "min_lr_ratio": 0.1},
+        "lora": {"rank": 3, "alpha": 4.5},
+        "relora": {"cycle_steps": 4, "rewarm_steps": 2, "lr": 1e-2},
+        "warm_start": {"steps": 3},
+        "deepspeed": {"zero_stage": 1, "precision": "fp32"},
+    }
+    for path, value in changes.items():
+        *sections, key = path.split(".")
+        node = values
+        for section in sections:
+            node = node[section]
+        node[key] = value
+    return build_config(values, "test")
+
+
+def shards() -> SimpleNamespace:
+    """Prepared data, made by hand."""
+    tokens = np.random.default_rng(0).integers(0, TINY_LLAMA["vocab_size"], 2000).astype(np.uint16)
+    return SimpleNamespace(
+        train=tokens,
+        validation=tokens[: 4 * SEQUENCE],
+        vocab_size=TINY_LLAMA["vocab_size"],
+        fingerprint="by hand",
+        directory=Path("by hand"),
+    )
+
+
+def make_run_dir(config: Config, ranks: Any) -> None:
+    """What `relora train` leaves there before it starts the run, as far as the run needs it."""
+    if ranks.is_main:
+        load_model_config(config.model).save_pretrained(config.run_dir / "model")
+    ranks.barrier()
+
+
+# --- on the ranks ---------------------------------------------------------------------------------
+
+
+def train_recorded(
+    ranks: Any, model: str, run_dir: str, changes: dict[str, Any], mutant: str | None = None
+) -> dict[str, Any]:
+    """Train through `relora.run`, and record what every update left where."""
+    import relora.run as under_test
+
+    config = settings(model, run_dir, changes)
+    make_run_dir(config, ranks)
+    record: dict[str, Any] = {"losses": [], "norms": [], "rates": [], "states": [], "replicas": []}
+    record |= {"unmerged": {}, "probes": []}
+    with pytest.MonkeyPatch.context() as patch:
+        if mutant is not None:
+            MUTANTS[mutant](patch)
+        real_step, real_restart = zero.train_step, under_test.restart_
+
+        def step(engine: Any, batches: Any, loss_of: Any, rate: float, clip: float) -> Any:
+            remember(run, record)
+            result = real_step(engine, batches, loss_of, rate, clip)
+            record["losses"].append(ranks.sum([result.loss / ranks.world])[0])
+            record["norms"].append(result.grad_norm)
+            record["rates"].append(rate)
+            return result
+
+        def restart(*args: Any) -> Any:
+            pairs = [(p.name, whole(p.param)) for p in run.places]
+            record["unmerged"][run.step] = {name: t.double().numpy() for name, t in pairs}
+            return real_restart(*args)
+
+        patch.setattr(zero, "train_step", step)
+        patch.setattr(under_test, "restart_", restart)
+        run = under_test.start_run(config, shards(), ranks)  # type: ignore[arg-type]
+        assert under_test.train_run(run, False)  # type: ignore[arg-type]
+        remember(run, record)
+        run.metrics.close()
+        zero.destroy(run.engine)
+    if ranks.is_main:
+        for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines():
+            logged = json.loads(line)
+            record["probes"] += [v for k, v in logged.items() if k == "relora/probe_deviation"]
+    if not ranks.is_main:
+        record["states"] = record["unmerged"] = None
+    return record
+
+
+def remember(run: Any, record: dict[str, Any]) -> None:
+    """Everything after this step, whole tensors by (name, kind)."""
+    state, replica = {}, hashlib.sha256()
+    trainable = []
+    for place in run.places:
+        for kind, tensor in copies(place.param).items():
+            state[place.name, kind] = tensor
+            replica.update(tensor.view(torch.uint8).numpy().tobytes())
+        if place.flat is not None:
+            trainable.append(place)
+        elif place.remainder is not None:
+            state[place.name, "exact"] = run.places.gather([place], "value")[0]
+    for kind in ("exp_avg", "exp_avg_sq"):
+        tensors = run.places.gather(trainable, kind)
+        state |= {(p.name, kind): t for p, t in zip(trainable, tensors, strict=True)}
+    # numpy, because torch would pickle a tensor by its dtype's name; see `in_float64`.
+    record["states"].append({key: tensor.double().numpy() for key, tensor in state.items()})
+    record["replicas"].append(replica.hexdigest())
+
+
+def copies(param: Any) -> dict[str, Tensor]:
+    """`live`: what a forward pass reads now; `shards`: of ZeRO 3; `master`: what Adam updates.
+
+    Read without the code under test, and without DeepSpeed's gathering, which would refresh what
+    is stale.
+    """
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    found = {"live": whole(param)}
+    if hasattr(param, "ds_id") and param.ds_status.name == "AVAILABLE":
+        found["shards"], found["live"] = found["live"], param.data.detach().clone()
+    if param.requires_grad and (hasattr(param, "ds_id") or hasattr(param, "_hp_mapping")):
+        found["master"] = safe_get_full_fp32_param(param).detach().clone()
+    return found
+
+
+def whole(param: Any) -> Tensor:
+    """A parameter from the shards of ZeRO 3, or as it is."""
+    if not hasattr(param, "ds_id"):
+        return param.detach().clone()
+    shard = param.ds_tensor.data
+    parts = [torch.empty_like(shard) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, shard.contiguous())
+    return torch.cat(parts)[: param.ds_numel].view(param.ds_shape).clone()
+
+
+def _while_restarting(patch: pytest.MonkeyPatch, owner: Any, name: str, broken: Any) -> None:
+    """Break something for the duration of each restart, and look away."""
+    import relora.run as under_test
+
+    real = under_test.restart_
+
+    def restart(*args: Any) -> Any:
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(owner, name, broken)
+            return real(*args)
+
+    patch.setattr(under_test, "restart_", restart)
+    patch.setattr(invariants, "check_copies", lambda *_: None)
+    patch.setattr(invariants, "check_function", lambda *_: 0.0)
+
+
+def _live_only(place: Place, read: Callable[[int, int], Tensor]) -> None:
+    if place.live.numel():
+        place.write_live_(read(place.live_start, place.live_stop))
+
+
+def _master_only(place: Place, read: Callable[[int, int], Tensor]) -> None:
+    assert place.master is not None
+    place.master.copy_(read(place.start, place.start + place.count))
+
+
+def _unscaled(a: Tensor, b: Tensor, _: float, *rest: Any) -> Tensor:
+    return delta_rows(a, b, 1.0, *rest)
+
+
+MUTANTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "writes miss the masters": lambda p: _while_restarting(p, Place, "write_pieces_", _live_only),
+    "writes miss the weights": lambda p: _while_restarting(p, Place, "write_pieces_", _master_only),
+    "merges forget the scale": lambda p: _while_restarting(p, merge, "delta_rows", _unscaled),
+}
+
+
+class CountReductions(TorchDispatchMode):
+    """Entries that went through collectives which add up, whoever called them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entries: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d" and "reduce" in func.name():
+            tensors = [t for t in tree_leaves(args) if isinstance(t, Tensor)]
+            self.entries.append((func.name(), sum(t.numel() for t in tensors)))
+        return func(*args, **(kwargs or {}))
+
+
+def count_reductions(
+    ranks: Any, model: str, run_dir: str, changes: dict[str, Any]
+) -> list[list[tuple[str, int]]]:
+    """The reductions of each update of a run."""
+    import relora.run as under_test
+
+    config = settings(model, run_dir, changes)
+    make_run_dir(config, ranks)
+    counts, real_step = [], zero.train_step
+
+    def step(*args: Any) -> Any:
+        with CountReductions() as counter:
+            result = real_step(*args)
+        counts.append(counter.entries)
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(zero, "train_step", step)
+        run = under_test.start_run(config, shards(), ranks)  # type: ignore[arg-type]
+        under_test.train_run(run, False)  # type: ignore[arg-type]
+        run.metrics.close()
+        zero.destroy(run.engine)
+    return counts
+
+
+def in_float64() -> None:
+    """Make fp32 mean fp64 in this process, before DeepSpeed is imported.
+
+    Engines of every stage, their flat buffers, masters and moments, and transformers' fp32 islands
+    (norms, rotations, the loss) then are float64, and so is all of relora, unchanged.
+    """
+    import relora.run as under_test
+
+    torch.float32 = torch.float = torch.float64  # type: ignore[misc]
+    torch.Tensor.float = torch.Tensor.double  # type: ignore[method-assign]
+    real_model, real_adapters = under_test.build_model, under_test.add_adapters
+
+    def add_adapters(model: Any, config: Any) -> list[str]:
+        names = real_adapters(model, config)
+        model.double()
+        return names
+
+    under_test.build_model = lambda *args: real_model(*args).double()
+    under_test.add_adapters = add_adapters
+
+
+# --- here -----------------------------------------------------------------------------------------
+
+
+def run_reference(model: str, changes: dict[str, Any]) -> reference.History:
+    """The reference's run of the same settings on the same batches."""
+    config = settings(model, "unused", changes)
+    plain = build_model(config.model, config.seed)
+    assert config.lora is not None
+    stream = train_batches(
+        shards().train,
+        sequence_length=SEQUENCE,
+        global_batch=GLOBAL_BATCH,
+        micro_batch=GLOBAL_BATCH,
+        rank=0,
+        world=1,
+        seed=config.seed,
+    )
+    values = config.model_dump()
+    method = reference.Method(
+        total=values["train"]["steps"],
+        warmup=values["schedule"]["warmup_steps"],
+        low=values["schedule"]["min_lr_ratio"],
+        lr=values["optimizer"]["lr"],
+        betas=values["optimizer"]["betas"],
+        eps=values["optimizer"]["eps"],
+        weight_decay=values["optimizer"]["weight_decay"],
+        clip=values["optimizer"]["grad_clip"],
+        birth=values["warm_start"]["steps"] if values["warm_start"] else 0,
+        rank=values["lora"]["rank"],
+        scale=values["lora"]["alpha"] / values["lora"]["rank"],
+    )
+    if values["relora"]:
+        method.cycle = values["relora"]["cycle_steps"]
+        method.rewarm = values["relora"]["rewarm_steps"]
+        method.relora_lr = values["relora"]["lr"]
+        method.adam_step = values["relora"]["reset"]["adam_step"]
+    return reference.train(
+        {name: p.detach() for name, p in plain.named_parameters()},
+        find_targets(plain, config.lora),
+        [next(stream)[0] for _ in range(method.total)],
+        method,
+        TINY_LLAMA,
+        lambda shape, merge, name: draw_a(torch.Size(shape), config.seed, merge, name),
+    )
+
+
+def deviations(run: dict[str, Any], truth: reference.History) -> dict[str, float]:
+    """The largest relative deviation of each kind of number, over all steps.
+
+    Of tensors: ‖run − reference‖ / ‖reference‖, of each single one (`one parameter`, `one moment`)
+    and of all of a role together: kind/lora_A, kind/lora_B, kind/weights.
+    """
+    worst: dict[str, float] = defaultdict(float)
+    for kind, right in {"losses": truth.losses, "norms": truth.norms, "rates": truth.rates}.items():
+        for a, b in zip(run[kind], right, strict=True):
+            worst[kind] = max(worst[kind], abs(a - b) / max(b, 1e-30))
+    for state, expected in zip(run["states"], truth.states, strict=True):
+        assert {name for name, _ in state} == set(expected.values)
+        pools: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+        for (name, kind), tensor in state.items():
+            right = expected_of(expected, name, kind)
+            pair = [float(np.linalg.norm(tensor - right)) ** 2, float(np.linalg.norm(right)) ** 2]
+            last = name.rpartition(".")[2]
+            pool = pools[f"{kind}/{last if last.startswith('lora') else 'weights'}"]
+            pool[:] = [pool[0] + pair[0], pool[1] + pair[1]]
+            single = "one moment" if kind.startswith("exp") else "one parameter"
+            worst[single] = max(worst[single], ratio(*pair))
+        for pool_name, pair in pools.items():
+            worst[pool_name] = max(worst[pool_name], ratio(*pair))
+    return dict(worst)
+
+
+def expected_of(state: reference.State, name: str, kind: str) -> np.ndarray:
+    """The reference's tensor for one of the kinds that `remember` records."""
+    if kind == "exp_avg":
+        return state.moments[name].m.numpy()
+    if kind == "exp_avg_sq":
+        return state.moments[name].v.numpy()
+    return state.values[name].numpy()
+
+
+def ratio(difference: float, size: float) -> float:
+    """√(difference / size), and 0 where both vanish."""
+    return (difference / size) ** 0.5 if size else (float("inf") if difference else 0.0)
+
+
+STAGES = (0, 1, 2, 3)
+
+
+@pytest.fixture(scope="module")
+def truth(tiny_llama: Path) -> Callable[..., reference.History]:
+    """The reference's history for some settings, computed once."""
+    done: dict[str, reference.History] = {}
+
+    def get(**changes: Any) -> reference.History:
+        dotted = {key.replace("__", "."): value for key, value in changes.items()}
+        key = json.dumps(dotted, sort_keys=True)
+        if key not in done:
+            done[key] = run_reference(str(tiny_llama), dotted)
+            # The masks are the run's as long as its rounding errors cannot change the order.
+            assert min(done[key].gaps, default=1.0) > 1e-4
+        return done[key]
+
+    return get
+
+
+def scenario(name: str, model: Path, root: Path, mutant: str | None = None, **changes: Any) -> Any:
+    """A recorded run with these settings."""
+    dotted = {key.replace("__", "."): value for key, value in changes.items()}
+    args = (str(model), str(root / name.replace(" ", "_")), dotted, mutant)
+    return Scenario(name, train_recorded, args)
+
+
+@pytest.fixture(scope="module")
+def lone(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+    """Runs on 1 rank."""
+    root = tmp_path_factory.mktemp("lone")
+    make = partial(scenario, model=tiny_llama, root=root)
+    wanted = [make(f"fp32 {s}", deepspeed__zero_stage=s) for s in STAGES]
+    wanted += [make("fp32 2 accumulated", deepspeed__zero_stage=2, batch__micro_batch_size=1)]
+    wanted += [make("plain LoRA", relora=None, deepspeed__zero_stage=2)]
+    wanted += [make(f"mutant: {name}", mutant=name) for name in MUTANTS]
+    wanted += [make("mutant: two masks", relora__reset={"masks": "independent"})]
+    return run_ranks(1, wanted, 240)
+
+
+@pytest.fixture(scope="module")
+def pair(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+    """Runs on 2 ranks, with 2 micro-batches each per update."""
+    root = tmp_path_factory.mktemp("pair")
+    make = partial(scenario, model=tiny_llama, root=root, batch__micro_batch_size=1)
+    wanted = [make(f"fp32 {s}", deepspeed__zero_stage=s) for s in STAGES]
+    wanted += [make("fp32 from scratch", warm_start=None, deepspeed__zero_stage=3)]
+    wanted += [make(f"bf16 {s}", deepspeed__zero_stage=s, **BF16) for s in STAGES]
+    for stage in STAGES:
+        for micro in (1, 4):
+            name = f"reductions {stage} {4 // micro}"
+            changes = {
+                "deepspeed.zero_stage": stage,
+                "batch.micro_batch_size": micro,
+                "batch.global_batch_size": 8,
+                "warm_start": None,
+                "train.steps": 5,
+            }
+            args = (str(tiny_llama), str(root / name.replace(" ", "_")), changes)
+            wanted.append(Scenario(name, count_reductions, args))
+    return run_ranks(2, wanted, 300)
+
+
+@pytest.fixture(scope="module")
+def doubled(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+    """Runs on 2 ranks with 2 micro-batches in which every fp32 is a float64."""
+    root = tmp_path_factory.mktemp("doubled")
+    make = partial(scenario, model=tiny_llama, root=root, batch__micro_batch_size=1)
+    wanted = [make(f"fp64 {s}", deepspeed__zero_stage=s) for s in STAGES]
+    for stage in (1, 3):
+        changes = {"relora__reset": {"adam_step": True}, "deepspeed__zero_stage": stage}
+        wanted.append(make(f"fp64 {stage} adam_step", **changes))
+    return run_ranks(2, wanted, 240, prepare=in_float64)
+
+
+def test_reference_forward_is_transformers_llama(tiny_llama: Path) -> None:
+    model = build_model(ModelConfig(config=tiny_llama), seed=1)
+    tokens = torch.from_numpy(shards().train[:48].astype(np.int64)).view(4, 12)
+    values = {name: p.detach().double() for name, p in model.named_parameters()}
+    mine = reference.llama_logits(
+        tokens, values, lambda name, x: x @ values[f"{name}.weight"].t(), TINY_LLAMA
+    )
+    with torch.no_grad():
+        theirs = model(input_ids=tokens, labels=tokens)
+    assert (mine - theirs.logits).abs().max() < 3e-6 * mine.abs().max()
+    assert abs(reference.next_token_loss(mine, tokens) - theirs.loss) < 1e-6
+
+
+def test_the_settings_exercise_what_they_should(truth: Any) -> None:
+    history = truth()
+    assert sorted(history.unmerged) == list(MERGES)
+    assert any(n > 1.0 for n in history.norms), "clipping acts"
+    assert [history.rates[k] for k in MERGES] == [0.0, 0.0, 0.0]
+    assert len(truth(warm_start=None).unmerged) == 4
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("world", [1, 2])
+def test_fp32_equals_the_reference(
+    world: int, stage: int, lone: Outcomes, pair: Outcomes, truth: Any
+) -> None:
+    run = (lone if world == 1 else pair)[f"fp32 {stage}"][0]
+    check_fp32(deviations(run, truth()), f"fp32, {world} ranks, ZeRO {stage}")
+    if stage > 0:
+        assert "master" in {kind for _, kind in run["states"][BIRTH]}
+
+
+def check_fp32(found: dict[str, float], where: str) -> None:
+    """Within what fp32 leaves, and printed (pytest -s shows it)."""
+    print(where, {kind: f"{value:.1e}" for kind, value in sorted(found.items())})
+    assert found["one parameter"] < FP32_ONE_PARAMETER, (where, found)
+    assert found["one moment"] < FP32_ONE_MOMENT, (where, found)
+    for kind, value in found.items():
+        if not kind.startswith("one "):
+            assert value < (FP32_MOMENTS if kind.startswith("exp") else FP32), (where, kind, found)
+
+
+def test_accumulating_on_one_rank_equals_the_reference(lone: Outcomes, truth: Any) -> None:
+    check_fp32(deviations(lone["fp32 2 accumulated"][0], truth()), "fp32, 4 accumulated, ZeRO 2")
+
+
+def test_without_warm_start_equals_the_reference(pair: Outcomes, truth: Any) -> None:
+    found = deviations(pair["fp32 from scratch"][0], truth(warm_start=None))
+    check_fp32(found, "fp32, S = 0, ZeRO 3")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_float64_equals_the_reference_to_rounding(
+    stage: int, doubled: Outcomes, truth: Any
+) -> None:
+    found = deviations(doubled[f"fp64 {stage}"][0], truth())
+    print(f"fp64, ZeRO {stage}", {kind: f"{value:.1e}" for kind, value in sorted(found.items())})
+    assert max(found.values()) < 1e-12, found
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_reset_of_adam_step_equals_the_reference(stage: int, doubled: Outcomes, truth: Any) -> None:
+    history = truth(relora__reset={"adam_step": True})
+    found = deviations(doubled[f"fp64 {stage} adam_step"][0], history)
+    assert max(found.values()) < 1e-12, found
+    assert deviations(doubled[f"fp64 {stage} adam_step"][0], truth())["live/lora_B"] > 1e-2
+
+
+@pytest.mark.parametrize("mutant", [*MUTANTS, "two masks"])
+def test_the_comparison_notices(mutant: str, lone: Outcomes, truth: Any) -> None:
+    found = deviations(lone[f"mutant: {mutant}"][0], truth())
+    print(mutant, {kind: f"{value:.1e}" for kind, value in sorted(found.items())})
+    assert found["live/lora_B"] > 1000 * FP32
+
+
+def every_run(lone: Outcomes, pair: Outcomes) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """All runs with merges that must be right, by name: what each rank returned."""
+    for stage in STAGES:
+        yield f"fp32, 1 rank, ZeRO {stage}", lone[f"fp32 {stage}"]
+        yield f"fp32, 2 ranks, ZeRO {stage}", pair[f"fp32 {stage}"]
+        yield f"bf16, 2 ranks, ZeRO {stage}", pair[f"bf16 {stage}"]
+
+
+def test_ranks_hold_the_same_bits_after_every_update(lone: Outcomes, pair: Outcomes) -> None:
+    for name, results in every_run(lone, pair):
+        for result in results[1:]:
+            assert result["replicas"] == results[0]["replicas"], name
+
+
+def test_nothing_moves_in_an_update_of_learning_rate_zero_after_a_merge(
+    lone: Outcomes, pair: Outcomes
+) -> None:
+    for name, (run, *_) in every_run(lone, pair):
+        for merge_step in MERGES:
+            assert run["rates"][merge_step] == 0
+            before, after = run["states"][merge_step], run["states"][merge_step + 1]
+            for (tensor, kind), values in before.items():
+                if not kind.startswith("exp"):
+                    message = f"{name}: {kind} of {tensor} after merge at {merge_step}"
+                    np.testing.assert_array_equal(values, after[tensor, kind], message)
+
+
+def test_masters_weights_and_shards_are_equal_after_every_update(
+    lone: Outcomes, pair: Outcomes
+) -> None:
+    for name, (run, *_) in every_run(lone, pair):
+        for step, state in enumerate(run["states"]):
+            for (tensor, kind), values in state.items():
+                if kind in ("master", "shards"):
+                    message = f"{name}: {kind} of {tensor} after {step}"
+                    np.testing.assert_array_equal(values, state[tensor, "live"], message)
+
+
+def test_a_merge_adds_what_the_adapters_computed(lone: Outcomes, pair: Outcomes) -> None:
+    """In bf16 too, entry by entry, to the rounding of one fp32 sum of r + 1 terms."""
+    scale = 1.5
+    for name, (run, *_) in every_run(lone, pair):
+        kind = "exact" if name.startswith("bf16") else "live"
+        for merge_step in MERGES:
+            before, after = run["states"][merge_step - 1], run["states"][merge_step]
+            for target in targets_of(after):
+                a = run["unmerged"][merge_step][f"{target}.lora_A"]
+                b = run["unmerged"][merge_step][f"{target}.lora_B"]
+                weight = before[f"{target}.weight", kind]
+                moved = after[f"{target}.weight", kind] - (weight + scale * b @ a)
+                bound = 2.0**-23 * (np.abs(weight) + 4 * scale * np.abs(b) @ np.abs(a))
+                assert (np.abs(moved) <= bound).all(), (name, merge_step, target)
+                assert not after[f"{target}.lora_B", "live"].any()
+
+
+def targets_of(state: dict[tuple[str, str], np.ndarray]) -> list[str]:
+    """Names of the adapted layers."""
+    return [name.removesuffix(".lora_A") for name, kind in state if (name[-7:], kind) == A_LIVE]
+
+
+A_LIVE = (".lora_A", "live")
+
+
+def test_one_merge_changes_no_logits(lone: Outcomes, truth: Any) -> None:
+    history = truth()
+    tokens = torch.from_numpy(shards().train[:48].astype(np.int64)).view(4, 12)
+    for stage in STAGES:
+        run = lone[f"fp32 {stage}"][0]
+        for number, merge_step in enumerate(MERGES):
+            names = history.states[merge_step].values
+            before, after = (
+                reference.State({n: torch.from_numpy(values[n]) for n in names}, {})
+                for values in (
+                    run["unmerged"][merge_step],
+                    {n: run["states"][merge_step][n, "live"] for n in names},
+                )
+            )
+            method = reference.Method(1, 0, 0, 1, (0, 0), 0, 0, 1, scale=1.5)
+            old, new = (reference.logits_of(s, tokens, method, TINY_LLAMA) for s in (before, after))
+            assert (new - old).norm() < 1e-6 * old.norm()
+            # As the engine computed it, forward pass in fp32 and all:
+            assert run["probes"][number] < 1e-5
+
+
+@pytest.mark.parametrize("name", ["fp32", "fp64"])
+def test_the_rank_grows_from_cycle_to_cycle(name: str, lone: Outcomes, doubled: Outcomes) -> None:
+    rank = 3
+    for stage in STAGES:
+        states = (lone if name == "fp32" else doubled)[f"{name} {stage}"][0]["states"]
+        for target in targets_of(states[-1]):
+            weights = [states[step][f"{target}.weight", "live"] for step in (BIRTH, *MERGES)]
+            limit = min(weights[0].shape)
+            ranks = [
+                numerical_rank(weights[n] - weights[0], weights[0], n, name) for n in (1, 2, 3)
+            ]
+            assert ranks == [min(rank * n, limit) for n in (1, 2, 3)], (stage, target)
+
+
+def numerical_rank(update: np.ndarray, weight: np.ndarray, merges: int, precision: str) -> int:
+    """Singular values above what rounding the weight once per merge can make.
+
+    Each merge rounds every entry by at most u·|w|, so the error matrix has a Frobenius norm, and
+    all the more a largest singular value, of at most merges·u·‖W‖ (twice that, as s·B·A is rounded
+    too). By Weyl's inequality no singular value beyond the true rank is larger.
+    """
+    unit = 2.0**-24 if precision == "fp32" else 2.0**-53
+    values = np.linalg.svd(update, compute_uv=False)
+    return int((values > 2 * merges * unit * np.linalg.norm(weight)).sum())
+
+
+def test_with_lora_alone_the_rank_stays(lone: Outcomes, truth: Any) -> None:
+    run = lone["plain LoRA"][0]
+    check_fp32(deviations(run, truth(relora=None)), "plain LoRA, ZeRO 2")
+    born, end = run["states"][BIRTH], run["states"][-1]
+    for target in targets_of(end):
+        weight = end[f"{target}.weight", "live"]
+        np.testing.assert_array_equal(weight, born[f"{target}.weight", "live"])
+        a, b = end[f"{target}.lora_A", "live"], end[f"{target}.lora_B", "live"]
+        update = (weight + 1.5 * b @ a).astype(np.float32).astype(np.float64) - weight
+        assert numerical_rank(update, weight, 1, "fp32") == 3
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_bf16_follows_the_reference(stage: int, pair: Outcomes, truth: Any) -> None:
+    run = pair[f"bf16 {stage}"][0]
+    for state in run["states"][BIRTH:]:
+        for target in targets_of(state):  # the weight is bf16 and a remainder: compare their sum
+            state[f"{target}.weight", "live"] = state.pop((f"{target}.weight", "exact"))
+    found = deviations(run, truth())
+    print(f"bf16, ZeRO {stage}", {kind: f"{value:.1e}" for kind, value in sorted(found.items())})
+    assert found["losses"] < 1e-2, found
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_accumulation_reduces_once_per_update(stage: int, pair: Outcomes) -> None:
+    once, accumulated = (pair[f"reductions {stage} {count}"][0] for count in (1, 4))
+    assert sum(size for _, size in once[-1]) > 0
+    assert once[1:] == accumulated[1:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("world", [1, 2])
+def test_the_whole_matrix_equals_the_reference(
+    world: int, double: bool, tiny_llama: Path, tmp_path: Path, truth: Any
+) -> None:
+    """ZeRO 0–3 × with and without accumulation × with and without warm start."""
+    wanted = {}
+    for stage, micro, warm in product(STAGES, (1, GLOBAL_BATCH // world), ({"steps": 3}, None)):
+        name = f"{stage} {micro} {warm}"
+        changes = {"batch__micro_batch_size": micro, "deepspeed__zero_stage": stage}
+        made = scenario(name, tiny_llama, tmp_path, warm_start=warm, **changes)
+        wanted[name] = (made, truth(warm_start=warm))
+    scenarios = [made for made, _ in wanted.values()]
+    outcomes = run_ranks(world, scenarios, 280, prepare=in_float64 if double else None)
+    for name, (_, history) in wanted.items():
+        found = deviations(outcomes[name][0], history)
+        if double:
+            assert max(found.values()) < 1e-12, (name, found)
+        else:
+            check_fp32(found, name)
