@@ -642,7 +642,10 @@ def numerical_rank(update: np.ndarray, weight: np.ndarray, merges: int, precisio
 
 def test_with_lora_alone_the_rank_stays(lone: Outcomes, truth: Any) -> None:
     run = lone["plain LoRA"][0]
-    check_fp32(deviations(run, truth(relora=None)), "plain LoRA, ZeRO 2")
+    found = deviations(run, truth(relora=None))
+    # Without a rewarm B's first update is a full step in the direction of sign(gradient).
+    assert found["live/lora_B"] < FP32_ONE_PARAMETER, found
+    assert max(found[kind] for kind in ("losses", "live/weights", "live/lora_A")) < FP32, found
     born, end = run["states"][BIRTH], run["states"][-1]
     for target in targets_of(end):
         weight = end[f"{target}.weight", "live"]
@@ -660,7 +663,12 @@ def test_bf16_follows_the_reference(stage: int, pair: Outcomes, truth: Any) -> N
             state[f"{target}.weight", "live"] = state.pop((f"{target}.weight", "exact"))
     found = deviations(run, truth())
     print(f"bf16, ZeRO {stage}", {kind: f"{value:.1e}" for kind, value in sorted(found.items())})
-    assert found["losses"] < 1e-2, found
+    # Products are rounded to 2⁻⁹ = 2e-3: measured are 1e-3, 2.5e-3, 6e-3 and 0.12. B is a handful of
+    # steps old, each near ±(learning rate), and some of those signs are noise.
+    assert found["losses"] < 5e-3, found
+    assert found["live/weights"] < 1e-2, found
+    assert found["live/lora_A"] < 2e-2, found
+    assert found["live/lora_B"] < 0.3, found
 
 
 @pytest.mark.parametrize("stage", STAGES)
