@@ -46,7 +46,8 @@ def keep_masks(
         ]
     else:
         assert moments, "magnitude needs the moments"
-        scores = [moment.flatten().abs() for moment in moments]
+        used = moments if config.masks == "independent" else moments[:1]
+        scores = [moment.flatten().abs() for moment in used]
     masks = [keep_largest(score, numel - zeroed) for score in scores]
     return masks[0], masks[-1]
 

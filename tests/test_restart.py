@@ -1,0 +1,340 @@
+"""A restart's parts: exact bf16 merges, draws of A, masks, and the invariants that watch them."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ranks import Outcomes, Scenario, run_ranks
+from test_method_reference import make_run_dir, shards
+from test_method_reference import settings as config_of
+from torch import Tensor
+
+from relora.errors import NumericsError
+from relora.restart.config import ResetConfig
+from relora.restart.invariants import check_copies, check_function
+from relora.restart.merge import restart_
+from relora.restart.reinit import draw_a
+from relora.restart.reset import keep_masks
+from relora.runtime.places import join_bf16, split_fp32
+
+# --- bf16 and a remainder ------------------------------------------------------------------------
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The bit patterns of fp32 values."""
+    return tensor.view(torch.int32)
+
+
+def ulp_bf16(values: np.ndarray) -> np.ndarray:
+    """Distance of neighbouring bf16 numbers around fp32 values, subnormal ones included."""
+    exponent = np.maximum(np.frexp(np.abs(values.astype(np.float64)))[1] - 1, -126)
+    return np.ldexp(1.0, exponent - 7)
+
+
+def check_split(values: Tensor) -> None:
+    high, low = split_fp32(values)
+    assert (high.dtype, low.dtype) == (torch.bfloat16, torch.int16)
+    assert torch.equal(bits(join_bf16(high, low)), bits(values))
+    rounded = high.double().numpy()
+    finite = np.isfinite(rounded)  # the last half ulp below infinity rounds to it
+    error = np.abs(rounded - values.double().numpy())[finite]
+    assert (error <= ulp_bf16(values.numpy()[finite]) / 2).all()
+    assert (np.abs(values.numpy()[~finite]) > 3.38e38).all()
+
+
+@given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1))
+@settings(max_examples=300, deadline=None)
+def test_bf16_and_remainder_are_the_fp32_value(values: list[float]) -> None:
+    check_split(torch.tensor(values, dtype=torch.float32))
+
+
+def test_bf16_and_remainder_are_the_fp32_value_for_random_and_awkward_bits() -> None:
+    random = np.random.default_rng(0).integers(0, 2**32, 2_000_000, dtype=np.uint32)
+    high = np.arange(2**16, dtype=np.uint32) << np.uint32(16)
+    ties = np.concatenate([high + np.uint32(low) for low in (0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF)])
+    values = np.concatenate([random, ties]).view(np.float32)
+    check_split(torch.from_numpy(values[np.isfinite(values)]))
+
+
+@pytest.mark.parametrize("merges", [20, 50])
+@pytest.mark.parametrize("size", [1e-4, 1e-3])
+def test_merging_into_bf16_and_remainder_is_merging_into_fp32(merges: int, size: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(200, 100, generator=generator).bfloat16()
+    accumulator, rounded = start.float(), start.clone()
+    high, low = split_fp32(start.float())
+    assert not low.any()
+    for _ in range(merges):
+        delta = torch.randn(200, 100, generator=generator) * size
+        accumulator += delta
+        high, low = split_fp32(join_bf16(high, low) + delta)
+        rounded += delta.bfloat16()
+    assert torch.equal(bits(join_bf16(high, low)), bits(accumulator))
+    wanted = accumulator - start.float()
+    kept = ((rounded.float() - start.float()) * wanted).sum() / (wanted * wanted).sum()
+    error = (rounded.float() - accumulator).norm() / wanted.norm()
+    print(f"{merges} merges of {size}: plain bf16 keeps {kept:.0%}, error {error:.2f}")
+    assert error > 0.5
+
+
+# --- A -------------------------------------------------------------------------------------------
+
+
+def test_a_depends_on_seed_merge_and_name_alone() -> None:
+    shape = torch.Size((8, 40))
+    first = draw_a(shape, 1, 2, "layer.lora_A")
+    torch.manual_seed(99)
+    torch.rand(5)
+    assert torch.equal(draw_a(shape, 1, 2, "layer.lora_A"), first)
+    state = torch.get_rng_state()
+    others = [(2, 2, "layer.lora_A"), (1, 3, "layer.lora_A"), (1, 2, "other.lora_A"),
+              (12, 2, "layer.lora_A"), (1, 22, "layer.lora_A")]  # fmt: skip
+    draws = [first, *(draw_a(shape, *key) for key in others)]
+    assert torch.equal(torch.get_rng_state(), state), "the global generator is left alone"
+    for i, one in enumerate(draws):
+        for other in draws[:i]:
+            assert abs(torch.corrcoef(torch.stack([one.flatten(), other.flatten()]))[0, 1]) < 0.2
+
+
+def test_a_is_kaiming_uniform_root_five() -> None:
+    a = draw_a(torch.Size((64, 400)), 0, 0, "x")
+    bound = math.sqrt(6 / ((1 + 5) * 400))  # gain √(2/(1+5)), times √(3/fan_in)
+    assert a.shape == (64, 400)
+    assert a.dtype == torch.float32
+    assert 0.999 * bound < a.abs().max() <= bound
+    assert abs(a.mean()) < 3 * bound / math.sqrt(3 * a.numel())
+    assert a.std() == pytest.approx(bound / math.sqrt(3), rel=0.02)
+    theirs = torch.nn.Linear(400, 64).weight.detach()  # initialised by the same rule
+    assert theirs.abs().max() == pytest.approx(bound, rel=0.01)
+
+
+# --- masks ---------------------------------------------------------------------------------------
+
+
+def masks(moments: list[Tensor], key: tuple[int, int, str] = (0, 1, "x"), **config: Any) -> Any:
+    """keep_masks, with the config's words."""
+    return keep_masks(ResetConfig(**config), moments, moments[0].numel(), *key)
+
+
+@given(
+    st.integers(1, 400),
+    st.floats(0.001, 1),
+    st.sampled_from(["random", "magnitude"]),
+    st.sampled_from(["shared", "independent"]),
+    st.booleans(),
+)
+@settings(max_examples=200, deadline=None)
+def test_exactly_the_rounded_share_goes(
+    n: int, share: float, mode: str, kind: str, ties: bool
+) -> None:
+    generator = torch.Generator().manual_seed(n)
+    moments = [torch.randn(n, generator=generator) for _ in range(2)]
+    if ties:
+        moments = [moment.round() for moment in moments]
+    for keep in masks(moments, mode=mode, ratio=share, masks=kind):
+        assert keep.shape == (n,)
+        assert int((~keep).sum()) == round(share * n)
+
+
+def test_magnitude_zeroes_the_smallest_first_moments() -> None:
+    m, v = torch.randn(30, 20), torch.rand(30, 20)
+    keep, again = masks([m, v], mode="magnitude", ratio=0.7)
+    assert m.flatten().abs()[keep].min() >= m.flatten().abs()[~keep].max()
+    assert torch.equal(keep, again), "one mask for both"
+    first, second = masks([m, v], mode="magnitude", ratio=0.7, masks="independent")
+    assert torch.equal(first, keep)
+    assert v.flatten()[second].min() >= v.flatten()[~second].max()
+    assert not torch.equal(first, second)
+
+
+def test_random_is_keyed_by_seed_merge_and_name() -> None:
+    m = [torch.zeros(1000)]
+    one = masks(m, mode="random", ratio=0.5)
+    assert torch.equal(one[0], one[1])
+    assert torch.equal(one[0], masks(m, mode="random", ratio=0.5)[0])
+    for key in [(1, 1, "x"), (0, 2, "x"), (0, 1, "y")]:
+        other = masks(m, key, mode="random", ratio=0.5)[0]
+        assert 350 < int((other == one[0]).sum()) < 650
+    first, second = masks(m, mode="random", ratio=0.5, masks="independent")
+    assert 350 < int((first == second).sum()) < 650
+
+
+def test_zero_takes_all_and_none_nothing() -> None:
+    m = [torch.randn(10)]
+    assert not any(mask.any() for mask in masks(m, mode="zero"))
+    assert all(mask.all() for mask in masks(m, mode="none"))
+
+
+def test_two_masks_make_the_next_update_explode_and_one_does_not() -> None:
+    torch.manual_seed(0)
+    largest = {}
+    for kind in ("shared", "independent"):
+        param = torch.nn.Parameter(torch.zeros(2000))
+        adam = torch.optim.AdamW([param], lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0)
+        for _ in range(50):
+            param.grad = torch.randn(2000)
+            adam.step()
+        state = adam.state[param]
+        moments = [state["exp_avg"], state["exp_avg_sq"]]
+        for moment, keep in zip(moments, masks(moments, mode="random", masks=kind), strict=True):
+            moment.mul_(keep)
+        before = param.detach().clone()
+        param.grad = torch.zeros(2000)  # the restart step itself: only the memory moves it
+        adam.step()
+        largest[kind] = float((param.detach() - before).abs().max()) / 1e-3
+    print(f"largest update in learning rates: {largest}")
+    assert largest["shared"] < 3
+    assert largest["independent"] > 1e4
+
+
+# --- on engines ----------------------------------------------------------------------------------
+
+RESETS = {
+    "magnitude": {"mode": "magnitude", "ratio": 0.75},
+    "random": {"mode": "random", "ratio": 0.5},
+    "zero": {"mode": "zero"},
+    "none": {"mode": "none"},
+}
+
+
+def start(ranks: Any, model: Path, run_dir: Path, stage: int) -> Any:
+    """A run right after some updates with adapters, between merges."""
+    import relora.run as under_test
+
+    changes = {
+        "deepspeed.zero_stage": stage,
+        "batch.micro_batch_size": 1,
+        "warm_start": None,
+        "train.steps": 7,
+        "train.stop_after": 3,
+    }
+    config = config_of(str(model), str(run_dir), changes)
+    make_run_dir(config, ranks)
+    run = under_test.start_run(config, shards(), ranks)  # type: ignore[arg-type]
+    under_test.train_run(run, False)  # type: ignore[arg-type]
+    run.metrics.close()
+    return run
+
+
+def state_of(run: Any) -> dict[tuple[str, str], np.ndarray]:
+    """Values and moments by (name, kind), whole."""
+    kinds = ("value", "exp_avg", "exp_avg_sq")
+    return {
+        (place.name, kind): run.places.gather([place], kind)[0].numpy()
+        for place in run.places
+        for kind in kinds[: 1 if place.flat is None else 3]
+    }
+
+
+def restart_every_way(ranks: Any, model: Path, root: Path, stage: int) -> dict[str, Any]:
+    """State before and after restarts with each kind of reset, and what they reported."""
+    run = start(ranks, model, root / f"restart_{stage}", stage)
+    found = {}
+    for merge, (name, reset) in enumerate(RESETS.items(), 1):
+        before = state_of(run)
+        config = run.config.relora.model_copy(update={"reset": ResetConfig(**reset)})
+        report = restart_(run.engine.module, run.places, config, seed=5, merge=merge)
+        check_copies(run.places, merge)
+        found[name] = (before, state_of(run), report, merge)
+    return found
+
+
+def tamper(ranks: Any, model: Path, root: Path, stage: int) -> dict[str, str]:
+    """What the invariants say when something has been tampered with, by what it was."""
+    run = start(ranks, model, root / f"tamper_{stage}", stage)
+    places, said = run.places, {}
+    check_copies(places, 1)
+
+    def complaint() -> str:
+        with pytest.raises(NumericsError) as error:
+            check_copies(places, 1)
+        return str(error.value)
+
+    name = "model.layers.1.mlp.up_proj.lora_A"
+    place = places[name]
+    if stage < 3 and ranks.world > 1:
+        for tampered in (name, "model.layers.0.self_attn.q_proj.weight"):
+            live = places[tampered].live
+            kept = live.clone()
+            if ranks.rank == 1:
+                live[4] += 1e-7
+            said[f"replica of {tampered}"] = complaint()
+            live.copy_(kept)
+    holders = ranks.gather(bool(place.master is not None and place.count))
+    if place.master is not None and place.count and ranks.rank == holders.index(True):
+        place.master.data[0] += 1e-7
+    said[f"master of {name}"] = complaint()
+    logits = torch.randn(1, 4, 8)
+    assert check_function(logits, logits + 1e-7, 1e-5, 1) < 1e-5
+    with pytest.raises(NumericsError, match="merge 7 changed the model's function"):
+        check_function(logits, logits + (0.01 if ranks.rank == 0 else 0), 1e-5, 7)
+    with pytest.raises(NumericsError):
+        check_function(logits, logits * math.nan, 1e-5, 7)
+    return said
+
+
+@pytest.fixture(scope="module")
+def two(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+    """Everything here that needs 2 ranks."""
+    root = tmp_path_factory.mktemp("two")
+    wanted = [
+        Scenario(f"restart {s}", restart_every_way, (tiny_llama, root, s)) for s in (0, 1, 2, 3)
+    ]
+    wanted += [Scenario(f"tamper {s}", tamper, (tiny_llama, root, s)) for s in (1, 2, 3)]
+    return run_ranks(2, wanted, 240)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("mode", RESETS)
+def test_a_restart_zeroes_its_share_and_touches_no_other_moment(
+    mode: str, stage: int, two: Outcomes
+) -> None:
+    before, after, report, merge = two[f"restart {stage}"][0][mode]
+    share = {"magnitude": 0.75, "random": 0.5, "zero": 1.0, "none": 0.0}[mode]
+    zeroed = total = 0
+    for (name, kind), old in before.items():
+        new = after[name, kind]
+        if "lora_" not in name:
+            if kind != "value" or not name.endswith("proj.weight"):
+                np.testing.assert_array_equal(new, old, name)
+            continue
+        if kind == "value":
+            shape = torch.Size(new.shape)
+            right = draw_a(shape, 5, merge, name).numpy() if "lora_A" in name else np.zeros(shape)
+            np.testing.assert_array_equal(new, right, name)
+            continue
+        gone = (new == 0) & (old != 0)
+        changed = new != old
+        np.testing.assert_array_equal(gone, changed, "what is not zeroed keeps its bits")
+        count = round(share * new.size)
+        lost = new.size - int((new != 0).sum())
+        assert lost == max(count, new.size - int((old != 0).sum())) or mode == "random", name
+        total, zeroed = total + new.size, zeroed + count
+        if kind == "exp_avg":
+            other = after[name, "exp_avg_sq"]
+            old_other = before[name, "exp_avg_sq"]
+            both = (old != 0) & (old_other != 0)
+            np.testing.assert_array_equal((new == 0)[both], (other == 0)[both], "one mask")
+            if mode == "magnitude" and (old != 0).all():
+                kept = np.abs(old)[new != 0]
+                assert kept.min() >= np.abs(old)[new == 0].max()
+    assert report.zeroed_share == pytest.approx(zeroed / total, abs=1e-12)
+    assert report.layers == 14
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_tampering_is_noticed_on_every_rank_by_name(stage: int, two: Outcomes) -> None:
+    results = two[f"tamper {stage}"]
+    assert results[0] == results[1]
+    assert len(results[0]) == (3 if stage < 3 else 1)
+    for what, message in results[0].items():
+        kind, _, name = what.partition(" of ")
+        assert name in message
+        assert ("ranks hold different values" if kind == "replica" else "fp32 copy") in message
