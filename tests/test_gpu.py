@@ -25,7 +25,7 @@ data:
   dir: {directory}/data
   validation_fraction: 0.2
 batch: {{global_batch_size: 16, micro_batch_size: 4}}
-train: {{steps: 30, log_every: 1, eval_every: 10, save_every: 10}}
+train: {{steps: 30, log_every: 1, eval_every: 10, eval_sequences: 64, save_every: 10}}
 optimizer: {{lr: 2e-3, weight_decay: 0.1}}
 schedule: {{warmup_steps: 3}}
 lora: {{rank: 8}}

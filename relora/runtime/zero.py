@@ -206,9 +206,9 @@ def _import_deepspeed() -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import deepspeed
-        from deepspeed.ops import __compatible_ops__
 
-    # On CPUs init_distributed would compile this op, and a killed compile hangs later starts.
-    __compatible_ops__["deepspeed_shm_comm"] = False
+    # Reading this table would try the compiler for every op, and on CPUs init_distributed would
+    # then compile one, where a killed compile hangs later starts. Nothing here uses any of them.
+    deepspeed.ops.__compatible_ops__ = {}
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     return deepspeed
