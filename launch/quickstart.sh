@@ -13,12 +13,12 @@ PROMPT=${PROMPT:-def main(}
 RELORA=runs/quickstart_relora FULL=runs/quickstart_full REPORT=runs/quickstart_report
 EXPORT=$RELORA/export SAMPLE=$RELORA/sample.txt
 
-# Ranks: all GPUs, or two without; fewer where the batch of 32 sequences could not be shared out.
+# Ranks: all GPUs, or two without; fewer where the batch of 16 sequences could not be shared out.
 DEVICES=${DEVICES:-$((GPUS > 0 ? GPUS : 2))}
-while ((32 % DEVICES)); do
+while ((16 % DEVICES)); do
     DEVICES=$((DEVICES - 1))
 done
-MICRO_BATCH=$((32 / DEVICES < 16 ? 32 / DEVICES : 16))
+MICRO_BATCH=$((16 / DEVICES < 8 ? 16 / DEVICES : 8))
 
 TIMES=()
 # phase NAME COMMAND…: runs it and keeps how long it took.
