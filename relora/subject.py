@@ -44,7 +44,8 @@ def open_subject(path: Path) -> Subject:
     run_dir = run_of(directory)
     if not (run_dir / "config.yaml").is_file():
         raise CheckpointError(f"{directory}: {run_dir} is no run directory: it has no config.yaml")
-    return Subject(run_dir, load_config(run_dir / "config.yaml"), Checkpoint(directory))
+    checkpoint = Checkpoint(directory, thorough=True)  # a flipped bit would load without a word
+    return Subject(run_dir, load_config(run_dir / "config.yaml"), checkpoint)
 
 
 def merged_model(subject: Subject) -> PreTrainedModel:

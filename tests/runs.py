@@ -64,11 +64,21 @@ MODELS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
     },
 }
-WORDS = (
-    "def return self value \tfor in range if not None 🙂 print naïve x y z = ( ) : + [ ] 0 1".split(
-        " "
-    )
-)
+WORDS = [
+    "def",
+    "return",
+    "self",
+    "value",
+    "\tfor",
+    "in",
+    "range",
+    "if",
+    "not",
+    "None",
+    "🙂",
+    "print",
+]
+WORDS += ["naïve", "x", "y", "z", "=", "(", ")", ":", "+", "[", "]", "0", "1"]
 
 
 @functools.cache
@@ -278,7 +288,7 @@ class Process:
         return self.output.read_text(errors="replace")
 
     def wait(self, timeout: float = 120) -> int:
-        """Its exit code; past the timeout everything in its session is killed and the test fails."""
+        """Its exit code; past the timeout all of it is killed and the test fails."""
         try:
             return self.popen.wait(timeout)
         except subprocess.TimeoutExpired:

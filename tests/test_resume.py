@@ -161,7 +161,7 @@ def test_a_killed_run_goes_on_from_its_newest_checkpoint(undisturbed: Path, tmp_
     ("phase", "at"),
     [("_evaluate", 8), ("_restart", 12), ("_save", 10), ("_give_birth", 6), ("_log", 9)],
 )
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=str)
 def test_a_signal_in_any_phase_stops_at_the_end_of_a_step_and_leaves_no_trace(
     phase: str,
     at: int,

@@ -55,11 +55,13 @@ class Checkpoint:
 
     def __init__(self, directory: Path, thorough: bool = False) -> None:
         self.directory = directory
-        verify(directory, thorough)
+        manifest = verify(directory, thorough)
         self.state: dict[str, Any] = _read_json(directory / "state.json")
         self._pieces: dict[tuple[str, str], list[_Piece]] = defaultdict(list)
         self._open: dict[Path, Any] = {}
-        for file in sorted(directory.glob("rank_*.safetensors")):
+        for file in sorted(directory / name for name in manifest["files"]):
+            if file.suffix != ".safetensors":
+                continue
             with safe_open(file, framework="pt") as tensors:
                 for key in tensors.keys():  # noqa: SIM118 (safe_open is no mapping)
                     name, kind, start = key.rsplit("|", 2)
@@ -121,17 +123,20 @@ def save(run_dir: Path, places: Places, state: dict[str, Any], ranks: Ranks, kee
     root = run_dir / "checkpoints"
     final = root / f"step_{state['step']:08d}"
     temporary = root / f"{final.name}.tmp"
-    if ranks.is_main:
-        root.mkdir(exist_ok=True)
-        for leftover in root.glob("*.tmp"):
-            shutil.rmtree(leftover)
-        temporary.mkdir()
-    ranks.barrier()
     problem, entry = None, None
+    if ranks.is_main:
+        try:
+            root.mkdir(exist_ok=True)
+            for leftover in root.glob("*.tmp"):
+                shutil.rmtree(leftover)
+            temporary.mkdir()
+        except OSError as error:
+            problem = str(error)
+    ranks.barrier()
     try:
         entry = _write_rank(temporary, places, ranks)
     except (OSError, SafetensorError, RuntimeError) as error:
-        problem = f"rank {ranks.rank}: {error}"
+        problem = problem or f"rank {ranks.rank}: {error}"
     reports = ranks.gather((problem, entry))
     problems = [report[0] for report in reports if report[0]]
     if not problems and ranks.is_main:
@@ -148,11 +153,7 @@ def save(run_dir: Path, places: Places, state: dict[str, Any], ranks: Ranks, kee
             "intact; free some space or choose another run_dir, and run the same command again"
         )
     if ranks.is_main:
-        for old in complete_checkpoints(run_dir)[:-keep]:
-            # First the name that makes it a checkpoint, then the files.
-            doomed = old.with_name(f"{old.name}.tmp")
-            old.rename(doomed)
-            shutil.rmtree(doomed)
+        _retire(run_dir, state["step"], keep)
     ranks.barrier()
     return final
 
@@ -238,7 +239,7 @@ def verify(directory: Path, thorough: bool) -> dict[str, Any]:
         raise CheckpointError(
             f"{directory}: has format {manifest.get('format')!r}, this version reads {FORMAT}"
         )
-    for name, expected in manifest["files"].items():
+    for name, expected in _described_files(directory, manifest).items():
         if Path(name).name != name:
             raise CheckpointError(f"{directory}: manifest.json names {name!r}, outside of it")
         path = directory / name
@@ -250,6 +251,17 @@ def verify(directory: Path, thorough: bool) -> dict[str, Any]:
         if thorough and _sha256(path) != expected["sha256"]:
             raise CheckpointError(f"{path}: its content changed after it was written (SHA-256)")
     return manifest
+
+
+def _described_files(directory: Path, manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not all(
+        isinstance(file, dict) and {"bytes", "sha256"} <= file.keys() for file in files.values()
+    ):
+        raise CheckpointError(f"{directory}: manifest.json does not describe the files")
+    if "state.json" not in files:
+        raise CheckpointError(f"{directory}: manifest.json does not name state.json")
+    return files
 
 
 def _write_rank(directory: Path, places: Places, ranks: Ranks) -> dict[str, dict[str, Any]]:
@@ -311,6 +323,20 @@ def _commit(
         shutil.rmtree(final)
     temporary.rename(final)
     _sync(final.parent)
+
+
+def _retire(run_dir: Path, step: int, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints up to `step`, and those beyond it.
+
+    Those were damaged and passed over; counted as kept, they would drive out sound ones.
+    """
+    complete = complete_checkpoints(run_dir)
+    newer = [path for path in complete if step_of(path) > step]
+    for old in newer + complete[: len(complete) - len(newer)][:-keep]:
+        # First the name that makes it a checkpoint, then the files.
+        doomed = old.with_name(f"{old.name}.tmp")
+        old.rename(doomed)
+        shutil.rmtree(doomed)
 
 
 def _describe(path: Path) -> dict[str, Any]:
