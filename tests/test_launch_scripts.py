@@ -306,8 +306,8 @@ def test_the_quickstart_does_everything_once_and_in_order(tree: Tree) -> None:
     launcher = "deepspeed --master_port 12345 --num_gpus 2 --quiet --module relora train"
     assert [line for line in log if not line.startswith("python")] == [
         "relora prepare configs/quickstart_relora.yaml",
-        f"{launcher} configs/quickstart_relora.yaml batch.micro_batch_size=16",
-        f"{launcher} configs/quickstart_full.yaml batch.micro_batch_size=16",
+        f"{launcher} configs/quickstart_relora.yaml batch.micro_batch_size=8",
+        f"{launcher} configs/quickstart_full.yaml batch.micro_batch_size=8",
         "relora export runs/quickstart_relora --to runs/quickstart_relora/export --force",
         "relora generate runs/quickstart_relora --prompt def main(",
         "relora compare runs/quickstart_relora runs/quickstart_full --to runs/quickstart_report",
@@ -330,7 +330,7 @@ def test_the_quickstart_does_everything_once_and_in_order(tree: Tree) -> None:
 
 
 @pytest.mark.parametrize(
-    ("visible", "ranks", "micro_batch"), [("0", 1, 16), ("0,1,2", 2, 16), ("0,1,2,3,4,5,6,7", 8, 4)]
+    ("visible", "ranks", "micro_batch"), [("0", 1, 8), ("0,1,2", 2, 8), ("0,1,2,3,4,5,6,7", 8, 2)]
 )
 def test_the_quickstart_takes_all_gpus_that_divide_its_batch(
     visible: str, ranks: int, micro_batch: int, tree: Tree
