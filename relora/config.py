@@ -138,13 +138,22 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     return build_config(values, str(path))
 
 
-def build_config(values: dict[str, Any], where: str) -> Config:
+def load_run_config(run_dir: Path) -> Config:
+    """The config of a run directory, which may have come here from elsewhere.
+
+    So the model's file need not be where the config says; the run has its own copy in `model/`.
+    """
+    path = run_dir / "config.yaml"
+    return build_config(_read_yaml(path), str(path), read_model=False)
+
+
+def build_config(values: dict[str, Any], where: str, read_model: bool = True) -> Config:
     """Validate a tree of plain values; `where` names it in messages."""
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
         raise _report(where, [_explain(e) for e in error.errors(include_url=False)]) from None
-    problems = list(_cross_checks(config))
+    problems = list(_cross_checks(config, read_model))
     if problems:
         raise _report(where, problems)
     return config
@@ -286,12 +295,12 @@ def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _cross_checks(config: Config) -> Iterator[str]:
+def _cross_checks(config: Config, read_model: bool) -> Iterator[str]:
     """What one section alone cannot know."""
     yield from _check_method(config)
     yield from _check_lengths(config)
     yield from _check_deepspeed(config)
-    if config.model.config is not None:
+    if read_model and config.model.config is not None:
         try:
             model = read_model_json(config.model.config)
         except ConfigError as error:

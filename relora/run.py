@@ -76,6 +76,10 @@ def start_run(config: Config, shards: TokenShards, ranks: Ranks) -> Run:
         run.started -= checkpoint.state["elapsed_s"]
         run.saved_at = step
         metrics.say(f"going on from step {step} ({checkpoint.directory})")
+        if checkpoint.state["merges"] < config.clock.merges_before(step):
+            # A boundary at what was to be the end was no merge; now it is one.
+            tokens = torch.from_numpy(shards.train[: config.data.sequence_length].astype("int64"))
+            _restart(run, tokens[None].to(ranks.device))
     if ranks.is_main:
         write_run_state(config.run_dir, "running", "", step, 0)
     return run

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from relora.config import Config, load_config
+from relora.config import Config, load_run_config
 from relora.errors import CheckpointError
 from relora.model import ModelConfig, build_model
 from relora.runtime.checkpoint import Checkpoint, newest_checkpoint, run_of
@@ -45,7 +45,7 @@ def open_subject(path: Path) -> Subject:
     if not (run_dir / "config.yaml").is_file():
         raise CheckpointError(f"{directory}: {run_dir} is no run directory: it has no config.yaml")
     checkpoint = Checkpoint(directory, thorough=True)  # a flipped bit would load without a word
-    return Subject(run_dir, load_config(run_dir / "config.yaml"), checkpoint)
+    return Subject(run_dir, load_run_config(run_dir), checkpoint)
 
 
 def merged_model(subject: Subject) -> PreTrainedModel:

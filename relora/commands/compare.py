@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from relora.config import Config, differences, load_config
+from relora.config import Config, differences, load_run_config
 from relora.errors import CheckpointError
 from relora.runtime.metrics import format_count, format_duration, read_metrics
 from relora.runtime.rundir import read_run_state
@@ -69,9 +69,7 @@ def read_run(run_dir: Path) -> Curves:
                 f"{run_dir}: is no run directory that has started: it has no {name}"
             )
     status = read_run_state(run_dir).get("status", "unknown")
-    curves = Curves(
-        run_dir.name, load_config(run_dir / "config.yaml"), status, read_metrics(run_dir)
-    )
+    curves = Curves(run_dir.name, load_run_config(run_dir), status, read_metrics(run_dir))
     if curves.last("eval/loss") is None:
         raise CheckpointError(
             f"{run_dir}: has no evaluation yet; wait for the first, or set train.eval_every"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from relora.errors import DataError
 from relora.subject import merged_model, open_subject
 
 
@@ -18,6 +19,11 @@ def evaluate(subject: Path, split: str, max_sequences: int | None, batch_size: i
     from relora.runtime.evaluation import evaluate_loss, perplexity
 
     shards = open_shards(opened.config.data)
+    if opened.checkpoint.state["data"] != shards.fingerprint:
+        raise DataError(
+            f"{shards.directory}: holds other tokens than {opened.checkpoint.directory} was "
+            "trained on; put the old shards back"
+        )
     ranks = lone_rank()
     batches = eval_batches(
         getattr(shards, split),

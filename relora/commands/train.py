@@ -8,7 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from relora.config import MAY_CHANGE, Config, check_world, differences, dump_config, load_config
+from relora.config import (
+    MAY_CHANGE,
+    Config,
+    check_world,
+    differences,
+    dump_config,
+    load_config,
+    load_run_config,
+)
 from relora.errors import (
     PREEMPTED,
     ConfigError,
@@ -74,7 +82,7 @@ def is_finished(config: Config) -> bool:
         return False
     changes = [
         f"{path}: was {old!r}, is now {new!r}"
-        for path, old, new in differences(load_config(saved), config)
+        for path, old, new in differences(load_run_config(config.run_dir), config)
         if not path.startswith(MAY_CHANGE)
     ]
     if changes:
@@ -102,6 +110,7 @@ def check_model(config: Config) -> None:
     Raises:
         ConfigError: targets, rank or context do not fit the model.
     """
+    check_same_model(config)
     model = build_meta_model(config.model)
     context = getattr(model.config, "max_position_embeddings", None)
     if context is not None and config.data.sequence_length > context:
@@ -113,6 +122,37 @@ def check_model(config: Config) -> None:
         from relora.lora.inject import find_targets
 
         find_targets(model, config.lora)
+
+
+def check_same_model(config: Config) -> None:
+    """Whether the model that the config names is still the one that the run began with.
+
+    Raises:
+        ConfigError: its file has changed since; nothing in the shapes need tell.
+    """
+    from relora.model import ModelConfig, load_model_config
+
+    if not (config.run_dir / "model" / "config.json").is_file():
+        return
+    old = load_model_config(ModelConfig(pretrained=config.run_dir)).to_dict()
+    new = load_model_config(config.model).to_dict()
+    # What only one of them has is a default of another version of transformers.
+    changes = [
+        f"{key}: was {old[key]!r}, is now {new[key]!r}"
+        for key in sorted(old.keys() & new.keys() - {"transformers_version", "dtype"})
+        if old[key] != new[key]
+    ]
+    if changes:
+        where = config.model.config or config.model.pretrained
+        raise ConfigError(
+            "\n  ".join(
+                [
+                    f"model: {where} has changed since the run in {config.run_dir} began; choose "
+                    "another run_dir, or undo:",
+                    *changes,
+                ]
+            )
+        )
 
 
 def check_vocabulary(config: Config, shards: TokenShards) -> None:

@@ -91,13 +91,15 @@ class Metrics:
 
 
 def drop_after(path: Path, step: int) -> None:
-    """Remove the lines of metrics.jsonl beyond `step`, which a resumed run writes again.
+    """Remove the lines of metrics.jsonl from after the checkpoint of `step`; they come again.
 
-    A last line cut off by a kill goes too.
+    That is, lines of later steps and lines behind the one about that save. A last line cut off by
+    a kill goes too.
     """
     if not path.is_file():
         return
-    kept = []
+    kept: list[str] = []
+    saved = None
     for line in path.read_text(encoding="utf8").splitlines():
         try:
             values = json.loads(line)
@@ -105,8 +107,10 @@ def drop_after(path: Path, step: int) -> None:
             continue
         if values["step"] <= step:
             kept.append(line)
+        if values["step"] == step and "time/save_s" in values:
+            saved = len(kept)
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf8")
+    temporary.write_text("".join(f"{line}\n" for line in kept[:saved]), encoding="utf8")
     temporary.replace(path)
 
 

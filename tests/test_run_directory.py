@@ -1,0 +1,428 @@
+"""A run directory: what lies in it, what continues it, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from reference import lr_factor
+from runs import (
+    MODELS,
+    SEQUENCE,
+    checkpoints,
+    differing,
+    make_config,
+    metric_lines,
+    relora,
+    run_state,
+    series,
+    train,
+    trajectory,
+    workshop,
+    write_config,
+)
+
+LAST = 24
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run that saved every 8 steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_TOKEN", "hf_planted_secret")
+        run_dir = tmp_path_factory.mktemp("finished") / "run"
+        assert train(run_dir, train__save_every=8) == 0
+    return run_dir
+
+
+@pytest.fixture
+def run_dir(finished: Path, tmp_path: Path) -> Path:
+    """A copy of it that a test may change."""
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def contents(directory: Path) -> dict[str, tuple[int, bytes]]:
+    """Time and bytes of every file below a directory."""
+    return {
+        str(path.relative_to(directory)): (path.stat().st_mtime_ns, path.read_bytes())
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
+
+
+# --- what lies in it ------------------------------------------------------------------------------
+
+
+def test_a_run_is_a_directory_of_plain_files(finished: Path) -> None:
+    names = {path.name for path in finished.iterdir()} - {".lock"}
+    assert names == {
+        "config.yaml",
+        "run_state.json",
+        "environment.json",
+        "metrics.jsonl",
+        "tensorboard",
+        "checkpoints",
+        "log.txt",
+        "model",
+        "tokenizer",
+    }
+    assert checkpoints(finished) == ["step_00000008", "step_00000016", "step_00000024"]
+    assert not list(finished.rglob("*.tmp"))
+
+
+def test_the_config_is_whole_and_reads_back(finished: Path) -> None:
+    from relora.config import load_config
+
+    written = yaml.safe_load((finished / "config.yaml").read_text())
+    assert written["optimizer"]["betas"] == [0.9, 0.95]  # a default, spelt out
+    assert written["optimizer"]["lr"] == 1e-2
+    again = make_config(finished, train__save_every=8)
+    assert load_config(finished / "config.yaml") == load_config(again)
+
+
+def test_the_environment_places_the_figures(finished: Path) -> None:
+    import torch
+    import transformers
+
+    found = json.loads((finished / "environment.json").read_text())
+    assert found["packages"]["torch"] == torch.__version__
+    assert found["packages"]["transformers"] == transformers.__version__
+    assert found["packages"]["deepspeed"]
+    assert found["world_size"] == 1
+    assert found["python"].startswith("3.")
+    assert {"relora", "commit", "platform", "device", "threads_per_rank"} < found.keys()
+
+
+def test_model_and_tokenizer_are_transformers_directories(finished: Path) -> None:
+    from transformers import AutoConfig, AutoTokenizer
+
+    config = AutoConfig.from_pretrained(finished / "model")
+    assert config.hidden_size == MODELS["llama"]["hidden_size"]
+    text = "def\tnaïve 🙂:\n  return"
+    tokenizer = AutoTokenizer.from_pretrained(finished / "tokenizer")
+    assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
+
+
+def test_a_finished_run_says_so(finished: Path) -> None:
+    expected = {"status": "finished", "reason": "", "step": LAST, "code": 0}
+    assert run_state(finished) == expected
+
+
+def test_a_log_line_has_all_figures(finished: Path) -> None:
+    lines = [line for line in metric_lines(finished) if "train/loss" in line]
+    keys = {"step", "time_s", "train/loss", "train/lr", "train/grad_norm", "train/tokens"}
+    keys |= {"train/skipped", "perf/tokens_per_s", "perf/step_ms", "perf/memory_gib"}
+    keys |= {"time/elapsed_s", "relora/cycle"}
+    assert all(set(line) == keys for line in lines)
+    for line in lines:
+        assert line["train/tokens"] == line["step"] * 8 * SEQUENCE
+        assert line["train/skipped"] == 0
+        seconds = line["perf/step_ms"] / 1000
+        assert line["perf/tokens_per_s"] * seconds == pytest.approx(8 * SEQUENCE)
+        assert 0.05 < line["perf/memory_gib"] < 16
+    elapsed = [line["time/elapsed_s"] for line in lines]
+    assert elapsed == sorted(elapsed)
+    assert {line["step"]: line["relora/cycle"] for line in lines} == {
+        **dict.fromkeys(range(1, 12), 1),
+        **dict.fromkeys(range(12, 18), 2),
+        **dict.fromkeys(range(18, 25), 3),
+    }
+
+
+def test_a_merge_line_says_what_was_done(finished: Path) -> None:
+    for number, line in enumerate((x for x in metric_lines(finished) if "relora/merge" in x), 1):
+        assert line["relora/merge"] == number
+        assert 0.89 < line["relora/zeroed_share"] <= 0.9
+        assert 0 < line["relora/probe_deviation"] < 1e-5
+        assert 1e-3 < line["relora/update_ratio"] < 1
+        assert line["time/merge_s"] > 0
+
+
+def test_an_evaluation_line_is_consistent(finished: Path) -> None:
+    from math import exp
+
+    for line in (x for x in metric_lines(finished) if "eval/loss" in x):
+        assert line["eval/perplexity"] == pytest.approx(exp(line["eval/loss"]))
+        assert line["eval/tokens"] == 18 * (SEQUENCE - 1)
+
+
+def test_logged_learning_rates_are_the_clock_s(finished: Path) -> None:
+    """The line of step k has the rate of its update, which follows k − 1 finished ones."""
+    for step, rate in series(finished, "train/lr").items():
+        base = 1e-2 if step <= 6 else 2e-2
+        factor = lr_factor(step - 1, total=LAST, warmup=3, cycle=6, rewarm=2, low=0.1, birth=6)
+        assert rate == pytest.approx(base * factor, rel=1e-12, abs=0)
+    assert [k for k, rate in series(finished, "train/lr").items() if rate == 0] == [1, 7, 13, 19]
+
+
+def test_no_secret_of_the_environment_is_in_it(finished: Path) -> None:
+    for path in finished.rglob("*"):
+        assert not path.is_file() or b"hf_planted_secret" not in path.read_bytes(), path
+
+
+def test_other_methods_leave_out_what_they_do_not_have(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"relora": None, "warm_start": None, "lora": None}
+    assert train(tmp_path / "run", **changes) == 0
+    keys = {key for line in metric_lines(tmp_path / "run") for key in line}
+    assert not {key for key in keys if key.startswith("relora/")}
+
+
+# --- what continues it ----------------------------------------------------------------------------
+
+
+def test_a_finished_run_is_left_alone(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from relora.runtime import zero
+
+    monkeypatch.setattr(zero, "init_distributed", None)  # it would be slow, and is not needed
+    before = contents(run_dir)
+    assert train(run_dir, train__save_every=8) == 0
+    assert "finished (24 steps); nothing to do" in capsys.readouterr().out
+    assert contents(run_dir) == before
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "was"),
+    [
+        ("optimizer.lr", "0.003", "0.01"),
+        ("optimizer.grad_clip", "null", "1.0"),
+        ("seed", "2", "1"),
+        ("lora.rank", "5", "4"),
+        ("relora.cycle_steps", "5", "6"),
+        ("relora.reset.mode", "zero", "magnitude"),
+        ("warm_start.steps", "5", "6"),
+        ("batch.global_batch_size", "4", "8"),
+        ("data.sequence_length", "16", "32"),
+        ("data.validation_fraction", "0.1", "0.2"),
+        ("deepspeed.precision", "bf16", "fp32"),
+        ("schedule.warmup_steps", "2", "3"),
+    ],
+)
+def test_another_config_is_refused_with_both_values(
+    path: str, value: str, was: str, run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = contents(run_dir)
+    assert train(run_dir, f"{path}={value}", train__save_every=8) == 2
+    error = capsys.readouterr().err
+    (line,) = (x for x in error.splitlines() if x.strip().startswith(f"{path}: "))
+    assert was in line
+    assert str(yaml.safe_load(value)) in line
+    assert "choose another run_dir" in error
+    assert contents(run_dir) == before
+
+
+def test_all_differences_are_listed_at_once(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = {"optimizer__lr": 5e-3, "seed": 9, "train__log_every": 3}
+    assert train(run_dir, train__save_every=8, **changes) == 2
+    error = capsys.readouterr().err
+    assert "optimizer.lr" in error
+    assert "seed" in error
+    assert "log_every" not in error  # that may change
+
+
+def test_lengths_intervals_and_machine_settings_may_change(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    assert train(run_dir, "train.stop_after=9") == 75
+    changes: dict[str, Any] = {
+        "train__log_every": 5,
+        "train__eval_every": 10,
+        "train__eval_sequences": 4,
+        "train__save_every": 7,
+        "train__keep_checkpoints": 1,
+        "batch__micro_batch_size": 2,
+        "deepspeed__zero_stage": 2,
+        "deepspeed__timeout_minutes": 5,
+        "data__num_workers": 1,
+        "model__gradient_checkpointing": True,
+    }
+    assert train(run_dir, **changes) == 0
+    assert list(series(run_dir, "train/loss")) == [*range(1, 10), 10, 15, 20, 24]
+    assert checkpoints(run_dir) == ["step_00000024"]
+
+
+def test_a_length_in_tokens_is_a_length(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokens = LAST * 8 * SEQUENCE
+    changes = {"train__steps": None, "train__tokens": tokens, "train__save_every": 8}
+    assert train(run_dir, **changes) == 0
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def test_a_longer_run_goes_on_from_the_end(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = trajectory(run_dir)
+    assert train(run_dir, "train.steps=31", train__save_every=8) == 0
+    assert "going on from step 24" in capsys.readouterr().out
+    after = trajectory(run_dir)
+    assert after[: len(before)] == before
+    assert list(series(run_dir, "train/loss")) == list(range(1, 32))
+    assert run_state(run_dir)["step"] == 31
+    assert checkpoints(run_dir)[-1] == "step_00000031"
+
+
+def test_a_boundary_at_the_former_end_is_made_up_for(tmp_path: Path) -> None:
+    """Under a constant base the length changes no rate, so the longer run is the same run.
+
+    Step 24 is a boundary. As the end of the run it is no merge; with more to come it is one.
+    """
+    changes = {"schedule__base": "constant"}
+    assert train(tmp_path / "whole", train__steps=31, **changes) == 0
+    assert train(tmp_path / "longer", **changes) == 0
+    assert series(tmp_path / "longer", "relora/merge") == {12: 1, 18: 2}
+    assert train(tmp_path / "longer", train__steps=31, **changes) == 0
+    for key in ("relora/merge", "relora/update_ratio", "train/lr", "train/loss"):
+        assert series(tmp_path / "longer", key) == series(tmp_path / "whole", key), key
+    # Killed before the next checkpoint, it makes up for it again, and says so once.
+    assert train(tmp_path / "killed", **changes) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("relora.run.train_run", kill)
+        with pytest.raises(Killed):
+            train(tmp_path / "killed", train__steps=31, **changes)
+    assert series(tmp_path / "killed", "relora/merge") == {12: 1, 18: 2, 24: 3}
+    assert train(tmp_path / "killed", train__steps=31, **changes) == 0
+    assert trajectory(tmp_path / "killed") == trajectory(tmp_path / "longer")
+    last = [tmp_path / name / "checkpoints" / "step_00000031" for name in ("whole", "longer")]
+    assert differing(*last) == []
+
+
+class Killed(BaseException):
+    """Nothing catches it."""
+
+
+def kill(*arguments: Any) -> None:
+    raise Killed
+
+
+def test_a_shorter_run_is_refused_once_past_it(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(run_dir, "train.steps=20", train__save_every=8) == 2
+    assert "is at step 24 already" in capsys.readouterr().err
+
+
+# --- what it refuses ------------------------------------------------------------------------------
+
+
+def test_a_run_dir_that_is_a_file_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run").write_text("mine")
+    assert train(tmp_path / "run") == 2
+    assert f"{tmp_path / 'run'} is not a directory" in capsys.readouterr().err
+    assert (tmp_path / "run").read_text() == "mine"
+
+
+def test_a_run_dir_that_cannot_be_made_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    config = make_config(tmp_path / "run")
+    assert relora("train", config, f"run_dir={tmp_path / 'file' / 'run'}") == 2
+    assert "run_dir" in capsys.readouterr().err
+
+
+def test_a_second_process_is_refused_and_changes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import os
+
+    from relora.runtime.rundir import lock
+
+    run_dir = tmp_path / "run"
+    assert train(run_dir, "train.stop_after=4") == 75
+    claim = lock(run_dir)
+    before = contents(run_dir)
+    assert train(run_dir) == 4
+    error = capsys.readouterr().err
+    assert f"process {os.getpid()} trains in it already" in error
+    assert contents(run_dir) == before
+    claim.close()
+    assert train(run_dir, "train.stop_after=5") == 75
+
+
+def test_a_broken_state_is_named(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run_dir / "run_state.json").write_text("{")
+    assert train(run_dir, train__save_every=8) == 4
+    assert "run_state.json" in capsys.readouterr().err
+
+
+def own_data(tmp_path: Path) -> Path:
+    """A config with text of its own."""
+    directory = tmp_path / "own"
+    directory.mkdir()
+    shutil.copytree(workshop() / "text", directory / "text")
+    shutil.copy(workshop() / "llama.json", directory / "llama.json")
+    return write_config(directory, tmp_path / "run")
+
+
+def test_a_run_does_not_go_on_with_other_tokens(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = own_data(tmp_path)
+    assert relora("prepare", config) == 0
+    assert relora("train", config, "train.stop_after=4") == 75
+    (tmp_path / "own" / "text" / "0.txt").write_text("quite another text\n" * 300)
+    assert relora("prepare", config) == 0
+    capsys.readouterr()
+    for command in (("train", config), ("evaluate", tmp_path / "run")):
+        assert relora(*command) == 3
+        error = capsys.readouterr().err
+        assert "holds other tokens" in error
+        assert "Traceback" not in error
+
+
+def test_missing_and_broken_shards_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = own_data(tmp_path)
+    assert relora("train", config) == 2
+    assert "relora prepare" in capsys.readouterr().err
+    assert relora("prepare", config) == 0
+    (shard,) = (tmp_path / "own" / "data").rglob("train.bin")
+    content = bytearray(shard.read_bytes())
+    content[1000] ^= 1
+    shard.write_bytes(content)
+    assert relora("train", config) == 3
+    assert str(shard) in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_bug_is_kept_in_the_state_and_not_swallowed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from relora import run as loop
+
+    def broken(run: Any) -> None:
+        raise RuntimeError("something is off")
+
+    monkeypatch.setattr(loop, "_evaluate", broken)
+    with pytest.raises(RuntimeError, match="something is off"):
+        train(tmp_path / "run")
+    state = run_state(tmp_path / "run")
+    assert state["status"] == "failed"
+    assert state["code"] == 1
+    assert "something is off" in state["reason"]
+    monkeypatch.undo()
+    assert train(tmp_path / "run") == 0
+
+
+def test_a_model_file_that_changed_under_the_run_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The path in the config is the same, the model is not; nothing in the shapes would tell."""
+    model = tmp_path / "model.json"
+    model.write_text(json.dumps(MODELS["llama"]))
+    changes = {"model__config": str(model)}
+    assert train(tmp_path / "run", "train.stop_after=4", **changes) == 75
+    model.write_text(json.dumps({**MODELS["llama"], "rms_norm_eps": 1e-2}))
+    assert train(tmp_path / "run", **changes) == 2
+    error = capsys.readouterr().err
+    assert "rms_norm_eps" in error
+    assert str(model) in error
