@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from relora import __version__
 from relora.errors import ConfigError
+from relora.model import has_transformers_weights
 from relora.runtime.metrics import format_count, read_metrics
 from relora.subject import Subject, merged_model, open_subject
 
@@ -23,8 +24,7 @@ def export(subject: Path, to: Path, format: str, dtype: str, force: bool) -> int
         dtype: of the written weights; merging happens in fp32 in any case.
         force: replace what is there.
     """
-    if to.exists() and not (to.is_dir() and not any(to.iterdir())) and not force:
-        raise ConfigError(f"--to: {to} exists; choose another directory, or --force to replace it")
+    check_target(to, force)
     opened = open_subject(subject)
 
     import torch
@@ -42,7 +42,7 @@ def export(subject: Path, to: Path, format: str, dtype: str, force: bool) -> int
     }
     model.config.update(special)
     model.generation_config = GenerationConfig(**special)
-    temporary = to.with_name(f"{to.name}.tmp")
+    temporary = to.resolve().with_name(f"{to.resolve().name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)
     shutil.copytree(opened.tokenizer_dir, temporary, dirs_exist_ok=True)
@@ -53,6 +53,20 @@ def export(subject: Path, to: Path, format: str, dtype: str, force: bool) -> int
     print(f"{to}: step {opened.checkpoint.step} of {opened.run_dir}, {dtype}; load it with")
     print(f'    AutoModelForCausalLM.from_pretrained("{to}")')
     return 0
+
+
+def check_target(to: Path, force: bool) -> None:
+    """Whether an export may be written to `to`: nothing is there, or an earlier one and `force`.
+
+    Raises:
+        ConfigError: something else is there, such as the run itself.
+    """
+    if not to.exists() or (to.is_dir() and not any(to.iterdir())):
+        return
+    if not (has_transformers_weights(to) and (to / "README.md").is_file()):
+        raise ConfigError(f"--to: {to} exists and is no export; choose another directory")
+    if not force:
+        raise ConfigError(f"--to: {to} exists; choose another directory, or --force to replace it")
 
 
 def model_card(subject: Subject, model: PreTrainedModel) -> str:

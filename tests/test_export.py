@@ -1,0 +1,301 @@
+"""The exported model is the trained model, and transformers needs nothing of ours to load it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import (
+    VOCABULARY,
+    WORDS,
+    checkpoint,
+    metric_lines,
+    relora,
+    series,
+    tensors,
+    train,
+)
+
+SAMPLES = (
+    "def f(x):\n\treturn x + 1\n",
+    "  two  spaces \t\t tabs\r\n\n\nend",
+    "naïve 🙂 日本語 \u200b \x00 ≠",
+    "",
+    " leading",
+    "trailing ",
+    "</s> <s> <unk> <pad>",
+)
+
+
+def logits_of_the_training_model(run_dir: Path, step: int, ids: torch.Tensor) -> torch.Tensor:
+    """What the engine of the run says after that step, adapters beside the weights and all."""
+    import relora.run as loop
+    from relora.commands.train import _guarded
+    from relora.config import load_config
+    from relora.data.shards import open_shards
+    from relora.runtime import zero
+    from relora.runtime.distributed import read_ranks
+
+    captured: list[torch.Tensor] = []
+
+    def capture(run: Any, stop: Any) -> bool:
+        assert run.step == step
+        run.engine.eval()
+        with torch.no_grad():
+            captured.append(run.engine(input_ids=ids).logits.float())
+        return False
+
+    settings = load_config(run_dir / "config.yaml")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+            patch.delenv(name, raising=False)
+            patch.setenv(name, "")
+            patch.delenv(name)
+        patch.setattr(loop, "train_run", capture)
+        ranks = read_ranks()
+        zero.init_distributed(ranks, 1)
+        try:
+            _guarded(settings, open_shards(settings.data), ranks)
+        finally:
+            zero.leave()
+    return captured[0]
+
+
+def some_ids() -> torch.Tensor:
+    generator = torch.Generator().manual_seed(3)
+    return torch.randint(0, VOCABULARY, (3, 32), generator=generator)
+
+
+def assert_export_equals(run_dir: Path, step: int, to: Path, tolerance: float) -> None:
+    from transformers import AutoModelForCausalLM
+
+    assert relora("export", checkpoint(run_dir, step), "--to", to) == 0
+    model = AutoModelForCausalLM.from_pretrained(to)
+    assert model.dtype == torch.float32
+    with torch.no_grad():
+        found = model(input_ids=some_ids()).logits
+    expected = logits_of_the_training_model(run_dir, step, some_ids())
+    assert expected.abs().max() > 0.1
+    assert (found - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A finished run of a Llama, and its export."""
+    directory = tmp_path_factory.mktemp("exported")
+    assert train(directory / "run") == 0
+    assert relora("export", directory / "run", "--to", directory / "export") == 0
+    return directory / "run", directory / "export"
+
+
+@pytest.mark.parametrize("model", ["llama", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize(
+    "step", [4, 6, 9, 12, 17], ids=lambda step: {4: "warm start", 6: "birth", 12: "merge"}.get(step)
+)
+def test_the_export_says_what_the_training_model_says(
+    model: str, step: int, tmp_path: Path
+) -> None:
+    from runs import workshop
+
+    config = str(workshop() / f"{model}.json")
+    run_dir = tmp_path / "run"
+    assert train(run_dir, f"train.stop_after={step}", model__config=config) == 75
+    if step in (9, 17):  # otherwise this would show nothing
+        found = tensors(checkpoint(run_dir, step))
+        assert any(t.abs().max() > 1e-3 for (n, k), t in found.items() if "lora_B" in n)
+    assert_export_equals(run_dir, step, tmp_path / "export", 1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"deepspeed__zero_stage": 3},
+        {"lora": None, "relora": None, "warm_start": None},
+        {"lora": {"rank": 5, "alpha": 3, "scaling": "rslora", "dropout": 0.2}},
+    ],
+    ids=["ZeRO 3", "full rank", "rslora and dropout"],
+)
+def test_the_export_of_other_runs_too(changes: dict[str, Any], tmp_path: Path) -> None:
+    assert train(tmp_path / "run", "train.stop_after=15", **changes) == 75
+    assert_export_equals(tmp_path / "run", 15, tmp_path / "export", 1e-5)
+
+
+def test_a_bf16_run_exports_the_exact_sums(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Right after a merge B is 0, so the export holds W + s·B·A + s·B·A in fp32, not in bf16."""
+    from safetensors.torch import load_file
+
+    import relora.restart.merge as under_test
+
+    sums: dict[str, torch.Tensor] = {}
+    real_merge = under_test.merge_
+
+    def merge(adapter: Any, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        name, scale = adapter.weight.name, adapter.layer.scale
+        if name not in sums:
+            sums[name] = adapter.weight.value().view(adapter.weight.shape).clone()
+        sums[name] += (b @ a) * scale
+        return real_merge(adapter, a, b)
+
+    monkeypatch.setattr(under_test, "merge_", merge)
+    run_dir = tmp_path / "run"
+    assert train(run_dir, "train.stop_after=18", deepspeed__precision="bf16") == 75
+    assert len(sums) == 14
+    assert relora("export", run_dir, "--to", tmp_path / "export") == 0
+    found = load_file(tmp_path / "export" / "model.safetensors")
+    for name, expected in sums.items():
+        assert torch.equal(found[name], expected), name
+        assert not torch.equal(found[name], expected.bfloat16().float()), name
+
+
+def test_weights_are_safetensors_and_nothing_is_a_pickle(exported: tuple[Path, Path]) -> None:
+    names = {path.name for path in exported[1].iterdir()}
+    needed = {"model.safetensors", "config.json", "generation_config.json", "README.md"}
+    assert needed | {"tokenizer.json", "tokenizer_config.json"} <= names
+    assert not {name for name in names if name.endswith((".bin", ".pt", ".pth", ".pkl"))}
+
+
+def test_the_tokenizer_round_trips_and_gives_the_shards_ids(exported: tuple[Path, Path]) -> None:
+    import numpy as np
+    from transformers import AutoTokenizer
+
+    from relora.config import load_config
+    from relora.data.shards import open_shards
+
+    tokenizer = AutoTokenizer.from_pretrained(exported[1])
+    for text in SAMPLES:
+        ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        assert tokenizer.decode(ids) == text
+    shards = open_shards(load_config(exported[0] / "config.yaml").data)
+    ids = np.concatenate([shards.validation, shards.train])
+    documents = np.split(ids, np.flatnonzero(ids == shards.eos_id) + 1)[:-1]
+    assert len(documents) == 50
+    for document in documents:
+        text = tokenizer.decode(document[:-1])
+        assert tokenizer.encode(text, add_special_tokens=False) == document[:-1].tolist()
+        assert any(word in text for word in WORDS)
+    assert tokenizer.eos_token_id == shards.eos_id
+
+
+def test_transformers_generates_with_it(exported: tuple[Path, Path]) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+    model = AutoModelForCausalLM.from_pretrained(exported[1])
+    tokenizer = AutoTokenizer.from_pretrained(exported[1])
+    assert model.config.use_cache
+    assert model.config.eos_token_id == model.generation_config.eos_token_id
+    assert model.config.eos_token_id == tokenizer.eos_token_id
+    writer = pipeline("text-generation", model=str(exported[1]))
+    text = writer("def self", max_new_tokens=10, do_sample=False)[0]["generated_text"]
+    assert text.startswith("def self")
+    assert len(text) > len("def self")
+
+
+def test_a_merged_model_trains_in_transformers(exported: tuple[Path, Path]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(exported[1])
+    ids = some_ids()
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
+    assert not any("lora" in name for name, _ in model.named_parameters())
+
+
+def test_the_model_card_states_the_run_s_figures(exported: tuple[Path, Path]) -> None:
+    run_dir, to = exported
+    card = (to / "README.md").read_text()
+    loss = series(run_dir, "eval/loss")[24]
+    for figure in (f"{loss:.4f}", "24 of 24", "ReLoRA", "rank 4, alpha 8", "38.4K", "6.14K"):
+        assert figure in card, figure
+    assert "| merges | 2 |" in card
+    assert str(Path.cwd()) not in card
+
+
+def test_the_card_of_an_earlier_checkpoint_has_its_own_figures(tmp_path: Path) -> None:
+    assert train(tmp_path / "run", train__save_every=8) == 0
+    assert relora("export", checkpoint(tmp_path / "run", 8), "--to", tmp_path / "export") == 0
+    card = (tmp_path / "export" / "README.md").read_text()
+    assert "8 of 24" in card
+    assert f"{series(tmp_path / 'run', 'eval/loss')[8]:.4f}" in card
+    assert "| merges | 0 |" in card
+
+
+def test_bfloat16_is_a_rounding_of_float32(exported: tuple[Path, Path], tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    assert relora("export", exported[0], "--to", tmp_path / "b", "--dtype", "bfloat16") == 0
+    exact = load_file(exported[1] / "model.safetensors")
+    rounded = load_file(tmp_path / "b" / "model.safetensors")
+    assert exact.keys() == rounded.keys()
+    assert all(torch.equal(rounded[name], exact[name].bfloat16()) for name in exact)
+    assert json.loads((tmp_path / "b" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_an_existing_directory_is_kept_without_force(
+    exported: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    to = shutil.copytree(exported[1], tmp_path / "export")
+    (to / "config.json").write_text("mine")
+    assert relora("export", exported[0], "--to", to) == 2
+    assert "--force" in capsys.readouterr().err
+    assert (to / "config.json").read_text() == "mine"
+    assert relora("export", exported[0], "--to", to, "--force") == 0
+    assert json.loads((to / "config.json").read_text())["model_type"] == "llama"
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
+
+
+@pytest.mark.parametrize("where", ["the run", "its parent", "its model", "a file", "other files"])
+def test_force_replaces_exports_and_nothing_else(
+    where: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "runs" / "run"
+    run_dir.parent.mkdir()
+    assert train(run_dir, "train.stop_after=2") == 75
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.tex").write_text("years of work")
+    to = {
+        "the run": run_dir,
+        "its parent": run_dir.parent,
+        "its model": run_dir / "model",
+        "a file": mine / "thesis.tex",
+        "other files": mine,
+    }[where]
+    assert relora("export", run_dir, "--to", to, "--force") == 2
+    assert str(to) in capsys.readouterr().err
+    assert relora("verify", run_dir) == 0
+    assert (run_dir / "model" / "config.json").is_file()
+    assert (mine / "thesis.tex").read_text() == "years of work"
+
+
+def test_an_export_can_be_made_elsewhere(
+    exported: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From another directory, the run moved, the model's file gone; parents of --to are made."""
+    import yaml
+
+    moved = shutil.copytree(exported[0], tmp_path / "moved")
+    values = yaml.safe_load((moved / "config.yaml").read_text())
+    values["model"]["config"] = "no/such/file.json"
+    (moved / "config.yaml").write_text(yaml.safe_dump(values))
+    monkeypatch.chdir(tmp_path)
+    assert relora("export", "moved", "--to", "some/where/export") == 0
+    weights = [d / "model.safetensors" for d in (exported[1], tmp_path / "some/where/export")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_without_a_checkpoint_there_is_nothing_to_export(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for subject in (tmp_path, tmp_path / "none"):
+        assert relora("export", subject, "--to", tmp_path / "export") == 4
+        assert "is no checkpoint and no run directory with one" in capsys.readouterr().err
+    assert not (tmp_path / "export").exists()
+
+
+def test_every_figure_of_the_card_comes_from_the_run(exported: tuple[Path, Path]) -> None:
+    evaluation = [line for line in metric_lines(exported[0]) if "eval/loss" in line][-1]
+    assert f"{evaluation['eval/perplexity']:.2f}" in (exported[1] / "README.md").read_text()
