@@ -7,6 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+# Models of 10⁴ parameters: threads that wait for a busy core cost more than they bring.
+torch.set_num_threads(1)
 
 # Sizes that nothing divides: shards of ZeRO are padded, and a group's last rank gets less.
 TINY_LLAMA: dict[str, Any] = {
@@ -21,6 +25,18 @@ TINY_LLAMA: dict[str, Any] = {
     "initializer_range": 0.2,
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": False,
+}
+TINY_GPT2: dict[str, Any] = {
+    "model_type": "gpt2",
+    "vocab_size": 61,
+    "n_embd": 18,
+    "n_layer": 2,
+    "n_head": 3,
+    "n_positions": 32,
+    "initializer_range": 0.2,
+    "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "attn_pdrop": 0.0,
 }
 
 

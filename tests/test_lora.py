@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY_LLAMA
+from conftest import TINY_GPT2, TINY_LLAMA
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -23,8 +23,7 @@ from relora.restart.merge import init_adapters_
 
 MODELS: dict[str, dict[str, Any]] = {
     "llama": TINY_LLAMA,
-    "gpt2": {"model_type": "gpt2", "vocab_size": 61, "n_embd": 18, "n_layer": 2, "n_head": 3,
-             "n_positions": 32, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    "gpt2": TINY_GPT2,
     "gpt_neox": {"model_type": "gpt_neox", "vocab_size": 61, "hidden_size": 24,
                  "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 3,
                  "max_position_embeddings": 32, "tie_word_embeddings": False},
