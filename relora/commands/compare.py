@@ -144,7 +144,11 @@ def draw(curves: Sequence[Curves], path: Path) -> None:
             )
         for at in run.events("relora/birth"):
             top.axvline(at, color=colour, linewidth=1, linestyle="--", label="end of warm start")
-        bottom.plot(*run.series("train/lr"), color=colour, linewidth=1.2)
+        # Every step's rate: a log line every so many steps would cut the corners of the restarts.
+        steps = range(run.lines[-1]["step"])
+        rates = [run.config.learning_rate(step) for step in steps]
+        per_step = run.config.tokens_per_step
+        bottom.plot([s * per_step for s in steps], rates, color=colour, linewidth=1.2)
     top.set_ylabel("validation loss (nats per token)")
     top.set_yscale("log")
     top.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))

