@@ -76,8 +76,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _subject(evaluate)
     evaluate.add_argument("--split", choices=("train", "validation"), default="validation")
-    evaluate.add_argument("--max-sequences", type=int, default=None, metavar="N")
-    evaluate.add_argument("--batch-size", type=int, default=16, metavar="N")
+    evaluate.add_argument("--max-sequences", type=_at_least_1, default=None, metavar="N")
+    evaluate.add_argument("--batch-size", type=_at_least_1, default=16, metavar="N")
 
     generate = _verb(
         verbs,
@@ -87,9 +87,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _subject(generate)
     generate.add_argument("--prompt", required=True, metavar="TEXT")
-    generate.add_argument("--max-new-tokens", type=int, default=100, metavar="N")
-    generate.add_argument("--temperature", type=float, default=0.8, help="0 is greedy")
-    generate.add_argument("--top-k", type=int, default=50, metavar="K")
+    generate.add_argument("--max-new-tokens", type=_at_least_1, default=100, metavar="N")
+    generate.add_argument("--temperature", type=_at_least_0, default=0.8, help="0 is greedy")
+    generate.add_argument("--top-k", type=_at_least_1, default=50, metavar="K")
     generate.add_argument("--seed", type=int, default=0)
 
     export = _verb(
@@ -147,6 +147,20 @@ def _verb(
     verbs: argparse._SubParsersAction[argparse.ArgumentParser], name: str, help: str, example: str
 ) -> argparse.ArgumentParser:
     return verbs.add_parser(name, help=help, description=help, epilog=f"example: {example}")
+
+
+def _at_least_1(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value}: must be at least 1")
+    return value
+
+
+def _at_least_0(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{value:g}: must be at least 0")
+    return value
 
 
 def _config(parser: argparse.ArgumentParser) -> None:

@@ -35,4 +35,10 @@ class NumericsError(UserError):
     code = 5
 
 
+class LostRankError(UserError):
+    """Another rank is gone, or did not answer in time (exit 6)."""
+
+    code = 6
+
+
 PREEMPTED = 75  # exit code of a run that stopped on a signal and can go on

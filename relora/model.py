@@ -61,6 +61,7 @@ def build_model(config: ModelConfig, seed: int) -> PreTrainedModel:
     in its checkpoints, and `runtime.checkpoint` reads them.
     """
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
@@ -70,7 +71,7 @@ def build_model(config: ModelConfig, seed: int) -> PreTrainedModel:
             model: Any = AutoModelForCausalLM.from_pretrained(
                 directory, dtype=torch.float32, local_files_only=True
             )
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise ConfigError(f"model.pretrained: {directory}: {error}") from None
     else:
         model = _from_config(load_model_config(config))

@@ -15,7 +15,7 @@ from relora.data.loader import eval_batches, train_batches
 from relora.data.shards import TokenShards
 from relora.errors import DataError, NumericsError
 from relora.lora.inject import adapted_layers, add_adapters, find_targets
-from relora.model import ModelConfig, build_meta_model, build_model, count_parameters
+from relora.model import build_meta_model, build_model, count_parameters
 from relora.restart import invariants
 from relora.restart.merge import init_adapters_, restart_
 from relora.runtime import zero
@@ -26,7 +26,7 @@ from relora.runtime.metrics import Metrics
 from relora.runtime.places import Layered, Places, Source, capture, weights_of
 from relora.runtime.rundir import write_run_state
 from relora.runtime.signals import StopRequest
-from relora.subject import is_subject, merged_model, open_subject
+from relora.subject import is_subject, merged_model, open_subject, structure_of
 
 PROBE_TOKENS = 256
 
@@ -95,10 +95,7 @@ def _build_engine(
     if source is None:
         model = _first_model(config)
     else:  # its structure is enough, and the run directory has that
-        structure = ModelConfig(
-            pretrained=config.run_dir, gradient_checkpointing=config.model.gradient_checkpointing
-        )
-        model = build_model(structure, config.seed)
+        model = build_model(structure_of(config), config.seed)
     if config.clock.has_adapters(step):
         assert config.lora is not None
         add_adapters(model, config.lora)
@@ -202,7 +199,7 @@ def _give_birth(run: Run) -> None:
 def _frozen_names(config: Config) -> set[str]:
     """Names of the weights that adapters freeze."""
     assert config.lora is not None
-    targets = find_targets(build_meta_model(config.model), config.lora)
+    targets = find_targets(build_meta_model(structure_of(config)), config.lora)
     return {f"{target}.weight" for target in targets}
 
 

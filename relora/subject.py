@@ -48,6 +48,17 @@ def open_subject(path: Path) -> Subject:
     return Subject(run_dir, load_run_config(run_dir), checkpoint)
 
 
+def structure_of(config: Config) -> ModelConfig:
+    """The model's structure: the run directory's own once the run has begun, else as configured.
+
+    So what a run started from may go; its checkpoints hold every weight.
+    """
+    if not (config.run_dir / "model" / "config.json").is_file():
+        return config.model
+    checkpointing = config.model.gradient_checkpointing
+    return ModelConfig(pretrained=config.run_dir, gradient_checkpointing=checkpointing)
+
+
 def merged_model(subject: Subject) -> PreTrainedModel:
     """The plain transformers model on the CPU in fp32, W + s·B·A in place of every adapted W."""
     import torch

@@ -18,10 +18,10 @@ from pathlib import Path
 from types import FrameType
 
 from relora.config import Config, check_world, load_config
-from relora.errors import PREEMPTED, ConfigError
+from relora.errors import PREEMPTED, ConfigError, LostRankError
 
 OURS = (0, 1, 2, 3, 4, 5, 6, PREEMPTED)  # exit codes that a rank gives on purpose
-LOST = 6  # exit code for a rank that was killed or hung
+LOST = LostRankError.code
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -36,12 +36,12 @@ def launch(
             raise ConfigError(f"--hostfile: {hostfile}: no such file; its lines are `host slots=N`")
         command = multi_node_command(hostfile, arguments)
     else:
-        count = devices or _device_count()
+        count = _device_count() if devices is None else devices
         if count < 1:
             raise ConfigError(f"--devices: {count}; at least 1")
         check_world(settings, count)
         command = one_node_command(count, arguments)
-    return _keep_code(_run(command), settings)
+    return _keep_code(*_run(command), settings)
 
 
 def one_node_command(devices: int, arguments: Sequence[str]) -> list[str]:
@@ -86,25 +86,41 @@ def _device_count() -> int:
     return torch.cuda.device_count() or 1
 
 
-def _run(command: Sequence[str]) -> int:
-    """Run the launcher in a session of its own and pass our signals to the ranks."""
-    environment = {**os.environ, "DS_BUILD_OPS": "0"}
-    process = subprocess.Popen(command, env=environment, start_new_session=True)
+def _run(command: Sequence[str]) -> tuple[int, str | None]:
+    """Run the launcher in a session of its own and pass our signals to the ranks.
+
+    Returns:
+        Its exit code, and the name of the last signal that came on the way.
+    """
+    import psutil  # noqa: F401  (now: a second signal would find it half imported in the handler)
+
+    asked: list[int] = []
+    process: subprocess.Popen[bytes] | None = None
 
     def forward(number: int, frame: FrameType | None) -> None:
-        ranks = _ranks_of(process.pid)
-        for rank in ranks or [process.pid]:
-            try:
-                os.kill(rank, number)
-            except ProcessLookupError:
-                continue
+        asked.append(number)
+        if process is not None:
+            _pass_on(process.pid, number)
 
     previous = {number: signal.signal(number, forward) for number in FORWARDED}
     try:
-        return process.wait()
+        environment = {**os.environ, "DS_BUILD_OPS": "0"}
+        process = subprocess.Popen(command, env=environment, start_new_session=True)
+        if asked:  # while it was started
+            _pass_on(process.pid, asked[-1])
+        return process.wait(), signal.Signals(asked[-1]).name if asked else None
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _pass_on(launcher: int, number: int) -> None:
+    """Send a signal to every rank, or to the launcher as long as there are none."""
+    for pid in _ranks_of(launcher) or [launcher]:
+        try:
+            os.kill(pid, number)
+        except ProcessLookupError:
+            continue
 
 
 def _ranks_of(launcher: int) -> list[int]:
@@ -117,15 +133,24 @@ def _ranks_of(launcher: int) -> list[int]:
         return []
 
 
-def _keep_code(code: int, config: Config) -> int:
-    """The run's exit code; a rank that was killed is noted in run_state.json, as it could not."""
-    if code in OURS:
-        return code
+def _keep_code(code: int, asked: str | None, config: Config) -> int:
+    """The run's exit code. What ranks could not note in run_state.json themselves is noted here.
+
+    Args:
+        code: of the launcher, which is that of the first rank that failed.
+        asked: the signal that asked the run to stop, if one did.
+    """
     from relora.runtime.rundir import read_run_state, write_run_state
 
-    reason = f"a rank was lost: it ended with code {code}"
+    if code in OURS and code != LOST:
+        return code
+    if asked:  # before the ranks listened, or a second time: gone at once, as was wanted
+        status, result, reason = "preempted", PREEMPTED, f"stopped at once by {asked}"
+    else:
+        status, result, reason = "failed", LOST, f"a rank was lost: it ended with code {code}"
     print(f"relora: {reason}; the same command goes on from the newest checkpoint", file=sys.stderr)
     if config.run_dir.is_dir():
-        step = read_run_state(config.run_dir).get("step", 0)
-        write_run_state(config.run_dir, "failed", reason, step, LOST)
-    return LOST
+        state = read_run_state(config.run_dir)
+        if state.get("code") != result:
+            write_run_state(config.run_dir, status, reason, state.get("step", 0), result)
+    return result

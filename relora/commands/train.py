@@ -21,6 +21,7 @@ from relora.errors import (
     PREEMPTED,
     ConfigError,
     DataError,
+    LostRankError,
     UserError,
 )
 from relora.model import build_meta_model
@@ -110,8 +111,10 @@ def check_model(config: Config) -> None:
     Raises:
         ConfigError: targets, rank or context do not fit the model.
     """
+    from relora.subject import structure_of
+
     check_same_model(config)
-    model = build_meta_model(config.model)
+    model = build_meta_model(structure_of(config))
     context = getattr(model.config, "max_position_embeddings", None)
     if context is not None and config.data.sequence_length > context:
         raise ConfigError(
@@ -132,7 +135,8 @@ def check_same_model(config: Config) -> None:
     """
     from relora.model import ModelConfig, load_model_config
 
-    if not (config.run_dir / "model" / "config.json").is_file():
+    begun = (config.run_dir / "model" / "config.json").is_file()
+    if not begun or (config.model.pretrained and not config.model.pretrained.exists()):
         return
     old = load_model_config(ModelConfig(pretrained=config.run_dir)).to_dict()
     new = load_model_config(config.model).to_dict()
@@ -161,7 +165,9 @@ def check_vocabulary(config: Config, shards: TokenShards) -> None:
     Raises:
         ConfigError: with both sizes.
     """
-    embeddings: Any = build_meta_model(config.model).get_input_embeddings()
+    from relora.subject import structure_of
+
+    embeddings: Any = build_meta_model(structure_of(config)).get_input_embeddings()
     size = embeddings.weight.shape[0]
     if shards.vocab_size > size:
         raise ConfigError(
@@ -173,19 +179,12 @@ def check_vocabulary(config: Config, shards: TokenShards) -> None:
 def _guarded(config: Config, shards: TokenShards, ranks: Ranks) -> int:
     """Run with the run directory claimed, and leave in it how the run ended."""
     from relora.run import start_run, train_run
+    from relora.runtime.distributed import is_lost_rank
     from relora.runtime.rundir import write_run_state
     from relora.runtime.signals import StopRequest
 
     stop = StopRequest()
-    claim, problem = None, None
-    if ranks.is_main:
-        try:
-            claim = _open_run_dir(config, shards, ranks)
-        except UserError as error:
-            problem = error
-        except OSError as error:
-            problem = ConfigError(f"run_dir: {config.run_dir} cannot be written: {error}")
-    ranks.agree(problem)
+    claim = _claim(config, shards, ranks)
     step, status, reason, code = 0, "failed", "a bug", 1
     run = None
     try:
@@ -200,6 +199,12 @@ def _guarded(config: Config, shards: TokenShards, ranks: Ranks) -> int:
         raise
     except BaseException as error:
         reason = f"{type(error).__name__}: {error}"
+        if isinstance(error, RuntimeError) and is_lost_rank(error):
+            code = LostRankError.code
+            raise LostRankError(
+                f"another rank is gone, or was silent for {config.deepspeed.timeout_minutes:g} "
+                f"minutes; the same command goes on from the newest checkpoint ({error})"
+            ) from error
         raise
     finally:
         stop.ignore_further()
@@ -213,6 +218,20 @@ def _guarded(config: Config, shards: TokenShards, ranks: Ranks) -> int:
     ranks.barrier()
     stop.restore()
     return code
+
+
+def _claim(config: Config, shards: TokenShards, ranks: Ranks) -> Any:
+    """Rank 0 opens the run directory; all hear of it if it cannot."""
+    claim, problem = None, None
+    if ranks.is_main:
+        try:
+            claim = _open_run_dir(config, shards, ranks)
+        except UserError as error:
+            problem = error
+        except OSError as error:
+            problem = ConfigError(f"run_dir: {config.run_dir} cannot be written: {error}")
+    ranks.agree(problem)
+    return claim
 
 
 def _open_run_dir(config: Config, shards: TokenShards, ranks: Ranks) -> Any:

@@ -121,6 +121,11 @@ def lone_rank() -> Ranks:
     return Ranks(0, 1, 0, 1, device)
 
 
+def is_lost_rank(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank is gone or did not answer in time."""
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
+
+
 def seed_dropout(seed: int, consumed: int, rank: int) -> None:
     """Key the generators to (seed, data position, rank), so that a resumed run needs no state."""
     digest = hashlib.blake2b(f"{seed}/{consumed}/{rank}".encode(), digest_size=8).digest()

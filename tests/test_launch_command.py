@@ -1,0 +1,303 @@
+"""The launcher around the ranks: ports, signals to all of them, exit codes, lost ranks."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from runs import (
+    Process,
+    alive,
+    checkpoint,
+    checkpoints,
+    differing,
+    logged_step,
+    make_config,
+    relora,
+    run_state,
+    series,
+    trajectory,
+    workshop,
+)
+
+from relora.commands import launch as under_test
+from relora.config import load_config
+
+LAST = 60
+CHANGES = {
+    "train__steps": LAST,
+    "train__eval_every": 10,
+    "train__save_every": 8,
+    "lora__dropout": 0.1,
+    "relora__cycle_steps": 12,
+    "deepspeed__zero_stage": 2,
+    "deepspeed__timeout_minutes": 1,
+}
+
+
+def launch(config: Path, output: Path, *overrides: str) -> Process:
+    """`relora launch --devices 2`."""
+    return Process(output, "launch", "--devices", 2, config, *overrides)
+
+
+def assert_nothing_left(pids: list[int], seconds: float = 2) -> None:
+    """None of these processes runs on."""
+    deadline = time.monotonic() + seconds
+    while alive(pids) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert alive(pids) == []
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two launches at the same time: one undisturbed, one stopped by SIGTERM on its way."""
+    directory = tmp_path_factory.mktemp("launches")
+    workshop()
+    whole = make_config(directory / "whole", **CHANGES)
+    cut = make_config(directory / "cut", **CHANGES)
+    first = launch(whole, directory / "whole.txt")
+    second = launch(cut, directory / "cut.txt")
+    second.wait_for_step(directory / "cut", 14)
+    pids = [second.popen.pid, *second.descendants()]
+    ports = [port_of(process) for process in (first, second)]
+    asked = logged_step(directory / "cut")
+    os.kill(second.popen.pid, signal.SIGTERM)
+    assert second.wait(60) == 75, second.text
+    assert_nothing_left(pids)
+    assert first.wait() == 0, first.text
+    assert len(set(ports)) == 2
+    state = run_state(directory / "cut")
+    assert state["status"] == "preempted"
+    assert state["reason"] == "stopped by SIGTERM"
+    assert state["code"] == 75
+    assert asked <= state["step"] < LAST
+    # At the next step boundary: what was under way, and one more at the most that had begun.
+    assert checkpoints(directory / "cut")[-1] == f"step_{state['step']:08d}"
+    assert "Traceback" not in second.text
+    return {"whole": directory / "whole", "cut": directory / "cut", "config": cut}
+
+
+def port_of(process: Process) -> str:
+    """MASTER_PORT of a launch's first rank."""
+    import psutil
+
+    return psutil.Process(process.ranks()[0]).environ()["MASTER_PORT"]
+
+
+def test_a_launched_run_is_a_run_on_two_ranks(story: dict[str, Path]) -> None:
+    import json
+
+    environment = json.loads((story["whole"] / "environment.json").read_text())
+    assert environment["world_size"] == 2
+    assert run_state(story["whole"])["status"] == "finished"
+    assert list(series(story["whole"], "train/loss")) == list(range(1, LAST + 1))
+    assert {path.name for path in checkpoint(story["whole"], LAST).iterdir()} == {
+        "manifest.json",
+        "state.json",
+        "rank_00000.safetensors",
+        "rank_00001.safetensors",
+    }
+
+
+def test_ctrl_c_a_lost_rank_and_the_deepspeed_launcher_leave_no_trace(
+    story: dict[str, Path], tmp_path: Path
+) -> None:
+    """The run of the story is stopped by SIGINT, by kill -9 of a rank, and then finished."""
+    run_dir, config = story["cut"], story["config"]
+    step = run_state(run_dir)["step"]
+
+    process = launch(config, tmp_path / "sigint.txt")
+    process.wait_for_step(run_dir, step + 6)
+    pids = [process.popen.pid, *process.descendants()]
+    os.kill(process.popen.pid, signal.SIGINT)
+    assert process.wait(60) == 75, process.text
+    assert_nothing_left(pids)
+    assert run_state(run_dir)["reason"] == "stopped by SIGINT"
+    assert "Traceback" not in process.text
+    step = run_state(run_dir)["step"]
+    assert step < LAST - 10
+
+    process = launch(config, tmp_path / "killed.txt")
+    process.wait_for_step(run_dir, step + 4)
+    pids = [process.popen.pid, *process.descendants()]
+    began = time.monotonic()
+    os.kill(process.ranks()[1], signal.SIGKILL)
+    assert process.wait(60) == 6, process.text
+    assert time.monotonic() - began < 30  # a few seconds on an idle machine
+    assert_nothing_left(pids)
+    state = run_state(run_dir)
+    assert state["status"] == "failed"
+    assert state["code"] == 6
+    assert "rank" in state["reason"]
+
+    # The rest by the launcher of deepspeed itself, from the newest checkpoint on.
+    program = (str(Path(sys.executable).parent / "deepspeed"),)
+    arguments = ("--num_gpus", 2, "--master_port", free_port(), "--module", "relora", "train")
+    process = Process(tmp_path / "deepspeed.txt", *arguments, config, program=program)
+    assert process.wait() == 0, process.text
+    assert "going on from step" in process.text
+    assert run_state(run_dir)["status"] == "finished"
+
+    assert trajectory(run_dir) == trajectory(story["whole"])
+    assert differing(checkpoint(run_dir, LAST), checkpoint(story["whole"], LAST)) == []
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_a_second_signal_ends_all_at_once(story: dict[str, Path], tmp_path: Path) -> None:
+    """Asked twice, nothing is saved any more; what was saved before stays good."""
+    run_dir = tmp_path / "run"
+    # An evaluation without end, as far as a step is concerned: the first signal has to wait for it.
+    changes = {**CHANGES, "train__eval_sequences": None, "batch__micro_batch_size": 1}
+    process = launch(make_config(run_dir, **changes), tmp_path / "output.txt")
+    process.wait_for_step(run_dir, 9)
+    pids = [process.popen.pid, *process.descendants()]
+    began = time.monotonic()
+    for _ in range(2):
+        os.kill(process.popen.pid, signal.SIGTERM)
+        time.sleep(0.01)
+    code = process.wait(30)
+    assert time.monotonic() - began < 15
+    assert_nothing_left(pids)
+    assert checkpoints(run_dir)[0] == "step_00000008"
+    assert relora("verify", checkpoint(run_dir, 8)) == 0
+    assert code == 75
+    state = run_state(run_dir)
+    assert state["status"] == "preempted"
+    assert "SIGTERM" in state["reason"]
+
+
+def test_a_signal_before_the_first_step_is_a_preemption_too(tmp_path: Path) -> None:
+    """A scheduler may change its mind while the ranks are still importing torch."""
+    process = launch(make_config(tmp_path / "run", **CHANGES), tmp_path / "output.txt")
+    process.wait_until(lambda: len(process.ranks()) == 2)
+    pids = [process.popen.pid, *process.descendants()]
+    os.kill(process.popen.pid, signal.SIGTERM)
+    assert process.wait(60) == 75, process.text
+    assert_nothing_left(pids)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_lost_rank_is_code_6_whoever_notices_first(rank: int, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    process = launch(make_config(run_dir, **CHANGES), tmp_path / "output.txt")
+    process.wait_for_step(run_dir, 3)
+    pids = [process.popen.pid, *process.descendants()]
+    os.kill(process.ranks()[rank], signal.SIGKILL)
+    assert process.wait(60) == 6, process.text
+    assert_nothing_left(pids)
+    assert run_state(run_dir)["status"] == "failed"
+    assert run_state(run_dir)["code"] == 6
+    assert "goes on from the newest checkpoint" in process.text
+
+
+@pytest.mark.slow
+def test_a_hung_rank_is_code_6(tmp_path: Path) -> None:
+    """Stopped, not killed: only the timeout of a collective can tell."""
+    run_dir = tmp_path / "run"
+    changes = {**CHANGES, "deepspeed__timeout_minutes": 0.2, "train__steps": 2000}
+    process = launch(make_config(run_dir, **changes), tmp_path / "output.txt")
+    process.wait_for_step(run_dir, 3)
+    pids = [process.popen.pid, *process.descendants()]
+    os.kill(process.ranks()[1], signal.SIGSTOP)
+    began = time.monotonic()
+    assert process.wait(120) == 6, process.text
+    assert 5 < time.monotonic() - began < 90
+    assert_nothing_left(pids)
+    assert run_state(run_dir)["code"] == 6
+    assert "0.2 minutes" in process.text
+
+
+def test_a_lone_process_is_stopped_by_sigterm(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    config = make_config(run_dir, train__steps=2000, train__eval_every=None)
+    process = Process(tmp_path / "output.txt", "train", config)
+    process.wait_for_step(run_dir, 5)
+    os.kill(process.popen.pid, signal.SIGTERM)
+    assert process.wait(30) == 75, process.text
+    state = run_state(run_dir)
+    assert state["status"] == "preempted"
+    assert state["reason"] == "stopped by SIGTERM"
+    assert checkpoints(run_dir) == [f"step_{state['step']:08d}"]
+    assert f"stopped at step {state['step']}; the same command goes on" in process.text
+
+
+@pytest.mark.parametrize(("code", "word"), [(2, "vocab"), (3, "train.bin")])
+def test_exit_codes_and_messages_pass_through(code: int, word: str, tmp_path: Path) -> None:
+    """What only the ranks can find out: a vocabulary too small, and a shard that was changed."""
+    from test_run_directory import own_data
+
+    config = own_data(tmp_path)
+    assert relora("prepare", config) == 0
+    if code == 2:
+        model = tmp_path / "own" / "llama.json"
+        model.write_text(model.read_text().replace('"vocab_size": 320', '"vocab_size": 300'))
+        # The check of the config alone would see it; a tokenizer by path has no size there.
+        (tokenizer,) = (tmp_path / "own" / "data").glob("*/tokenizer")
+        values = yaml.safe_load(config.read_text())
+        values["data"]["tokenizer"] = {"path": str(tokenizer)}
+        config.write_text(yaml.safe_dump(values))
+        assert relora("prepare", config) == 0
+    else:
+        (shard,) = (tmp_path / "own" / "data").rglob("train.bin")
+        content = bytearray(shard.read_bytes())
+        content[1000] ^= 1
+        shard.write_bytes(content)
+    process = launch(config, tmp_path / "output.txt")
+    assert process.wait(60) == code, process.text
+    messages = [line for line in process.text.splitlines() if line.startswith("relora: ")]
+    assert len(messages) == 1, process.text
+    assert word in messages[0]
+    assert "Traceback" not in process.text
+
+
+def test_config_errors_come_before_any_rank(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(under_test, "_run", None)  # no rank may be started
+    config = make_config(tmp_path / "run")
+    for arguments, words in (
+        (("--devices", 3, config), ("batch.global_batch_size", "3 ranks")),
+        (("--devices", 2, config, "lora.rang=4"), ("lora.rang", "did you mean rank?")),
+        (("--devices", 0, config), ("--devices", "at least 1")),
+        (("--devices", -1, config), ("--devices", "at least 1")),
+        (("--hostfile", tmp_path / "none", config), ("--hostfile", "no such file")),
+        ((tmp_path / "none.yaml",), ("none.yaml", "no such config file")),
+    ):
+        assert relora("launch", *arguments) == 2
+        error = capsys.readouterr().err
+        assert all(word in error for word in words), error
+
+
+def test_the_commands_carry_config_and_overrides(tmp_path: Path) -> None:
+    one = under_test.one_node_command(2, ["train", "c.yaml", "seed=3"])
+    assert one[-4:] == ["relora", "train", "c.yaml", "seed=3"]
+    assert "deepspeed.launcher.launch" in one
+    ports = {
+        argument
+        for _ in range(20)
+        for argument in under_test.one_node_command(2, [])
+        if argument.startswith("--master_port=")
+    }
+    assert len(ports) > 1
+    many = under_test.multi_node_command(tmp_path / "hosts", ["train", "c.yaml"])
+    assert f"--hostfile={tmp_path / 'hosts'}" in many
+    assert many[-3:] == ["relora", "train", "c.yaml"]
+
+
+@pytest.mark.parametrize("code", [0, 1, 2, 3, 4, 5, 75])
+def test_codes_that_a_rank_gives_on_purpose_are_kept(code: int, tmp_path: Path) -> None:
+    config = load_config(make_config(tmp_path / "run"))
+    assert under_test._keep_code(code, None, config) == code
+    assert not (tmp_path / "run").exists()
