@@ -17,7 +17,9 @@ from relora.runtime.rundir import read_run_state
 
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-FAIR = ("data.", "batch.global_batch_size", "model.", "seed", "train.steps", "train.tokens")
+LENGTHS = ("train.steps", "train.tokens", "train.eval_sequences")
+FAIR = ("data.", "batch.global_batch_size", "model.", "seed", *LENGTHS)
+HARMLESS = ("data.dir", "data.num_workers", "model.gradient_checkpointing")
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Curves:
 
 def compare(runs: Sequence[Path], to: Path) -> int:
     """Write `comparison.png` and `comparison.md` into `to`, and print the table."""
-    curves = [read_run(run) for run in runs]
+    curves = [read_run(run, name) for run, name in zip(runs, short_names(runs), strict=True)]
     to.mkdir(parents=True, exist_ok=True)
     draw(curves, to / "comparison.png")
     text = report(curves)
@@ -57,19 +59,32 @@ def compare(runs: Sequence[Path], to: Path) -> int:
     return 0
 
 
-def read_run(run_dir: Path) -> Curves:
+def short_names(runs: Sequence[Path]) -> list[str]:
+    """Each run's directory name, with as many of its parents as tell it from the others."""
+    parts = [run.resolve().parts for run in runs]
+    for depth in range(1, max(map(len, parts))):
+        names = ["/".join(each[-depth:]) for each in parts]
+        if len(set(names)) == len(set(parts)):
+            break
+    return names
+
+
+def read_run(run_dir: Path, name: str) -> Curves:
     """Read one run directory.
+
+    Args:
+        name: what the report calls it.
 
     Raises:
         CheckpointError: it is none, or has not logged an evaluation yet.
     """
-    for name in ("config.yaml", "metrics.jsonl"):
-        if not (run_dir / name).is_file():
+    for file in ("config.yaml", "metrics.jsonl"):
+        if not (run_dir / file).is_file():
             raise CheckpointError(
-                f"{run_dir}: is no run directory that has started: it has no {name}"
+                f"{run_dir}: is no run directory that has started: it has no {file}"
             )
     status = read_run_state(run_dir).get("status", "unknown")
-    curves = Curves(run_dir.name, load_run_config(run_dir), status, read_metrics(run_dir))
+    curves = Curves(name, load_run_config(run_dir), status, read_metrics(run_dir))
     if curves.last("eval/loss") is None:
         raise CheckpointError(
             f"{run_dir}: has no evaluation yet; wait for the first, or set train.eval_every"
@@ -84,13 +99,13 @@ def report(curves: Sequence[Curves]) -> str:
         "method": lambda c: c.config.method,
         "status": lambda c: c.status,
         "step": lambda c: f"{c.lines[-1]['step']}/{c.config.total_steps}",
-        "tokens": lambda c: format_count(c.last("train/tokens")),
+        "tokens": lambda c: format_count(c.last("train/tokens") or 0),
         "merges": lambda c: str(len(c.events("relora/merge"))),
-        "validation loss": lambda c: f"{c.last('eval/loss'):.4f}",
-        "perplexity": lambda c: f"{c.last('eval/perplexity'):.2f}",
-        "tokens/s": lambda c: f"{median(c, 'perf/tokens_per_s'):,.0f}",
-        "ms/step": lambda c: f"{median(c, 'perf/step_ms'):.0f}",
-        "memory (GiB per rank)": lambda c: f"{c.last('perf/memory_gib'):.2f}",
+        "validation loss": lambda c: _shown(c.last("eval/loss"), ".4f"),
+        "perplexity": lambda c: _shown(c.last("eval/perplexity"), ".2f"),
+        "tokens/s": lambda c: _shown(median(c, "perf/tokens_per_s"), ",.0f"),
+        "ms/step": lambda c: _shown(median(c, "perf/step_ms"), ".0f"),
+        "memory (GiB per rank)": lambda c: _shown(c.last("perf/memory_gib"), ".2f"),
         "time": lambda c: format_duration(c.last("time/elapsed_s") or 0),
     }
     rows = [list(columns), ["---"] * len(columns)]
@@ -107,16 +122,20 @@ def unfair(curves: Sequence[Curves]) -> list[str]:
     notes = []
     for run in curves[1:]:
         for path, old, new in differences(first.config, run.config):
-            if path.startswith(FAIR) and path not in ("data.dir", "data.num_workers"):
+            if path.startswith(FAIR) and path not in HARMLESS:
                 notes.append(f"{path}: {old!r} in {first.name}, {new!r} in {run.name}")
     notes += [f"{run.name} is {run.status}" for run in curves if run.status != "finished"]
     return notes
 
 
-def median(run: Curves, key: str) -> float:
+def median(run: Curves, key: str) -> float | None:
     """Median over the run's log lines; robust against a pause of the machine."""
     values = sorted(run.series(key)[1])
-    return values[len(values) // 2] if values else float("nan")
+    return values[len(values) // 2] if values else None
+
+
+def _shown(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
 
 
 def draw(curves: Sequence[Curves], path: Path) -> None:

@@ -201,10 +201,11 @@ def _guarded(config: Config, shards: TokenShards, ranks: Ranks) -> int:
         reason = f"{type(error).__name__}: {error}"
         if isinstance(error, RuntimeError) and is_lost_rank(error):
             code = LostRankError.code
-            raise LostRankError(
+            reason = (
                 f"another rank is gone, or was silent for {config.deepspeed.timeout_minutes:g} "
                 f"minutes; the same command goes on from the newest checkpoint ({error})"
-            ) from error
+            )
+            raise LostRankError(reason) from error
         raise
     finally:
         stop.ignore_further()

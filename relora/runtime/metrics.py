@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from relora.errors import CheckpointError
 from relora.runtime.distributed import on_terminal
 
 BAR_WIDTH = 24
@@ -115,10 +116,19 @@ def drop_after(path: Path, step: int) -> None:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; an unfinished last line of a running run is left out."""
+    """The lines of a run's metrics.jsonl; an unfinished last line of a running run is left out.
+
+    Raises:
+        CheckpointError: another line is broken; names it.
+    """
     path = run_dir / "metrics.jsonl"
-    lines = path.read_text(encoding="utf8").split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
+    found = []
+    for number, line in enumerate(path.read_text(encoding="utf8").split("\n")[:-1], 1):
+        try:
+            found.append(json.loads(line))
+        except ValueError as error:
+            raise CheckpointError(f"{path}: line {number} is not valid JSON: {error}") from None
+    return found
 
 
 def format_duration(seconds: float) -> str:
