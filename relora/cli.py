@@ -38,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
         "relora plan configs/llama_60m_relora.yaml relora.cycle_steps=2500",
     )
     _config(plan)
-    plan.add_argument("--devices", type=int, default=1, metavar="N", help="ranks to plan for")
+    plan.add_argument("--devices", type=_positive, default=1, metavar="N", help="ranks to plan for")
 
     prepare = _verb(
         verbs,
@@ -47,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
         "relora prepare configs/quickstart_relora.yaml",
     )
     _config(prepare)
-    prepare.add_argument("--workers", type=int, default=None, help="processes (default: all cores)")
+    prepare.add_argument("--workers", type=_positive, default=None, help="processes (all cores)")
 
     train = _verb(
         verbs,
@@ -64,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
         "relora launch --devices 2 configs/quickstart_relora.yaml",
     )
     where = launch.add_mutually_exclusive_group()
-    where.add_argument("--devices", type=int, metavar="N", help="ranks here (default: all GPUs)")
+    where.add_argument("--devices", type=_positive, metavar="N", help="ranks here (all GPUs)")
     where.add_argument("--hostfile", type=Path, metavar="F", help="lines of `host slots=N`")
     _config(launch)
 
@@ -141,6 +141,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # one message a machine, not one a rank
             print(f"relora: {error}", file=sys.stderr)
         return error.code
+
+
+def _positive(text: str) -> int:
+    """argparse type: a whole number from 1 up."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value}: must be at least 1")
+    return value
 
 
 def _verb(

@@ -40,6 +40,16 @@ MAY_CHANGE = (
 )
 
 
+# Options of DeepSpeed's zero_optimization under which a merge would be wrong, and why.
+UNSAFE_ZERO = {
+    "round_robin_gradients": "DeepSpeed maps fp32 masters to the wrong parameters with it",
+    "offload_param": "merges do not reach weights that were moved off the device",
+    "mics_shard_size": "merges count on each entry having one owner among all ranks",
+    "zero_quantized_weights": "a merge into quantised weights loses most of the update",
+    "zero_quantized_nontrainable_weights": "a merge into quantised weights loses most of it",
+}
+
+
 class Config(Section):
     """One run. Full rank, LoRA and ReLoRA differ by which of `lora` and `relora` are null."""
 
@@ -334,11 +344,13 @@ def _check_lengths(config: Config) -> Iterator[str]:
     if clock.birth is None:
         return
     if clock.cycle is not None:
+        longest = clock.total - birth - 1
+        way_out = f"take at most {longest}" if longest > 0 else "raise train.steps"
         if birth < clock.total <= birth + clock.cycle:
             yield (
                 f"relora.cycle_steps: {clock.cycle} leaves no merge in a run of {clock.total} "
-                f"steps{f' with {birth} of warm start' if birth else ''}; take at most "
-                f"{clock.total - birth - 1}, or relora: null for plain LoRA"
+                f"steps{f' with {birth} of warm start' if birth else ''}; {way_out}, or relora: null "
+                "for plain LoRA"
             )
         if clock.rewarm >= clock.cycle:
             yield (
@@ -381,11 +393,9 @@ def _check_deepspeed(config: Config) -> Iterator[str]:
     for key, where in {"stage": "zero_stage", "offload_optimizer": "offload_optimizer"}.items():
         if key in zero:
             yield f"deepspeed.extra.zero_optimization.{key}: is decided by deepspeed.{where}"
-    if zero.get("round_robin_gradients"):
-        yield (
-            "deepspeed.extra.zero_optimization.round_robin_gradients: DeepSpeed maps fp32 masters "
-            "to the wrong parameters with it, so merges would be wrong; remove it"
-        )
+    for key, why in UNSAFE_ZERO.items():
+        if zero.get(key):
+            yield f"deepspeed.extra.zero_optimization.{key}: {why}; remove it"
 
 
 def _check_model_json(config: Config, model: dict[str, Any]) -> Iterator[str]:

@@ -72,7 +72,7 @@ def step_line(clock: Clock, step: int, values: Mapping[str, float]) -> str:
     return " | ".join(
         [
             f"step {step:>{len(str(clock.total))}}/{clock.total}",
-            place(clock, step),
+            phase(clock, step),
             f"loss {values['train/loss']:.4f}",
             f"lr {values['train/lr']:.2e}",
             f"gnorm {values['train/grad_norm']:.3f}",
@@ -84,19 +84,14 @@ def step_line(clock: Clock, step: int, values: Mapping[str, float]) -> str:
     )
 
 
-def place(clock: Clock, step: int) -> str:
+def phase(clock: Clock, step: int) -> str:
     """Where in the cycles a step lies."""
     if clock.birth is None:
         return "full rank"
     if step <= clock.birth and clock.birth > 0:
         return f"warm start {step}/{clock.birth}"
-    if clock.cycle is None:
-        return "one cycle"
-    done, within = divmod(step - clock.birth, clock.cycle)
-    # The last cycle may be longer: a boundary at the very end of the run is no merge.
-    if within == 0 or done > clock.merges_before(step):
-        done, within = done - 1, within + clock.cycle
-    return f"cycle {done + 1} {within}/{clock.cycle}"
+    place = clock.place_in_cycle(step)
+    return "one cycle" if place is None else f"cycle {place[0]} {place[1]}/{clock.cycle}"
 
 
 def birth_line(step: int, adapters: int, trainable: int, total: int, seconds: float) -> str:

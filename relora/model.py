@@ -56,28 +56,24 @@ def build_model(config: ModelConfig, seed: int) -> PreTrainedModel:
     """The causal language model in fp32 on the CPU, every parameter trainable, without KV cache.
 
     Weights drawn from scratch come from the CPU's generator right after `torch.manual_seed(seed)`,
-    so they depend on the seed alone, not on device, rank, world size or ZeRO stage. With
-    `pretrained` they are read where the directory holds transformers weights; those of a run are
-    in its checkpoints, and `runtime.checkpoint` reads them.
+    so they depend on the seed alone, not on device, rank, world size or ZeRO stage.
+
+    Raises:
+        ConfigError: a `pretrained` directory lacks weights, some or all. (Those of a run are in
+            its checkpoints: see `subject.merged_model`.)
     """
     import torch
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    if config.pretrained and has_transformers_weights(find_model_directory(config.pretrained)):
-        directory = find_model_directory(config.pretrained)
-        try:
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                directory, dtype=torch.float32, local_files_only=True
-            )
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise ConfigError(f"model.pretrained: {directory}: {error}") from None
-    else:
-        model = _from_config(load_model_config(config))
+    model = _load_pretrained(config.pretrained) if config.pretrained else _from_config(config)
+    return make_trainable(model, config.gradient_checkpointing)
+
+
+def make_trainable(model: PreTrainedModel, gradient_checkpointing: bool) -> PreTrainedModel:
+    """The model in fp32 with every parameter trainable, without KV cache, ready for training."""
     model = model.float().requires_grad_(True)
     model.config.use_cache = False
-    if config.gradient_checkpointing:
+    if gradient_checkpointing:
         # The reentrant kind would need inputs that require gradients.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
@@ -88,7 +84,7 @@ def build_meta_model(config: ModelConfig) -> PreTrainedModel:
     import torch
 
     with torch.device("meta"):
-        return _from_config(load_model_config(config))
+        return _from_config(config)
 
 
 def load_model_config(config: ModelConfig) -> PretrainedConfig:
@@ -116,13 +112,29 @@ def find_model_directory(path: Path) -> Path:
     Raises:
         ConfigError: there is none.
     """
-    for candidate in (path, path / "model", path.parent.parent / "model"):
+    candidates = [path, path / "model"]
+    if (path / "manifest.json").is_file():  # a checkpoint, two levels below its run
+        candidates.append(path.resolve().parent.parent / "model")
+    for candidate in candidates:
         if (candidate / "config.json").is_file():
             return candidate
     raise ConfigError(
         f"model.pretrained: {path}: holds no config.json; give a transformers model directory, "
         "a run directory or one of its checkpoints"
     )
+
+
+def check_pretrained(path: Path) -> None:
+    """Whether a transformers directory holds weights at all.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    if not has_transformers_weights(path):
+        raise ConfigError(
+            f"model.pretrained: {path}: holds no weights (model.safetensors); give a transformers "
+            "model directory with them, a run directory or one of its checkpoints"
+        )
 
 
 def has_transformers_weights(directory: Path) -> bool:
@@ -137,10 +149,29 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     return sum(n for n, trainable in sizes if trainable), sum(n for n, _ in sizes)
 
 
-def _from_config(config: PretrainedConfig) -> PreTrainedModel:
+def _load_pretrained(directory: Path) -> PreTrainedModel:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    check_pretrained(directory)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=torch.float32, local_files_only=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"model.pretrained: {directory}: {error}") from None
+    model, report = loaded
+    # transformers would draw these at random and go on.
+    lacking = sorted({*report["missing_keys"], *(str(key) for key in report["mismatched_keys"])})
+    if lacking:
+        raise ConfigError(f"model.pretrained: {directory}: lacks weights: {', '.join(lacking)}")
+    return model
+
+
+def _from_config(config: ModelConfig) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     try:
-        return AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_config(load_model_config(config))
     except (ValueError, RuntimeError) as error:
         raise ConfigError(f"model: {error}") from None

@@ -15,7 +15,7 @@ from relora.data.loader import eval_batches, train_batches
 from relora.data.shards import TokenShards
 from relora.errors import DataError, NumericsError
 from relora.lora.inject import adapted_layers, add_adapters, find_targets
-from relora.model import build_meta_model, build_model, count_parameters
+from relora.model import build_meta_model, build_model, count_parameters, make_trainable
 from relora.restart import invariants
 from relora.restart.merge import init_adapters_, restart_
 from relora.runtime import zero
@@ -118,9 +118,8 @@ def _first_model(config: Config) -> Any:
     pretrained = config.model.pretrained
     if pretrained is None or not is_subject(pretrained):
         return build_model(config.model, config.seed)
-    model = build_model(config.model, config.seed)
-    model.load_state_dict(merged_model(open_subject(pretrained)).state_dict())
-    return model
+    model = merged_model(open_subject(pretrained))
+    return make_trainable(model, config.model.gradient_checkpointing)
 
 
 def train_run(run: Run, stop: StopRequest) -> bool:
@@ -170,6 +169,7 @@ def train_run(run: Run, stop: StopRequest) -> bool:
             _log(run, loss, lr, result.grad_norm)
         if last or due(run.step, config.train.eval_every):
             _evaluate(run)
+            halt = halt or ranks.any(bool(stop))  # it may have taken long
         if last or halt or due(run.step, config.train.save_every):
             _save(run)
         if halt and not last:
@@ -187,8 +187,8 @@ def _give_birth(run: Run) -> None:
     began = time.perf_counter()
     frozen = _frozen_names(run.config)
     state = capture(run.places, lambda name: name not in frozen)
+    run.places.release_()
     zero.destroy(run.engine)
-    run.engine = run.places = None  # type: ignore[assignment]  # free the memory first
     run.engine, run.places = _build_engine(run.config, run.ranks, run.step, state)
     trainable, total = count_parameters(run.engine.module)
     seconds = time.perf_counter() - began
@@ -258,8 +258,9 @@ def _log(run: Run, loss: float, lr: float, grad_norm: float) -> None:
         "perf/memory_gib": memory_gib(run.ranks.device),
         "time/elapsed_s": run.elapsed,
     }
-    if config.clock.cycle is not None:
-        values["relora/cycle"] = config.clock.merges_before(run.step) + 1
+    cycle = config.clock.place_in_cycle(run.step)
+    if cycle is not None:
+        values["relora/cycle"] = cycle[0]
     run.metrics.write(run.step, values)
     run.metrics.say(console.step_line(config.clock, run.step, values))
 

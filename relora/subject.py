@@ -56,7 +56,8 @@ def structure_of(config: Config) -> ModelConfig:
     if not (config.run_dir / "model" / "config.json").is_file():
         return config.model
     checkpointing = config.model.gradient_checkpointing
-    return ModelConfig(pretrained=config.run_dir, gradient_checkpointing=checkpointing)
+    path = config.run_dir / "model" / "config.json"
+    return ModelConfig(config=path, gradient_checkpointing=checkpointing)
 
 
 def merged_model(subject: Subject) -> PreTrainedModel:
@@ -67,7 +68,8 @@ def merged_model(subject: Subject) -> PreTrainedModel:
     from relora.lora.layers import delta_rows
 
     config, checkpoint = subject.config, subject.checkpoint
-    model = build_model(ModelConfig(pretrained=subject.run_dir), config.seed)
+    structure = ModelConfig(config=subject.run_dir / "model" / "config.json")
+    model = build_model(structure, config.seed)
     if config.clock.has_adapters(checkpoint.step):
         assert config.lora is not None
         add_adapters(model, config.lora)

@@ -178,7 +178,7 @@ IN_THE_FILE = {
     "DeepSpeed option that breaks merges": (
         ["deepspeed.extra={zero_optimization: {round_robin_gradients: true}}"],
         "deepspeed.extra.zero_optimization.round_robin_gradients: DeepSpeed maps fp32 masters to "
-        "the wrong parameters with it, so merges would be wrong; remove it",
+        "the wrong parameters with it; remove it",
     ),
 }
 

@@ -22,7 +22,7 @@ from relora.errors import PREEMPTED, ConfigError, LostRankError
 
 OURS = (0, 1, 2, 3, 4, 5, 6, PREEMPTED)  # exit codes that a rank gives on purpose
 LOST = LostRankError.code
-FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 def launch(
@@ -36,9 +36,7 @@ def launch(
             raise ConfigError(f"--hostfile: {hostfile}: no such file; its lines are `host slots=N`")
         command = multi_node_command(hostfile, arguments)
     else:
-        count = _device_count() if devices is None else devices
-        if count < 1:
-            raise ConfigError(f"--devices: {count}; at least 1")
+        count = devices or _device_count()
         check_world(settings, count)
         command = one_node_command(count, arguments)
     return _keep_code(*_run(command), settings)
@@ -143,6 +141,10 @@ def _keep_code(code: int, asked: str | None, config: Config) -> int:
     from relora.runtime.rundir import read_run_state, write_run_state
 
     if code in OURS and code != LOST:
+        state = read_run_state(config.run_dir)
+        if code == 1 and state.get("status") == "running":  # a bug, on another rank than the first
+            reason = "a rank failed with an error of its own; its traceback is above"
+            write_run_state(config.run_dir, "failed", reason, state["step"], code)
         return code
     if asked:  # before the ranks listened, or a second time: gone at once, as was wanted
         status, result, reason = "preempted", PREEMPTED, f"stopped at once by {asked}"

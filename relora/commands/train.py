@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Sequence
@@ -19,12 +20,15 @@ from relora.config import (
 )
 from relora.errors import (
     PREEMPTED,
+    CheckpointError,
     ConfigError,
     DataError,
     LostRankError,
     UserError,
 )
-from relora.model import build_meta_model
+from relora.model import build_meta_model, check_pretrained
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 # torch and all that imports it waits until the config has been checked.
 if TYPE_CHECKING:
@@ -111,9 +115,17 @@ def check_model(config: Config) -> None:
     Raises:
         ConfigError: targets, rank or context do not fit the model.
     """
-    from relora.subject import structure_of
+    from relora.runtime.checkpoint import newest_checkpoint
+    from relora.subject import is_subject, structure_of
 
-    check_same_model(config)
+    pretrained = config.model.pretrained
+    if structure_of(config) is not config.model:
+        check_same_model(config)
+    elif pretrained is not None:
+        if is_subject(pretrained):
+            newest_checkpoint(pretrained)
+        else:
+            check_pretrained(pretrained)
     model = build_meta_model(structure_of(config))
     context = getattr(model.config, "max_position_embeddings", None)
     if context is not None and config.data.sequence_length > context:
@@ -180,12 +192,13 @@ def _guarded(config: Config, shards: TokenShards, ranks: Ranks) -> int:
     """Run with the run directory claimed, and leave in it how the run ended."""
     from relora.run import start_run, train_run
     from relora.runtime.distributed import is_lost_rank
-    from relora.runtime.rundir import write_run_state
+    from relora.runtime.rundir import read_run_state, write_run_state
     from relora.runtime.signals import StopRequest
 
     stop = StopRequest()
     claim = _claim(config, shards, ranks)
-    step, status, reason, code = 0, "failed", "a bug", 1
+    step = read_run_state(config.run_dir).get("step", 0)
+    status, reason, code = "failed", "a bug", 1
     run = None
     try:
         run = start_run(config, shards, ranks)
@@ -199,6 +212,9 @@ def _guarded(config: Config, shards: TokenShards, ranks: Ranks) -> int:
         raise
     except BaseException as error:
         reason = f"{type(error).__name__}: {error}"
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            code, reason = CheckpointError.code, f"{config.run_dir}: cannot be written: {error}"
+            raise CheckpointError(f"{reason}; the checkpoints in it are intact") from error
         if isinstance(error, RuntimeError) and is_lost_rank(error):
             code = LostRankError.code
             reason = (

@@ -47,7 +47,8 @@ class LoRALayer(nn.Module):
     def update(self, x: Tensor) -> Tensor:
         """s · (drop(x) Aᵀ) Bᵀ for x (…, in); returns (…, out)."""
         x = F.dropout(x, self.lora_dropout, self.training)
-        return F.linear(F.linear(x, self.lora_A), self.lora_B) * self.scale
+        # The scale where the tensor is smallest: r is far below in and out.
+        return F.linear(F.linear(x, self.lora_A) * self.scale, self.lora_B)
 
 
 class LoRALinear(LoRALayer, nn.Linear):

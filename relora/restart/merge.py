@@ -86,6 +86,7 @@ def merge_(adapter: Adapter, a: Tensor, b: Tensor) -> Tensor:
         Two sums of squares in float64: of the part of s·B·A, and of the part of W before.
     """
     place, layer = adapter.weight, adapter.layer
+    place.drop_stale_copies_()
     if not place.live.numel():
         return torch.zeros(2, dtype=torch.float64)
     columns = place.shape[1]

@@ -69,6 +69,13 @@ class Clock(NamedTuple):
             return []
         return list(range(self.birth + self.cycle, self.total, self.cycle))
 
+    def place_in_cycle(self, step: int) -> tuple[int, int] | None:
+        """(number of the cycle from 1, steps into it from 1) of update `step`; None outside any."""
+        if self.birth is None or self.cycle is None or step <= self.birth:
+            return None
+        done, within = divmod(step - self.birth - 1, self.cycle)
+        return done + 1, within + 1
+
     def boundary_before(self, step: int) -> int | None:
         """The last restart of the learning rate at or before `step`, if there was one.
 

@@ -336,7 +336,8 @@ def _retire(run_dir: Path, step: int, keep: int) -> None:
         # First the name that makes it a checkpoint, then the files.
         doomed = old.with_name(f"{old.name}.tmp")
         old.rename(doomed)
-        shutil.rmtree(doomed)
+        # What a reader still holds open on a network disk stays; the next save tries again.
+        shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _describe(path: Path) -> dict[str, Any]:

@@ -145,7 +145,7 @@ def format_duration(seconds: float) -> str:
 def format_count(count: float) -> str:
     """1.50M, 24.6K, 310."""
     for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
-        if count >= size:
+        if count >= 0.9995 * size:  # what would round to 1000 of the next smaller unit
             return f"{count / size:.3g}{unit}"
     return f"{count:.0f}"
 

@@ -64,14 +64,13 @@ class Place:
         return self.live.float()
 
     def write_live_(self, values: Tensor) -> None:
-        """Replace `live` (and the remainder) by fp32 values of the same length."""
+        """Replace `live` (and the remainder) by fp32 values; `drop_stale_copies_` must follow."""
         if self.remainder is not None:
             high, low = split_fp32(values.to(self.live.device))
             self.live.copy_(high)
             self.remainder.copy_(low)
         else:
             self.live.copy_(values)
-        _drop_stale_copies(self.param)
 
     def write_(self, values: Tensor) -> None:
         """Replace the parameter by a whole fp32 tensor, which every rank has."""
@@ -84,6 +83,20 @@ class Place:
             self.write_live_(read(self.live_start, self.live_stop))
         if self.master is not None and self.count:
             self.master.copy_(read(self.start, self.start + self.count))
+        self.drop_stale_copies_()
+
+    def drop_stale_copies_(self) -> None:
+        """ZeRO 3: drop full or secondary copies, which would hide a write to the shard.
+
+        On every rank, also those whose shard is empty, or they would disagree on who gathers.
+        """
+        if not hasattr(self.param, "ds_id"):
+            return
+        param: Any = self.param
+        if param.ds_status.name == "AVAILABLE":
+            param.partition(param_list=[param], has_been_updated=False)
+        if getattr(param, "ds_secondary_tensor", None) is not None:
+            param.ds_secondary_tensor = None
 
 
 class Places:
@@ -156,6 +169,11 @@ class Places:
             step = source.adam_step(place.name)
             if step is not None:
                 self.set_adam_step_(place, step)
+
+    def release_(self) -> None:
+        """Forget every tensor and Adam's state; the engine is about to be destroyed."""
+        self.by_name.clear()
+        self.adam.state.clear()
 
     def gather(self, places: Iterable[Place], kind: str) -> list[Tensor]:
         """Whole fp32 tensors (`value` or a moment) of some trainable parameters, on every rank.
@@ -287,16 +305,6 @@ def _live(param: Any) -> tuple[Tensor, int, torch.Size]:
     start = dist.get_rank(group=param.ds_process_group) * shard.ds_numel
     count = max(0, min(shard.ds_numel, param.ds_numel - start))
     return shard.data.view(-1).narrow(0, 0, count), min(start, param.ds_numel), param.ds_shape
-
-
-def _drop_stale_copies(param: Any) -> None:
-    """ZeRO 3: a full or secondary copy that is still around would hide a write to the shard."""
-    if not hasattr(param, "ds_id"):
-        return
-    if param.ds_status.name == "AVAILABLE":
-        param.partition(param_list=[param], has_been_updated=False)
-    if getattr(param, "ds_secondary_tensor", None) is not None:
-        param.ds_secondary_tensor = None
 
 
 def _trainable_places(wrapper: Any) -> dict[nn.Parameter, tuple[Any, int, int, Tensor, int]]:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from types import FrameType
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+# One Ctrl-C in a terminal reaches a rank twice: as SIGINT from the terminal, and as SIGTERM from
+# the launcher, which got the SIGINT too. Another signal so soon after the first is the same wish.
+ECHO_S = 1.0
 
 
 class StopRequest:
@@ -14,15 +18,18 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal: str | None = None
+        self._since = 0.0
         self._previous = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
 
     def __bool__(self) -> bool:
         return self.signal is not None
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None:
+        name = signal.Signals(number).name
+        if self.signal is None:
+            self.signal, self._since = name, time.monotonic()
+        elif name == self.signal or time.monotonic() - self._since > ECHO_S:
             os._exit(128 + number)
-        self.signal = signal.Signals(number).name
 
     def ignore_further(self) -> None:
         """From here on the end is near and a second signal changes nothing for the better."""

@@ -8,6 +8,7 @@ dummy optimizer step at construction).
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import os
@@ -25,6 +26,15 @@ from relora.runtime.config import DeepSpeedConfig, OptimizerConfig
 from relora.runtime.distributed import Ranks
 
 Engine = Any  # deepspeed.DeepSpeedEngine; the import happens late
+
+
+# Where the wrappers of ZeRO 1–3 keep whole groups of weights and fp32 masters.
+FLAT_TENSORS = (
+    "bit16_groups_flat",
+    "single_partition_of_fp32_groups",
+    "fp16_partitioned_groups_flat",
+    "fp32_partitioned_groups_flat",
+)
 
 
 class StepResult(NamedTuple):
@@ -57,7 +67,7 @@ def build_engine(
     deepspeed = _import_deepspeed()
     optimizer = build_optimizer(model, optimizer_config)
     engine, *_ = deepspeed.initialize(
-        model=model.to(ranks.device) if deepspeed_config.zero_stage < 3 else model,
+        model=model.to(ranks.device),
         optimizer=optimizer,
         config=deepspeed_json(deepspeed_config, optimizer_config, micro_batch_size),
         dist_init_required=False,
@@ -156,9 +166,23 @@ def train_step(
 
 
 def destroy(engine: Engine) -> None:
-    """Take an engine's hooks off and let go of its memory."""
+    """Take an engine's hooks off and give its memory back.
+
+    DeepSpeed keeps modules and parameters in global lists and caches, so letting go of the engine
+    frees nothing; the storage behind its tensors is dropped by hand.
+    """
+    wrapper = engine.optimizer
+    params = list(engine.module.parameters())
     engine.destroy()
+    held = [*params, *(param.ds_tensor for param in params if hasattr(param, "ds_tensor"))]
+    for name in FLAT_TENSORS:
+        held += getattr(wrapper, name, ())
+    for param in params:
+        param.grad = None
+    for tensor in held:
+        tensor.data = tensor.data.new_empty(0)
     engine.optimizer = engine.module = None
+    gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
