@@ -346,11 +346,11 @@ def _check_lengths(config: Config) -> Iterator[str]:
     if clock.cycle is not None:
         longest = clock.total - birth - 1
         way_out = f"take at most {longest}" if longest > 0 else "raise train.steps"
+        warm = f" with {birth} of warm start" if birth else ""
         if birth < clock.total <= birth + clock.cycle:
             yield (
                 f"relora.cycle_steps: {clock.cycle} leaves no merge in a run of {clock.total} "
-                f"steps{f' with {birth} of warm start' if birth else ''}; {way_out}, or relora: null "
-                "for plain LoRA"
+                f"steps{warm}; {way_out}, or relora: null for plain LoRA"
             )
         if clock.rewarm >= clock.cycle:
             yield (

@@ -128,8 +128,9 @@ def check_pretrained(path: Path) -> None:
     """Whether a transformers directory holds weights at all.
 
     Raises:
-        ConfigError: it does not.
+        ConfigError: it does not, or is no such directory.
     """
+    find_model_directory(path)
     if not has_transformers_weights(path):
         raise ConfigError(
             f"model.pretrained: {path}: holds no weights (model.safetensors); give a transformers "
@@ -171,7 +172,8 @@ def _load_pretrained(directory: Path) -> PreTrainedModel:
 def _from_config(config: ModelConfig) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
+    structure = load_model_config(config)
     try:
-        return AutoModelForCausalLM.from_config(load_model_config(config))
+        return AutoModelForCausalLM.from_config(structure)
     except (ValueError, RuntimeError) as error:
         raise ConfigError(f"model: {error}") from None
