@@ -152,6 +152,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 def _load_pretrained(directory: Path) -> PreTrainedModel:
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     check_pretrained(directory)
@@ -159,7 +160,7 @@ def _load_pretrained(directory: Path) -> PreTrainedModel:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             directory, dtype=torch.float32, local_files_only=True, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"model.pretrained: {directory}: {error}") from None
     model, report = loaded
     # transformers would draw these at random and go on.

@@ -188,6 +188,7 @@ def test_a_signal_before_the_first_step_is_a_preemption_too(tmp_path: Path) -> N
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_lost_rank_is_code_6_whoever_notices_first(rank: int, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
@@ -233,7 +234,9 @@ def test_a_lone_process_is_stopped_by_sigterm(tmp_path: Path) -> None:
     assert f"stopped at step {state['step']}; the same command goes on" in process.text
 
 
-@pytest.mark.parametrize(("code", "word"), [(2, "vocab"), (3, "train.bin")])
+@pytest.mark.parametrize(
+    ("code", "word"), [pytest.param(2, "vocab", marks=pytest.mark.slow), (3, "train.bin")]
+)
 def test_exit_codes_and_messages_pass_through(code: int, word: str, tmp_path: Path) -> None:
     """What only the ranks can find out: a vocabulary too small, and a shard that was changed."""
     from test_run_directory import own_data

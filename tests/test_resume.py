@@ -158,10 +158,18 @@ def test_a_killed_run_goes_on_from_its_newest_checkpoint(undisturbed: Path, tmp_
 
 
 @pytest.mark.parametrize(
-    ("phase", "at"),
-    [("_evaluate", 8), ("_restart", 12), ("_save", 10), ("_give_birth", 6), ("_log", 9)],
+    ("phase", "at", "number"),
+    [
+        ("_evaluate", 8, signal.SIGTERM),
+        ("_restart", 12, signal.SIGTERM),
+        ("_save", 10, signal.SIGTERM),
+        ("_give_birth", 6, signal.SIGTERM),
+        ("_log", 9, signal.SIGTERM),
+        ("_log", 9, signal.SIGINT),
+        ("_log", 9, signal.SIGUSR1),
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=str)
 def test_a_signal_in_any_phase_stops_at_the_end_of_a_step_and_leaves_no_trace(
     phase: str,
     at: int,
@@ -246,7 +254,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("two_ranks")
     workshop()
     scenarios = []
-    for stage in (0, 1, 2, 3):
+    for stage in (1, 3):  # 2 is that of test_launch_command, 0 has nothing of its own to restore
         changes = {"deepspeed__zero_stage": stage, "lora__dropout": 0.1}
         whole = make_config(directory / f"whole_{stage}", **changes)
         cut = make_config(directory / f"cut_{stage}", **changes)
@@ -265,7 +273,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [1, 3])
 def test_on_two_ranks_stops_leave_no_trace(stage: int, two_ranks: Path) -> None:
     assert_same_run(two_ranks / f"cut_{stage}", two_ranks / f"whole_{stage}")
 

@@ -116,8 +116,9 @@ def test_a_log_line_has_all_figures(finished: Path) -> None:
     lines = [line for line in metric_lines(finished) if "train/loss" in line]
     keys = {"step", "time_s", "train/loss", "train/lr", "train/grad_norm", "train/tokens"}
     keys |= {"train/skipped", "perf/tokens_per_s", "perf/step_ms", "perf/memory_gib"}
-    keys |= {"time/elapsed_s", "relora/cycle"}
-    assert all(set(line) == keys for line in lines)
+    keys |= {"time/elapsed_s"}
+    for line in lines:
+        assert set(line) == (keys | {"relora/cycle"} if line["step"] > 6 else keys)
     for line in lines:
         assert line["train/tokens"] == line["step"] * 8 * SEQUENCE
         assert line["train/skipped"] == 0
@@ -126,10 +127,10 @@ def test_a_log_line_has_all_figures(finished: Path) -> None:
         assert 0.05 < line["perf/memory_gib"] < 16
     elapsed = [line["time/elapsed_s"] for line in lines]
     assert elapsed == sorted(elapsed)
-    assert {line["step"]: line["relora/cycle"] for line in lines} == {
-        **dict.fromkeys(range(1, 12), 1),
-        **dict.fromkeys(range(12, 18), 2),
-        **dict.fromkeys(range(18, 25), 3),
+    assert {line["step"]: line["relora/cycle"] for line in lines if line["step"] > 6} == {
+        **dict.fromkeys(range(7, 13), 1),
+        **dict.fromkeys(range(13, 19), 2),
+        **dict.fromkeys(range(19, 25), 3),
     }
 
 
