@@ -187,17 +187,20 @@ def eval_batches(
     world: int,
     max_sequences: int | None = None,
 ) -> Iterator[tuple[torch.Tensor, int]]:
-    """The first `max_sequences` sequences in order, spread over ranks, each exactly once.
+    """At most `max_sequences` sequences, evenly spaced over the split, each on one rank once.
+
+    Evenly, because neighbours are parts of one document: the first few would be a biased sample.
 
     Yields (batch, real): an int64 tensor (micro_batch, sequence_length) whose first `real` rows
     count (0 is possible); the others repeat sequence 0. Every rank yields the same number of
     batches, because a forward pass on ZeRO 3 is a collective.
     """
-    count = count_sequences(tokens, sequence_length)
-    count = count if max_sequences is None else min(count, max_sequences)
+    there = count_sequences(tokens, sequence_length)
+    count = there if max_sequences is None else min(there, max_sequences)
     stride = world * micro_batch
     for start in range(0, count, stride):
         first = start + rank * micro_batch
         indices = np.arange(first, first + micro_batch)
         real = int((indices < count).sum())
-        yield _rows(tokens, sequence_length, np.where(indices < count, indices, 0)), real
+        chosen = np.where(indices < count, indices, 0) * there // count
+        yield _rows(tokens, sequence_length, chosen), real
