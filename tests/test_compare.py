@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from runs import metric_lines, relora, series, train
 
 FULL: dict[str, Any] = {"lora": None, "relora": None, "warm_start": None}

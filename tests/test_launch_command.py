@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+
+from relora.commands import launch as under_test
+from relora.config import load_config
 from runs import (
     Process,
     alive,
@@ -25,9 +28,6 @@ from runs import (
     trajectory,
     workshop,
 )
-
-from relora.commands import launch as under_test
-from relora.config import load_config
 
 LAST = 60
 CHANGES = {

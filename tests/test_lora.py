@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY_GPT2, TINY_LLAMA
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from conftest import TINY_GPT2, TINY_LLAMA
 from relora.errors import ConfigError
 from relora.lora.config import LoRAConfig
 from relora.lora.inject import adapted_layers, add_adapters, find_targets, remove_adapters

@@ -27,15 +27,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-import reference
 import torch
 import torch.distributed as dist
-from conftest import TINY_GPT2, TINY_LLAMA
-from ranks import Outcomes, Scenario, run_ranks
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import reference
+from conftest import TINY_GPT2, TINY_LLAMA
+from ranks import Outcomes, Scenario, run_ranks
 from relora.config import Config, build_config
 from relora.data.loader import train_batches
 from relora.lora.inject import find_targets

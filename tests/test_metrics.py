@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import metric_lines, train, workshop
-from test_resume import read_board
 
 from relora.errors import CheckpointError
 from relora.runtime import metrics as under_test
 from relora.runtime.metrics import Metrics, drop_after, format_count, format_duration, read_metrics
+from runs import metric_lines, train, workshop
+from test_resume import read_board
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:

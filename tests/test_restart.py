@@ -11,11 +11,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ranks import Outcomes, Scenario, run_ranks
-from test_method_reference import make_run_dir, shards
-from test_method_reference import settings as config_of
 from torch import Tensor
 
+from ranks import Outcomes, Scenario, run_ranks
 from relora.errors import NumericsError
 from relora.restart.config import ResetConfig
 from relora.restart.invariants import check_copies, check_function
@@ -23,6 +21,8 @@ from relora.restart.merge import restart_
 from relora.restart.reinit import draw_a
 from relora.restart.reset import keep_masks
 from relora.runtime.places import join_bf16, split_fp32
+from test_method_reference import make_run_dir, shards
+from test_method_reference import settings as config_of
 
 # --- bf16 and a remainder ------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from ranks import Scenario, run_ranks
 from runs import (
     Process,

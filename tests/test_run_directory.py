@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+
 from reference import lr_factor
 from runs import (
     MODELS,

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import lr_factor
 
+from reference import lr_factor
 from relora.restart.schedule import Clock
 
 TOTALS, WARMUPS, CYCLES = (40, 97, 300), (0, 1, 10, 37), (7, 20, 50)
