@@ -99,10 +99,9 @@ def read_ranks() -> Ranks:
         "WORLD_SIZE": "1",
         "LOCAL_RANK": "0",
         "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",  # whatever is free: nobody else has to find it
     }.items():
         os.environ.setdefault(name, value)
-    if "MASTER_PORT" not in os.environ:
-        os.environ["MASTER_PORT"] = str(free_port())
     local_rank, world = int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"])
     # deepspeed's launcher says LOCAL_SIZE, torchrun LOCAL_WORLD_SIZE.
     local_world = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", world)))
