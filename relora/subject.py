@@ -73,12 +73,14 @@ def merged_model(subject: Subject) -> PreTrainedModel:
     if config.clock.has_adapters(checkpoint.step):
         assert config.lora is not None
         add_adapters(model, config.lora)
+    checkpoint.check_fits(model)
     with torch.no_grad():
         for name, param in model.named_parameters():
             param.copy_(checkpoint.tensor(name))
         for _, layer in adapted_layers(model):
             rows = layer.weight.shape[0]
             a, b = layer.lora_A, layer.lora_B
+            layer.weight *= checkpoint.state["shrink"]  # decay since the last merge
             layer.weight += delta_rows(a, b, layer.scale, layer.transposed, 0, rows)
     remove_adapters(model)
     return model.requires_grad_(True)

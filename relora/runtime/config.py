@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
@@ -27,6 +27,18 @@ class BatchConfig(Section):
     micro_batch_size: int = Field(ge=1)  # sequences per forward, per rank
 
 
+class SpikeConfig(Section):
+    """Go back to the newest checkpoint, and past the data since, when the loss jumps.
+
+    A jump is a step whose loss exceeds mean + sigmas · standard deviation of the last `window`
+    steps, when the learning rate is neither warming up nor warming up again.
+    """
+
+    sigmas: float = Field(default=6.0, gt=0)
+    window: int = Field(default=128, ge=2)  # steps; before so many there is no jump
+    max_rollbacks: int = Field(default=3, ge=1)  # in the whole run; one more ends it
+
+
 class TrainConfig(Section):
     """How long, and how often what. Lengths and intervals may change when a run is continued."""
 
@@ -36,19 +48,35 @@ class TrainConfig(Section):
     eval_every: int | None = Field(default=None, ge=1)  # null = at the end only
     eval_sequences: int | None = Field(default=None, ge=1)  # null = the whole validation split
     save_every: int | None = Field(default=None, ge=1)  # null = at the end only
+    background_save: bool = False  # write checkpoints beside the training; needs host memory
     keep_checkpoints: int = Field(default=3, ge=1)
+    # Checkpoints that stay for ever, and are not counted: each N steps, or at each merge (`cycle`).
+    keep_every: int | Literal["cycle"] | None = None
     stop_after: int | None = Field(default=None, ge=1)  # stop, resumable, once this step is done
     max_skipped: int = Field(default=10, ge=1)  # non-finite updates in a row before giving up
+    spike: SpikeConfig | None = None  # null = train on through a jump of the loss
 
     @field_validator("tokens", mode="before")
     @classmethod
     def _count(cls, value: object) -> object:
         return None if value is None else parse_count(value)
 
+    @field_validator("keep_every", mode="before")
+    @classmethod
+    def _interval(cls, value: object) -> object:
+        if value not in (None, "cycle") and not (type(value) is int and value >= 1):
+            raise ValueError("must be a number of steps from 1 up, or cycle, or null")
+        return value
+
     @model_validator(mode="after")
-    def _one_length(self) -> TrainConfig:
+    def _lengths(self) -> TrainConfig:
         if (self.steps is None) == (self.tokens is None):
             raise ValueError("give the run's length as either steps or tokens")
+        if self.spike and self.steps and self.spike.window >= self.steps:
+            raise ValueError(
+                f"spike.window: {self.spike.window} would never fill in {self.steps} steps; take "
+                "fewer, or spike: null"
+            )
         return self
 
 
@@ -70,15 +98,38 @@ class OptimizerConfig(Section):
         return value
 
 
+Stage = Literal[0, 1, 2, 3]
+Precision = Literal["fp32", "bf16", "fp16", "deepspeed_bf16"]
+STAGES: tuple[int, ...] = get_args(Stage)
+PRECISIONS: tuple[str, ...] = get_args(Precision)
+
+
 class DeepSpeedConfig(Section):
     """What DeepSpeed does. Its own JSON is made from this by one function; `extra` goes in last.
 
-    `precision: bf16` keeps every trainable parameter in fp32, casts the frozen base to bf16 and
-    multiplies in bf16 (autocast).
+    `precision`: `bf16` and `fp16` keep every trainable parameter in fp32 and the frozen base in
+    bf16, and multiply under autocast; fp16 scales its loss dynamically. `deepspeed_bf16` is
+    DeepSpeed's own engine: all weights and gradients in bf16, with fp32 masters.
     """
 
-    zero_stage: Literal[0, 1, 2, 3] = 2
-    precision: Literal["fp32", "bf16"] = "bf16"
+    zero_stage: Stage = 2
+    precision: Precision = "bf16"
     offload_optimizer: bool = False
     timeout_minutes: float = Field(default=30.0, gt=0)  # of a collective, before a hang is an error
     extra: dict[str, Any] = Field(default_factory=dict)
+
+
+def refusal(zero_stage: int, precision: str, offload_optimizer: bool) -> tuple[str, str] | None:
+    """Why a combination is not offered, and the nearest one that is; None if it works."""
+    if offload_optimizer and zero_stage == 0:
+        other = "" if precision == "deepspeed_bf16" else ", or offload_optimizer: false"
+        return (
+            "ZeRO 0 has no partitioned optimizer to offload",
+            f"zero_stage 1, 2 or 3{other}",
+        )
+    if precision == "deepspeed_bf16" and zero_stage == 0:
+        return (
+            "DeepSpeed's wrapper of ZeRO 0 takes an optimizer step with zero gradients when built",
+            "precision: bf16, or zero_stage 1, 2 or 3",
+        )
+    return None

@@ -120,9 +120,11 @@ def lone_rank() -> Ranks:
     return Ranks(0, 1, 0, 1, device)
 
 
-def is_lost_rank(error: RuntimeError) -> bool:
+def is_lost_rank(error: BaseException) -> bool:
     """Whether a collective failed because another rank is gone or did not answer in time."""
-    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and "gloo/transport" in str(error)
+    )
 
 
 def seed_dropout(seed: int, consumed: int, rank: int) -> None:

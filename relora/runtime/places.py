@@ -10,7 +10,7 @@ only ones that know them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -45,7 +45,9 @@ class Place:
     count: int  # of moments this rank holds; 0 for frozen parameters
     flat: Tensor | None  # the tensor under which the optimizer keeps their state
     offset: int  # of the moments in that state
-    remainder: Tensor | None = None  # int16; bf16 live + remainder = fp32, bit for bit
+    # int16; bf16 live + remainder = fp32, bit for bit. In host memory if so asked: only merges,
+    # checkpoints and the start of a run touch it.
+    remainder: Tensor | None = None
 
     @property
     def numel(self) -> int:
@@ -57,20 +59,44 @@ class Place:
         """End of `live` in the flattened parameter."""
         return self.live_start + self.live.numel()
 
-    def value(self) -> Tensor:
-        """The exact fp32 values of `live`: itself, or joined with the remainder (a copy)."""
-        if self.remainder is not None:
-            return join_bf16(self.live, self.remainder)
-        return self.live.float()
+    @property
+    def master_is_finer(self) -> bool:
+        """Whether only the masters hold the exact values (DeepSpeed's bf16 engine)."""
+        return self.master is not None and self.live.dtype != self.master.dtype
 
-    def write_live_(self, values: Tensor) -> None:
-        """Replace `live` (and the remainder) by fp32 values; `drop_stale_copies_` must follow."""
+    def held(self) -> tuple[int, int]:
+        """(start, stop) of the flattened parameter whose exact values this rank holds."""
+        if self.master_is_finer:
+            return self.start, self.start + self.count
+        return self.live_start, self.live_stop
+
+    def value(self, start: int, stop: int) -> Tensor:
+        """Exact fp32 values of entries start..stop of the flattened parameter, all of them held.
+
+        The very tensor where that is fp32, else a copy.
+        """
+        if self.master_is_finer:
+            assert self.master is not None
+            return self.master.narrow(0, start - self.start, stop - start)
+        start, count = start - self.live_start, stop - start
+        live = self.live.narrow(0, start, count)
         if self.remainder is not None:
-            high, low = split_fp32(values.to(self.live.device))
-            self.live.copy_(high)
-            self.remainder.copy_(low)
+            return join_bf16(live, self.remainder.narrow(0, start, count).to(live.device))
+        return live.float()
+
+    def write_live_(self, values: Tensor, start: int) -> None:
+        """Replace entries of `live` (and the remainder) from `start` of the flattened parameter on.
+
+        `drop_stale_copies_` must follow.
+        """
+        start -= self.live_start
+        live = self.live.narrow(0, start, values.numel())
+        if self.remainder is not None:
+            high, low = split_fp32(values.to(live.device))
+            live.copy_(high)
+            self.remainder.narrow(0, start, values.numel()).copy_(low)
         else:
-            self.live.copy_(values)
+            live.copy_(values)
 
     def write_(self, values: Tensor) -> None:
         """Replace the parameter by a whole fp32 tensor, which every rank has."""
@@ -80,7 +106,7 @@ class Place:
     def write_pieces_(self, read: Callable[[int, int], Tensor]) -> None:
         """Replace the parameter; `read(start, stop)` gives flat fp32 pieces of the new values."""
         if self.live.numel():
-            self.write_live_(read(self.live_start, self.live_stop))
+            self.write_live_(read(self.live_start, self.live_stop), self.live_start)
         if self.master is not None and self.count:
             self.master.copy_(read(self.start, self.start + self.count))
         self.drop_stale_copies_()
@@ -104,11 +130,12 @@ class Places:
 
     Args:
         engine: a fresh DeepSpeed engine.
-        exact: keep a remainder beside every frozen bf16 parameter.
+        remainder: where to keep a remainder of every frozen bf16 parameter: `host`, `device`, or
+            None for nowhere.
     """
 
     @torch.no_grad()
-    def __init__(self, engine: Any, exact: bool = True) -> None:
+    def __init__(self, engine: Any, remainder: str | None = "host") -> None:
         wrapper = engine.optimizer
         self.adam: torch.optim.Optimizer = getattr(wrapper, "optimizer", wrapper)
         # Stage 0 and a lone rank hold everything; otherwise pieces must be gathered.
@@ -119,9 +146,12 @@ class Places:
         for name, param in engine.module.named_parameters():
             live, live_start, shape = _live(param)
             master, start, count, flat, offset = trainable.get(param, (None, 0, 0, None, 0))
+            if master is not None:
+                master = master.detach()  # a plain view, also where gradients are recorded
             place = Place(name, param, shape, live, live_start, master, start, count, flat, offset)
-            if exact and not param.requires_grad and live.dtype == torch.bfloat16:
-                place.remainder = torch.zeros_like(live, dtype=torch.int16)
+            if remainder and not param.requires_grad and live.dtype == torch.bfloat16:
+                device = live.device if remainder == "device" else torch.device("cpu")
+                place.remainder = torch.zeros_like(live, dtype=torch.int16, device=device)
             self.by_name[name] = place
 
     def __getitem__(self, name: str) -> Place:
@@ -175,29 +205,32 @@ class Places:
         self.by_name.clear()
         self.adam.state.clear()
 
-    def gather(self, places: Iterable[Place], kind: str) -> list[Tensor]:
-        """Whole fp32 tensors (`value` or a moment) of some trainable parameters, on every rank.
+    def piece(self, place: Place, kind: str) -> tuple[int, Tensor, bool]:
+        """What this rank holds of a value or a moment: (start, flat fp32, whether all ranks do)."""
+        if kind == "value":
+            start, stop = place.held()
+            shared = not (self.sharded if place.master_is_finer else self.partitioned)
+            return start, place.value(start, stop), shared
+        return place.start, self.moment(place, kind), not self.sharded
 
-        One all-reduce of their total size: every entry has exactly one owner, the others add 0.
+    def gather(self, places: Iterable[Place], kind: str) -> list[Tensor]:
+        """`gather_each`, all at once."""
+        return list(self.gather_each(list(places), kind))
+
+    def gather_each(self, places: Sequence[Place], kind: str) -> Iterator[Tensor]:
+        """Copies of whole fp32 tensors (`value` or a moment) of some parameters, on every rank.
+
+        One collective for all of them, none where every rank holds them already.
         """
-        places = list(places)
-        size = sum(place.numel for place in places)
-        device = places[0].live.device
-        if not self.sharded or (kind == "value" and not self.partitioned):
-            flat = [p.value() if kind == "value" else self.moment(p, kind) for p in places]
-            return [t.detach().clone().view(p.shape) for t, p in zip(flat, places, strict=True)]
-        buffer = torch.zeros(size, dtype=torch.float32, device=device)
-        offset = 0
-        for place in places:
-            if kind == "value":
-                piece, start = place.value(), place.live_start
-            else:
-                piece, start = self.moment(place, kind), place.start
-            buffer.narrow(0, offset + start, piece.numel()).copy_(piece)
-            offset += place.numel
-        dist.all_reduce(buffer)
-        sizes = [place.numel for place in places]
-        return [t.view(p.shape) for t, p in zip(buffer.split(sizes), places, strict=True)]
+        pieces = [self.piece(place, kind) for place in places]
+        if all(shared for *_, shared in pieces):
+            wholes: Iterable[Tensor] = (piece.to(self.device, copy=True) for _, piece, _ in pieces)
+        elif self.partitioned:
+            wholes = _all_gather(places, [piece for _, piece, _ in pieces])
+        else:
+            wholes = _all_reduce(places, pieces)
+        for whole, place in zip(wholes, places, strict=True):
+            yield whole.detach().view(place.shape)
 
     def total(self, values: Tensor, kind: str) -> Tensor:
         """Sums over ranks of what each computed from its own parts of values or moments.
@@ -206,9 +239,22 @@ class Places:
         """
         if not (self.partitioned if kind == "value" else self.sharded):
             return values
-        total = values.to(next(iter(self)).live.device)
+        total = values.to(self.device)
         dist.all_reduce(total)
-        return total.cpu()
+        return total.to(values.device)
+
+    def before(self, values: Tensor) -> Tensor:
+        """Sums over the ranks that hold earlier parts of each moment than this one does."""
+        if not self.sharded:
+            return torch.zeros_like(values)
+        rows = values.new_zeros(dist.get_world_size(), *values.shape)
+        rows[dist.get_rank()] = values  # parts follow each other in the order of ranks
+        return self.total(rows, "exp_avg")[: dist.get_rank()].sum(dim=0)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lives on this rank."""
+        return next(iter(self)).live.device
 
     def _state(self, flat: Tensor) -> dict[str, Tensor]:
         # Adam makes its state at the first step; whoever needs it earlier gets what it would make.
@@ -277,6 +323,35 @@ def capture(places: Places, keep_state: Callable[[str], bool]) -> Tensors:
         if kept:
             steps[place.name] = places.adam_step(place)
     return Tensors(tensors, steps)
+
+
+def _all_gather(places: Sequence[Place], pieces: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Whole tensors from the shards of ZeRO 3, equal on all ranks but for padding."""
+    world = dist.get_world_size()
+    padded = [-(-place.numel // world) for place in places]
+    # On the device, whose group it goes through, though offloaded state lies in host memory.
+    mine = torch.zeros(sum(padded), dtype=torch.float32, device=places[0].live.device)
+    for part, piece in zip(mine.split(padded), pieces, strict=True):
+        part[: piece.numel()] = piece
+    everything = mine.new_empty(world * mine.numel())
+    dist.all_gather_into_tensor(everything, mine)
+    del mine
+    for place, column in zip(places, everything.view(world, -1).split(padded, dim=1), strict=True):
+        yield column.flatten()[: place.numel]
+
+
+def _all_reduce(
+    places: Sequence[Place], pieces: Sequence[tuple[int, Tensor, bool]]
+) -> list[Tensor]:
+    """Whole tensors from unequal pieces: every entry has one owner, and the others add 0."""
+    sizes = [place.numel for place in places]
+    buffer = torch.zeros(sum(sizes), dtype=torch.float32, device=places[0].live.device)
+    rank = dist.get_rank()
+    for whole, (start, piece, shared) in zip(buffer.split(sizes), pieces, strict=True):
+        if not shared or rank == 0:
+            whole[start : start + piece.numel()] = piece
+    dist.all_reduce(buffer)
+    return list(buffer.split(sizes))
 
 
 def join_bf16(high: Tensor, low: Tensor) -> Tensor:

@@ -1,9 +1,10 @@
 """The door to DeepSpeed: its config, its engine, one optimizer step. Nobody else imports it.
 
-Precision: trainable parameters are fp32 on every stage and the `bf16` engine of DeepSpeed is never
-used; `precision: bf16` casts the frozen base to bf16 and multiplies under torch autocast. That is
-the one arrangement that behaves the same on ZeRO 0–3 (the bf16 and fp16 wrappers of stage 0 take a
-dummy optimizer step at construction).
+Precision: with `bf16` and `fp16` trainable parameters are fp32, the frozen base is bf16, and
+torch's autocast multiplies inside the model's forward; to DeepSpeed it is an fp32 run. That is the
+one arrangement that behaves the same on ZeRO 0–3. Loss scaling for fp16 is ours too, handed to
+DeepSpeed before each step. `deepspeed_bf16` is DeepSpeed's own engine, where all weights are bf16
+with fp32 masters.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -27,6 +29,7 @@ from relora.runtime.distributed import Ranks
 
 Engine = Any  # deepspeed.DeepSpeedEngine; the import happens late
 
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 # Where the wrappers of ZeRO 1–3 keep whole groups of weights and fp32 masters.
 FLAT_TENSORS = (
@@ -35,6 +38,27 @@ FLAT_TENSORS = (
     "fp16_partitioned_groups_flat",
     "fp32_partitioned_groups_flat",
 )
+
+
+@dataclass
+class LossScale:
+    """The dynamic loss scale of fp16: halved when gradients overflow, doubled after long calm.
+
+    Powers of two, so that scaling itself rounds nothing (arXiv 1710.03740, section 3.2).
+    """
+
+    value: float = 2.0**16
+    calm: int = 0  # updates applied since it last changed
+
+    DOUBLE_AFTER = 1000
+
+    def update(self, applied: bool) -> None:
+        """Follow one update; `applied` is False if its gradients were not finite."""
+        self.calm = self.calm + 1 if applied else 0
+        if not applied:
+            self.value = max(1.0, self.value / 2)
+        elif self.calm == self.DOUBLE_AFTER:
+            self.value, self.calm = min(2.0**24, self.value * 2), 0
 
 
 class StepResult(NamedTuple):
@@ -46,12 +70,17 @@ class StepResult(NamedTuple):
 
 
 def init_distributed(ranks: Ranks, timeout_minutes: float) -> None:
-    """Join the process group: nccl on GPUs, gloo on CPUs. Compiles nothing."""
+    """Join the process group: nccl on GPUs, gloo on CPUs. Compiles nothing.
+
+    No group that is made from now on waits longer than `timeout_minutes`.
+    """
     deepspeed = _import_deepspeed()
+    timeout = timedelta(minutes=timeout_minutes)
+    _limit_waiting(timeout)
     deepspeed.init_distributed(
         dist_backend="nccl" if ranks.device.type == "cuda" else "gloo",
         auto_mpi_discovery=False,
-        timeout=timedelta(minutes=timeout_minutes),
+        timeout=timeout,
         verbose=False,
     )
 
@@ -62,17 +91,25 @@ def build_engine(
     optimizer_config: OptimizerConfig,
     micro_batch_size: int,
     ranks: Ranks,
+    merged_decay: bool = False,
 ) -> Engine:
     """Wrap a model for training: AdamW over its trainable parameters, under the chosen stage."""
     deepspeed = _import_deepspeed()
-    optimizer = build_optimizer(model, optimizer_config)
+    optimizer = build_optimizer(model, optimizer_config, merged_decay)
+    dtype = AUTOCAST.get(deepspeed_config.precision)
+    if dtype is not None:
+        model.forward = torch.autocast(ranks.device.type, dtype)(model.forward)
     engine, *_ = deepspeed.initialize(
         model=model.to(ranks.device),
         optimizer=optimizer,
         config=deepspeed_json(deepspeed_config, optimizer_config, micro_batch_size),
         dist_init_required=False,
     )
-    _set_timeouts(deepspeed_config.timeout_minutes)
+    if dtype is not None and deepspeed_config.zero_stage == 3:
+        # Gathering is no arithmetic, and fp16's autocast refuses to put bf16 pieces together.
+        coordinator = engine.optimizer.parameter_offload.get_param_coordinator()
+        plain = torch.autocast(ranks.device.type, enabled=False)
+        coordinator.fetch_sub_module = plain(coordinator.fetch_sub_module)
     return engine
 
 
@@ -91,35 +128,44 @@ def deepspeed_json(
     }
     if config.offload_optimizer:
         values["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
-    if config.precision == "bf16":
-        values["torch_autocast"] = {
-            "enabled": True,
-            "dtype": "bfloat16",
-            # Modules listed here would have their gradients reduced in bf16; none shall.
-            "lower_precision_safe_modules": [],
-        }
+    if config.precision == "deepspeed_bf16":
+        values["bf16"] = {"enabled": True}
     return _merge(values, config.extra)
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW in up to three groups: decayed matrices, undecayed norms and biases, adapters.
+def build_optimizer(
+    model: nn.Module, config: OptimizerConfig, merged_decay: bool = False
+) -> torch.optim.Optimizer:
+    """AdamW in groups: decayed matrices, undecayed norms and biases, adapters.
 
     Adapters need groups of their own: under ZeRO, Adam's step count is one per group.
+
+    Args:
+        merged_decay: weight decay is that of W + s·B·A, so of A and B only B decays.
     """
-    groups: dict[str, list[nn.Parameter]] = {"decayed": [], "undecayed": [], "adapters": []}
+    groups: dict[str, list[nn.Parameter]] = {
+        "decayed": [],
+        "undecayed": [],
+        "adapters": [],
+        "undecayed adapters": [],
+    }
     for name, param in model.named_parameters():
         if not param.requires_grad:
             continue
-        is_adapter = name.rpartition(".")[2] in ("lora_A", "lora_B")
-        groups["adapters" if is_adapter else "decayed" if param.ndim > 1 else "undecayed"].append(
-            param
-        )
+        last = name.rpartition(".")[2]
+        if last == "lora_A" and merged_decay:
+            group = "undecayed adapters"
+        elif last in ("lora_A", "lora_B"):
+            group = "adapters"
+        else:
+            group = "decayed" if param.ndim > 1 else "undecayed"
+        groups[group].append(param)
     return torch.optim.AdamW(
         [
             {
                 "params": params,
                 "name": name,
-                "weight_decay": 0.0 if name == "undecayed" else config.weight_decay,
+                "weight_decay": 0.0 if name.startswith("undecayed") else config.weight_decay,
             }
             for name, params in groups.items()
             if params
@@ -137,15 +183,23 @@ def train_step(
     loss_of: Callable[[Engine, Tensor], Tensor],
     learning_rate: float,
     grad_clip: float | None,
+    loss_scale: float | None = None,
 ) -> StepResult:
     """One optimizer step over this rank's micro-batches; gradients are reduced once, at the end.
 
     An update that is not finite is skipped on all ranks alike.
+
+    Args:
+        loss_scale: of the backward pass; gradients are divided by it before anything else.
     """
     stage = engine.zero_optimization_stage()
     engine.train()
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
+    factor = loss_scale or 1.0
+    if stage > 0 and loss_scale is not None:
+        engine.optimizer.override_loss_scale(loss_scale)  # it multiplies and divides by itself
+        factor = 1.0
     losses = []
     last = len(micro_batches) - 1
     # Stages 1–3 collect local gradients and reduce them when the block ends; stage 0 reduces in
@@ -154,10 +208,10 @@ def train_step(
         for index, batch in enumerate(micro_batches):
             with engine.no_sync() if stage == 0 and index < last else nullcontext():
                 loss = loss_of(engine, batch)
-                engine.backward(loss / len(micro_batches))
+                engine.backward(loss * factor / len(micro_batches))
                 losses.append(loss.detach())
     if stage == 0:
-        norm, applied = _step_unsharded(engine, grad_clip)
+        norm, applied = _step_unsharded(engine, grad_clip, factor)
     else:
         engine.step()
         applied = bool(engine.was_step_applied())
@@ -187,16 +241,25 @@ def destroy(engine: Engine) -> None:
         torch.cuda.empty_cache()
 
 
-def leave() -> None:
-    """End the process group, so that no rank dies in the middle of the others' last messages."""
-    if dist.is_initialized():
+def leave(together: bool = True) -> None:
+    """End the process group, so that no rank dies in the middle of the others' last messages.
+
+    Args:
+        together: all ranks come here. One that failed alone must not wait for them, as nccl would.
+    """
+    if dist.is_initialized() and (together or dist.get_backend() != "nccl"):
         # DeepSpeed's own call also forgets the groups that it keeps for the next engine.
         _import_deepspeed().comm.destroy_process_group()
 
 
-def _step_unsharded(engine: Engine, grad_clip: float | None) -> tuple[float, bool]:
+def _step_unsharded(
+    engine: Engine, grad_clip: float | None, loss_scale: float
+) -> tuple[float, bool]:
     # DeepSpeed's stage 0 in fp32 neither reports the norm nor refuses an infinite gradient.
     params = [p for p in engine.module.parameters() if p.grad is not None]
+    if loss_scale != 1:
+        for param in params:
+            param.grad.div_(loss_scale)
     norm = float(nn.utils.clip_grad_norm_(params, grad_clip or math.inf))
     if not math.isfinite(norm):
         engine.zero_grad()
@@ -213,12 +276,13 @@ def _merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _set_timeouts(minutes: float) -> None:
-    # DeepSpeed clones the world group with torch's default timeout and reduces on the clone.
+def _limit_waiting(timeout: timedelta) -> None:
+    # DeepSpeed makes groups of its own, waits in them before it hands them out, and gives them
+    # torch's default, 30 minutes on gloo.
     from torch.distributed import distributed_c10d
 
-    for group in list(distributed_c10d._world.pg_map):
-        distributed_c10d._set_pg_timeout(timedelta(minutes=minutes), group)
+    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
+        setattr(distributed_c10d, name, timeout)
 
 
 def _import_deepspeed() -> Any:
