@@ -1,6 +1,9 @@
 """Linear layers with a frozen weight and a trainable low-rank update.
 
-    y = x Wᵀ + b + s · (drop(x) Aᵀ) Bᵀ        A (r, in), B (out, r)
+    y = d · x Wᵀ + b + s · (drop(x) Aᵀ) Bᵀ        A (r, in), B (out, r)
+
+d is 1 unless weight decay acts on the frozen weight too; then it is what decay has left of it since
+the last merge, so that no step has to touch W.
 
 The layers keep their base class's parameter names (`weight`, `bias`), so a state dict of the plain
 model and one of the adapted model name the same tensors. At birth B = 0: the function is unchanged
@@ -24,6 +27,7 @@ class LoRALayer(nn.Module):
         lora_A: (r, in) trainable, kept in fp32.
         lora_B: (out, r) trainable, kept in fp32.
         scale: s, the factor of the update.
+        shrink: d, what weight decay has left of the frozen weight since the last merge.
         transposed: whether `weight` is (in, out), as in GPT-2's Conv1D.
     """
 
@@ -31,6 +35,7 @@ class LoRALayer(nn.Module):
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     scale: float
+    shrink: float
     lora_dropout: float
     transposed: bool
 
@@ -42,6 +47,7 @@ class LoRALayer(nn.Module):
         self.lora_A = nn.Parameter(torch.empty(rank, in_features, device=device))
         self.lora_B = nn.Parameter(torch.zeros(out_features, rank, device=device))
         self.scale = scale
+        self.shrink = 1.0
         self.lora_dropout = dropout
 
     def update(self, x: Tensor) -> Tensor:
@@ -49,6 +55,14 @@ class LoRALayer(nn.Module):
         x = F.dropout(x, self.lora_dropout, self.training)
         # The scale where the tensor is smallest: r is far below in and out.
         return F.linear(F.linear(x, self.lora_A) * self.scale, self.lora_B)
+
+    def sum(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer's output for x (…, in), its weight as (out, in) and its bias."""
+        if self.shrink == 1:
+            return F.linear(x, weight, bias) + self.update(x)
+        # One kernel adds and multiplies, so d costs nothing; the bias is not to shrink.
+        output = torch.add(self.update(x), F.linear(x, weight), alpha=self.shrink)
+        return output if bias is None else output + bias
 
 
 class LoRALinear(LoRALayer, nn.Linear):
@@ -58,7 +72,7 @@ class LoRALinear(LoRALayer, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (…, in) → (…, out)."""
-        return F.linear(x, self.weight, self.bias) + self.update(x)
+        return self.sum(x, self.weight, self.bias)
 
 
 class LoRAConv1D(LoRALayer, Conv1D):
@@ -69,7 +83,7 @@ class LoRAConv1D(LoRALayer, Conv1D):
     def forward(self, x: Tensor) -> Tensor:
         """x (…, in) → (…, out)."""
         # addmm under autocast wants one dtype for all three; linear casts each by itself.
-        return F.linear(x, self.weight.t(), self.bias) + self.update(x)
+        return self.sum(x, self.weight.t(), self.bias)
 
 
 def delta_rows(

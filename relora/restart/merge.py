@@ -1,13 +1,16 @@
 """A restart: W += s·B·A on any ZeRO stage, A drawn anew, B = 0, moments partly reset.
 
 Each rank adds the rows of B·A that overlap the part of W it holds: no base weight is gathered or
-sent. A and B (and, to choose by magnitude, the first moments) are gathered whole, many layers at a
-time. Everything is written to what the forward pass reads *and* to what the optimizer updates.
+sent. Under ZeRO 3 A and B are gathered, many layers at a time; moments are reset where they lie.
+Everything is written to what the forward pass reads *and* to what the optimizer updates.
+
+Memory beyond what training holds: less than ΔW of the largest adapted layer in fp32. Gathered
+factors take a third of it, what a rank sends for them less; W is worked on in slices.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,10 +20,8 @@ from relora.lora.inject import adapted_layers
 from relora.lora.layers import LoRALayer, delta_rows
 from relora.restart.config import ReLoRAConfig, ResetConfig
 from relora.restart.reinit import draw_a
-from relora.restart.reset import keep_masks
+from relora.restart.reset import beyond, find_edges, kept, random_keep
 from relora.runtime.places import MOMENTS, Place, Places
-
-BLOCK = 32 * 2**20  # entries of A and B gathered at a time: 128 MiB in fp32
 
 
 class RestartReport(NamedTuple):
@@ -60,43 +61,53 @@ def restart_(
         Adapter(layer, places[f"{n}.weight"], places[f"{n}.lora_A"], places[f"{n}.lora_B"])
         for n, layer in adapted_layers(model)
     ]
-    zeroed = total = 0
+    largest = max(adapter.weight.numel for adapter in adapters)
     squares = torch.zeros(2, dtype=torch.float64)
-    for block in _blocks(adapters):
-        factors = places.gather([p for x in block for p in (x.a, x.b)], "value")
-        for adapter, a, b in zip(block, factors[::2], factors[1::2], strict=True):
-            squares += merge_(adapter, a, b)
+    for part in gather_blocks([x.a.numel + x.b.numel for x in adapters], largest):
+        block = adapters[part]
+        factors = places.gather_each([p for x in block for p in (x.a, x.b)], "value")
+        for adapter in block:
+            squares += merge_(adapter, next(factors), next(factors), largest // 32)
             adapter.a.write_(draw_a(adapter.a.shape, seed, merge, adapter.a.name))
             adapter.b.write_(torch.zeros(adapter.b.shape))
-        zeroed += reset_(places, [p for x in block for p in (x.a, x.b)], config.reset, seed, merge)
-        total += sum(x.a.numel + x.b.numel for x in block)
+    chosen = [place for adapter in adapters for place in (adapter.a, adapter.b)]
+    zeroed = reset_(places, chosen, config.reset, seed, merge)
     if config.reset.adam_step:
-        for adapter in adapters:
-            places.set_adam_step_(adapter.a, 0)
-            places.set_adam_step_(adapter.b, 0)
+        for place in chosen:
+            places.set_adam_step_(place, 0)
     update, weight = places.total(squares, "value").sqrt().tolist()
-    zeroed = int(places.total(torch.tensor(zeroed), "exp_avg"))
-    return RestartReport(len(adapters), zeroed / (2 * total), update / max(weight, 1e-30))
+    share = zeroed / (2 * sum(place.numel for place in chosen))
+    return RestartReport(len(adapters), share, update / max(weight, 1e-30))
 
 
-def merge_(adapter: Adapter, a: Tensor, b: Tensor) -> Tensor:
+def merge_(adapter: Adapter, a: Tensor, b: Tensor, slice_size: int) -> Tensor:
     """Add this rank's part of s·B·A to its part of W, to fp32 exactness where W has a remainder.
+
+    Args:
+        a, b: the whole factors, fp32.
+        slice_size: entries of W worked on at a time.
 
     Returns:
         Two sums of squares in float64: of the part of s·B·A, and of the part of W before.
     """
     place, layer = adapter.weight, adapter.layer
     place.drop_stale_copies_()
-    if not place.live.numel():
-        return torch.zeros(2, dtype=torch.float64)
     columns = place.shape[1]
-    first, last = place.live_start // columns, (place.live_stop - 1) // columns + 1
-    rows = delta_rows(a, b, layer.scale, layer.transposed, first, last)
-    delta = rows.flatten().narrow(0, place.live_start - first * columns, place.live.numel())
-    before = place.value()
-    place.write_live_(before + delta)
-    norms = [torch.linalg.vector_norm(t, dtype=torch.float64) ** 2 for t in (delta, before)]
-    return torch.stack(norms).cpu()
+    size = max(1, slice_size // columns) * columns
+    squares = torch.zeros(2, dtype=torch.float64, device=a.device)
+    start = place.live_start
+    while start < place.live_stop:
+        stop = min(place.live_stop, (start // size + 1) * size)
+        first, last = start // columns, (stop - 1) // columns + 1
+        rows = delta_rows(a, b, layer.scale, layer.transposed, first, last)
+        delta = rows.flatten().narrow(0, start - first * columns, stop - start)
+        weight = place.value(start, stop)
+        for index, tensor in enumerate((delta, weight)):
+            squares[index] += torch.linalg.vector_norm(tensor, dtype=torch.float64) ** 2
+        place.write_live_(delta.add_(weight, alpha=layer.shrink), start)
+        start = stop
+    layer.shrink = 1.0
+    return squares.cpu()
 
 
 def reset_(
@@ -105,34 +116,55 @@ def reset_(
     """Zero the moments of some adapter parameters where the masks say so, on this rank's parts.
 
     Returns:
-        How many entries that this rank holds are zero now because a mask says so.
+        How many entries, over all ranks, are zero now because a mask says so.
     """
     if config.mode == "none":
         return 0
-    moments: list[list[Tensor]] = []
-    if config.mode == "magnitude":
-        kinds = MOMENTS if config.masks == "independent" else MOMENTS[:1]
-        moments = [places.gather(chosen, kind) for kind in kinds]
+    edges = [
+        find_edges(
+            [places.moment(place, kind) for place in chosen],
+            [kept(config, place.numel) for place in chosen],
+            lambda counts: places.total(counts, "exp_avg"),
+            places.before,
+        )
+        for kind in MOMENTS[: 2 if config.masks == "independent" else 1]
+        if config.mode == "magnitude"
+    ]
     zeroed = 0
     for index, place in enumerate(chosen):
-        whole = [moment[index] for moment in moments]
-        masks = keep_masks(config, whole, place.numel, seed, merge, place.name)
-        for kind, keep in zip(MOMENTS, masks, strict=True):
-            moment = places.moment(place, kind)
-            mine = keep[place.start : place.start + place.count].to(moment.device)
-            moment.mul_(mine)
-            zeroed += int((moment[~mine] == 0).sum())
-    return zeroed
+        moments = [places.moment(place, kind) for kind in MOMENTS]
+        if config.mode == "magnitude":
+            masks = [beyond(m, e[index]) for m, e in zip(moments, edges, strict=False)]
+        elif config.mode == "random":
+            wholes = random_keep(config, place.numel, seed, merge, place.name)
+            masks = [whole[place.start : place.start + place.count] for whole in wholes]
+        else:
+            masks = [torch.zeros_like(moments[0], dtype=torch.bool)]
+        for moment, keep in zip(moments, (masks[0], masks[-1]), strict=True):
+            keep = keep.to(moment.device)
+            moment.mul_(keep)
+            zeroed += int((moment[~keep] == 0).sum())
+    return int(places.total(torch.tensor(zeroed), "exp_avg"))
 
 
-def _blocks(adapters: Sequence[Adapter]) -> Iterator[list[Adapter]]:
-    block: list[Adapter] = []
-    size = 0
-    for adapter in adapters:
-        block.append(adapter)
-        size += adapter.a.numel + adapter.b.numel
-        if size >= BLOCK:
-            yield block
-            block, size = [], 0
-    if block:
-        yield block
+@torch.no_grad()
+def shrink_(model: nn.Module, factor: float) -> None:
+    """Decay every frozen weight by a factor, without touching it: merges and forwards know."""
+    for _, layer in adapted_layers(model):
+        layer.shrink *= factor
+
+
+def gather_blocks(factors: Sequence[int], largest: int) -> list[slice]:
+    """Which adapters' factors are gathered together: a third of the largest ΔW at a time, or one.
+
+    Args:
+        factors: entries of A and B of each adapter.
+        largest: entries of the largest adapted weight.
+    """
+    blocks, start, size = [], 0, 0
+    for index, entries in enumerate(factors):
+        if size and size + entries > largest // 3:
+            blocks.append(slice(start, index))
+            start, size = index, 0
+        size += entries
+    return [*blocks, slice(start, len(factors))]
