@@ -1,34 +1,37 @@
-"""A run, from its newest checkpoint to its end: build the engine, step, follow the clock."""
+"""A run: how it begins at a checkpoint or at step 0, changes its engine, is saved, and ends."""
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from relora import __version__, console
+from relora import console
 from relora.config import Config
-from relora.data.loader import eval_batches, train_batches
 from relora.data.shards import TokenShards
-from relora.errors import DataError, NumericsError
+from relora.errors import DataError
 from relora.lora.inject import adapted_layers, add_adapters, find_targets
 from relora.model import build_meta_model, build_model, count_parameters, make_trainable
-from relora.restart import invariants
-from relora.restart.merge import init_adapters_, restart_
+from relora.restart.merge import init_adapters_, shrink_
 from relora.runtime import zero
-from relora.runtime.checkpoint import newest_sound, save
-from relora.runtime.distributed import Ranks, memory_gib, seed_dropout
-from relora.runtime.evaluation import evaluate_loss, loss_of, perplexity
+from relora.runtime.checkpoint import (
+    Checkpoint,
+    complete_checkpoints,
+    newest_sound,
+    open_checkpoint,
+)
+from relora.runtime.distributed import Ranks
+from relora.runtime.manifest import step_of
 from relora.runtime.metrics import Metrics
 from relora.runtime.places import Layered, Places, Source, capture, weights_of
-from relora.runtime.rundir import write_run_state
-from relora.runtime.signals import StopRequest
+from relora.runtime.rundir import installed_versions, write_run_state
+from relora.runtime.saving import Saving
+from relora.runtime.spikes import Rollback, read_rollbacks
 from relora.subject import is_subject, merged_model, open_subject, structure_of
-
-PROBE_TOKENS = 256
 
 
 @dataclass
@@ -45,8 +48,15 @@ class Run:
     consumed: int = 0  # sequences taken from the data
     skipped: int = 0  # updates that were not finite
     saved_at: int = -1  # step of the newest checkpoint
+    owes_merge: bool = False  # of the step it starts at
+    wanted: Path | None = None  # the one to go on from in place of the newest, until the next save
+    saving: Saving | None = None  # the one that is being written
+    abandoned: list[Path] = field(default_factory=list)  # later ones than the run went on from
     started: float = 0.0  # perf_counter at step 0, as if the run had never stopped
     interval: list[float] = field(default_factory=list)  # seconds of each step since the last log
+    loss_scale: zero.LossScale | None = None  # with precision fp16
+    losses: list[float] = field(default_factory=list)  # of the last steps, for train.spike
+    rollbacks: list[Rollback] = field(default_factory=list)  # what the run has gone back from
 
     @property
     def elapsed(self) -> float:
@@ -54,9 +64,9 @@ class Run:
         return time.perf_counter() - self.started
 
 
-def start_run(config: Config, shards: TokenShards, ranks: Ranks) -> Run:
-    """Build the run as it was at its newest sound checkpoint, or at step 0."""
-    checkpoint, complaints = newest_sound(config.run_dir, ranks)
+def start_run(config: Config, shards: TokenShards, ranks: Ranks, wanted: Path | None = None) -> Run:
+    """Build the run as it was at its newest sound checkpoint (or the wanted one), or at step 0."""
+    checkpoint, complaints = find_checkpoint(config, ranks, wanted)
     step = checkpoint.step if checkpoint else 0
     if checkpoint and checkpoint.state["data"] != shards.fingerprint:
         raise DataError(
@@ -64,10 +74,15 @@ def start_run(config: Config, shards: TokenShards, ranks: Ranks) -> Run:
             "on so far; put the old shards back, or start in another run_dir"
         )
     metrics = Metrics(config.run_dir, ranks.is_main, resumed_at=step)
+    ranks.agree(metrics.problem)
     for complaint in complaints:
         metrics.say(f"passed over {complaint}")
     engine, places = _build_engine(config, ranks, step, checkpoint)
     run = Run(config, ranks, shards, metrics, engine, places, step, started=time.perf_counter())
+    run.wanted = wanted
+    if config.deepspeed.precision == "fp16":
+        run.loss_scale = zero.LossScale()
+    run.rollbacks = read_rollbacks(config.run_dir, ranks)
     for line in console.header(config, count_parameters(engine.module), shards, ranks):
         metrics.say(line)
     if checkpoint:
@@ -75,14 +90,30 @@ def start_run(config: Config, shards: TokenShards, ranks: Ranks) -> Run:
         run.skipped = checkpoint.state["skipped"]
         run.started -= checkpoint.state["elapsed_s"]
         run.saved_at = step
+        if run.loss_scale:
+            run.loss_scale = zero.LossScale(*checkpoint.state["loss_scale"])
+        shrink_(engine.module, checkpoint.state["shrink"])
+        run.losses = checkpoint.state["losses"] if config.train.spike else []
         metrics.say(f"going on from step {step} ({checkpoint.directory})")
-        if checkpoint.state["merges"] < config.clock.merges_before(step):
-            # A boundary at what was to be the end was no merge; now it is one.
-            tokens = torch.from_numpy(shards.train[: config.data.sequence_length].astype("int64"))
-            _restart(run, tokens[None].to(ranks.device))
-    if ranks.is_main:
-        write_run_state(config.run_dir, "running", "", step, 0)
+        run.abandoned = [p for p in complete_checkpoints(config.run_dir) if step_of(p) > step]
+        if wanted is not None and run.abandoned:
+            later = ", ".join(path.name for path in run.abandoned)
+            metrics.say(
+                f"going back: {later} will go once the first checkpoint from here is complete"
+            )
+        # A boundary at what was to be the end was no merge; now it is one.
+        run.owes_merge = checkpoint.state["merges"] < config.clock.merges_before(step)
+    _note_progress(run, step)
     return run
+
+
+def find_checkpoint(
+    config: Config, ranks: Ranks, wanted: Path | None
+) -> tuple[Checkpoint | None, list[str]]:
+    """The wanted checkpoint, or the newest sound one with complaints about newer ones."""
+    if wanted is not None:
+        return open_checkpoint(wanted, ranks), []
+    return newest_sound(config.run_dir, ranks)
 
 
 def _build_engine(
@@ -100,15 +131,23 @@ def _build_engine(
         assert config.lora is not None
         add_adapters(model, config.lora)
         init_adapters_(model, config.seed)
+    if isinstance(source, Checkpoint):
+        source.check_fits(model)
     start = weights_of(model)
-    if config.deepspeed.precision == "bf16":
+    if config.deepspeed.precision in zero.AUTOCAST:
         for _, layer in adapted_layers(model):
             layer.weight.data = layer.weight.data.to(torch.bfloat16)
     engine = zero.build_engine(
-        model, config.deepspeed, config.optimizer, config.batch.micro_batch_size, ranks
+        model,
+        config.deepspeed,
+        config.optimizer,
+        config.batch.micro_batch_size,
+        ranks,
+        merged_decay=config.decays_merged,
     )
-    exact = config.relora is None or config.relora.precision == "exact"
-    places = Places(engine, exact)
+    rounded = config.relora is not None and config.relora.precision == "rounded"
+    remainder = config.relora.remainder if config.relora else "host"
+    places = Places(engine, None if rounded else remainder)
     places.restore_(start if source is None else Layered(source, start))
     return engine, places
 
@@ -122,67 +161,7 @@ def _first_model(config: Config) -> Any:
     return make_trainable(model, config.model.gradient_checkpointing)
 
 
-def train_run(run: Run, stop: StopRequest) -> bool:
-    """Train until the end of the run or until asked to stop; True if the run is finished."""
-    config, ranks, clock = run.config, run.ranks, run.config.clock
-    batches = train_batches(
-        run.shards.train,
-        sequence_length=config.data.sequence_length,
-        global_batch=config.batch.global_batch_size,
-        micro_batch=config.batch.micro_batch_size,
-        rank=ranks.rank,
-        world=ranks.world,
-        seed=config.seed,
-        consumed=run.consumed,
-        num_workers=config.data.num_workers,
-    )
-    in_a_row = 0
-    while run.step < clock.total:
-        # One optimizer step over the global batch.
-        began = time.perf_counter()
-        micro_batches = [batch.to(ranks.device) for batch in next(batches)]
-        seed_dropout(config.seed, run.consumed, ranks.rank)
-        lr = config.learning_rate(run.step)
-        result = zero.train_step(run.engine, micro_batches, loss_of, lr, config.optimizer.grad_clip)
-        run.consumed += config.batch.global_batch_size
-        loss, stops = ranks.sum([result.loss / ranks.world, float(bool(stop))])
-        run.interval.append(time.perf_counter() - began)
-
-        # An update that was not finite happened on no rank: data moves on, the clock does not.
-        in_a_row = 0 if result.applied else in_a_row + 1
-        if not result.applied:
-            _note_skipped(run, in_a_row)
-            continue
-        run.step += 1
-        run.metrics.bar(run.step, clock.total, f"loss {loss:.4f}")
-
-        # What the clock says.
-        if clock.is_birth(run.step):
-            _give_birth(run)
-        if clock.is_merge(run.step):
-            _restart(run, micro_batches[0])
-
-        # What the intervals say.
-        last = run.step == clock.total
-        halt = stops > 0 or run.step == config.train.stop_after
-        if last or due(run.step, config.train.log_every):
-            _log(run, loss, lr, result.grad_norm)
-        if last or due(run.step, config.train.eval_every):
-            _evaluate(run)
-            halt = halt or ranks.any(bool(stop))  # it may have taken long
-        if last or halt or due(run.step, config.train.save_every):
-            _save(run)
-        if halt and not last:
-            return False
-    return True
-
-
-def due(step: int, every: int | None) -> bool:
-    """Whether something that happens every so many steps happens after this one."""
-    return every is not None and step % every == 0
-
-
-def _give_birth(run: Run) -> None:
+def give_birth(run: Run) -> None:
     """End the warm start: the same weights and moments in a new engine, with adapters beside."""
     began = time.perf_counter()
     frozen = _frozen_names(run.config)
@@ -203,109 +182,77 @@ def _frozen_names(config: Config) -> set[str]:
     return {f"{target}.weight" for target in targets}
 
 
-def _restart(run: Run, batch: Tensor) -> None:
-    """Merge, reinit, reset, and check that the function and all copies are what they must be."""
-    config = run.config
-    assert config.relora is not None
-    began = time.perf_counter()
-    number = config.clock.merges_before(run.step)
-    rows = batch[:1, :PROBE_TOKENS]
-    before = invariants.probe(run.engine, rows)
-    report = restart_(run.engine.module, run.places, config.relora, config.seed, number)
-    after = invariants.probe(run.engine, rows)
-    tolerance = config.relora.tolerance or invariants.TOLERANCE[config.deepspeed.precision]
-    deviation = invariants.check_function(before, after, tolerance, number)
-    invariants.check_copies(run.places, number)
-    values = {
-        "relora/merge": number,
-        "relora/update_ratio": report.update_ratio,
-        "relora/zeroed_share": report.zeroed_share,
-        "relora/probe_deviation": deviation,
-        "time/merge_s": time.perf_counter() - began,
-    }
-    run.metrics.write(run.step, values)
-    run.metrics.say(console.merge_line(run.step, report.layers, values))
+def start_again(run: Run) -> None:
+    """The run as its files say, as after a kill; without a checkpoint that is its beginning."""
+    run.metrics.close()
+    run.places.release_()
+    zero.destroy(run.engine)
+    vars(run).update(vars(start_run(run.config, run.shards, run.ranks, run.wanted)))
 
 
-def _note_skipped(run: Run, in_a_row: int) -> None:
-    run.skipped += 1
-    limit = run.config.train.max_skipped
-    run.metrics.say(
-        f"the update after step {run.step} was not finite: skipped ({in_a_row} in a row)"
-    )
-    run.metrics.write(run.step, {"train/skipped": run.skipped})
-    if in_a_row >= limit:
-        raise NumericsError(
-            f"{limit} updates in a row were not finite (loss or gradient) after step {run.step}; "
-            "the newest checkpoint is from before; lower the learning rate, or raise "
-            "train.max_skipped"
-        )
-
-
-def _log(run: Run, loss: float, lr: float, grad_norm: float) -> None:
-    """The figures of this step, and the speed since the last log."""
-    config = run.config
-    seconds = sum(run.interval) / len(run.interval)
-    run.interval.clear()
-    values = {
-        "train/loss": loss,
-        "train/lr": lr,
-        "train/grad_norm": grad_norm,
-        "train/tokens": run.consumed * config.data.sequence_length,
-        "train/skipped": run.skipped,
-        "perf/tokens_per_s": config.tokens_per_step / seconds,
-        "perf/step_ms": seconds * 1000,
-        "perf/memory_gib": memory_gib(run.ranks.device),
-        "time/elapsed_s": run.elapsed,
-    }
-    cycle = config.clock.place_in_cycle(run.step)
-    if cycle is not None:
-        values["relora/cycle"] = cycle[0]
-    run.metrics.write(run.step, values)
-    run.metrics.say(console.step_line(config.clock, run.step, values))
-
-
-def _evaluate(run: Run) -> None:
-    """Loss on the validation split."""
-    began = time.perf_counter()
-    batches = eval_batches(
-        run.shards.validation,
-        sequence_length=run.config.data.sequence_length,
-        micro_batch=run.config.batch.micro_batch_size,
-        rank=run.ranks.rank,
-        world=run.ranks.world,
-        max_sequences=run.config.train.eval_sequences,
-    )
-    loss, tokens = evaluate_loss(run.engine, batches, run.ranks)
-    values = {
-        "eval/loss": loss,
-        "eval/perplexity": perplexity(loss),
-        "eval/tokens": tokens,
-        "train/tokens": run.consumed * run.config.data.sequence_length,
-        "time/eval_s": time.perf_counter() - began,
-        "time/elapsed_s": run.elapsed,
-    }
-    run.metrics.write(run.step, values)
-    run.metrics.say(console.eval_line(run.step, values))
-
-
-def _save(run: Run) -> None:
-    """A checkpoint of this step, if there is none yet."""
+def save(run: Run, background: bool) -> None:
+    """A checkpoint of this step, if there is none yet; in the background only its beginning."""
+    finish_save(run)
     if run.saved_at == run.step:
         return
+    run.ranks.agree(run.metrics.problem)  # a checkpoint stands for figures that are on disk too
     state = {
         "step": run.step,
         "consumed": run.consumed,
         "skipped": run.skipped,
+        "losses": run.losses,
         "merges": run.config.clock.merges_before(run.step),
         "elapsed_s": run.elapsed,
         "data": run.shards.fingerprint,
+        "shrink": next((x.shrink for _, x in adapted_layers(run.engine.module)), 1.0),
+        "loss_scale": run.loss_scale and [run.loss_scale.value, run.loss_scale.calm],
         "world_size": run.ranks.world,
-        "relora": __version__,
+        "config": run.config.model_dump(mode="json"),  # for who reads the checkpoint elsewhere
+        "versions": installed_versions(),
     }
     began = time.perf_counter()
-    save(run.config.run_dir, run.places, state, run.ranks, run.config.train.keep_checkpoints)
+    run.saving = Saving(run.config.run_dir, run.places, state, run.ranks)
     run.saved_at = run.step
+    if not background:
+        _commit_save(run)
     run.metrics.write(run.step, {"time/save_s": time.perf_counter() - began})
+
+
+def finish_save(run: Run) -> None:
+    """Make the checkpoint that was begun in the background one that counts, if there is any."""
+    saving = run.saving
+    if saving is not None:
+        began = time.perf_counter()
+        _commit_save(run)
+        values = {"time/commit_s": time.perf_counter() - began, "time/write_s": saving.seconds}
+        run.metrics.write(run.step, values)
+
+
+def _commit_save(run: Run) -> None:
+    assert run.saving is not None
+    config = run.config
+    run.saving.finish(config.train.keep_checkpoints, config.is_milestone, run.abandoned)
+    step = run.saving.step
+    run.saving, run.wanted, run.abandoned = None, None, []
+    _note_progress(run, step)
+
+
+def _note_progress(run: Run, step: int) -> None:
+    """In run_state.json, for when nobody is left to write how it ended."""
     if run.ranks.is_main:
-        write_run_state(run.config.run_dir, "running", "", run.step, 0)
+        with run.metrics.noting_trouble():
+            write_run_state(run.config.run_dir, "running", "", step, 0)
+
+
+def leave_run(run: Run, together: bool) -> None:
+    """End a save that is under way, and close the run's files.
+
+    Args:
+        together: all ranks are here, so it can be completed.
+    """
+    if run.saving is not None and together:
+        with contextlib.suppress(Exception):  # what ends the run is another error
+            finish_save(run)
+    if run.saving is not None:
+        run.saving.drop()
+    run.metrics.close()

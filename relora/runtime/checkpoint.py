@@ -1,4 +1,4 @@
-"""Save, find, verify and read checkpoints: tensors by parameter name with their global shape.
+"""Find, verify and read checkpoints: tensors by parameter name with their global shape.
 
     checkpoints/step_00000300/
         rank_00000.safetensors …   flat fp32 pieces, keys `name|kind|start`; each rank its share
@@ -6,33 +6,28 @@
         manifest.json              bytes and SHA-256 of every file; written last
 
 Nothing in it depends on world size, ZeRO stage or micro-batch, and nothing is a pickle. A
-directory counts as a checkpoint once it bears its final name, which is given after everything in
-it is synced; what a killed save leaves behind has another name and is cleared by the next save.
+directory counts as a checkpoint once it bears its final name (see `saving.py`). What is read here
+may have been damaged, mixed up or made up by anybody: it is believed only after it was checked.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
+import math
 import re
-import shutil
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from relora.errors import CheckpointError
 from relora.runtime.distributed import Ranks
-from relora.runtime.places import MOMENTS, Places
+from relora.runtime.manifest import is_checkpoint_name, rank_file, read_state, step_of, verify
+from relora.runtime.places import MOMENTS
 
-FORMAT = 1
-_NAME = re.compile(r"step_(\d{8,})")
+_KEY = re.compile(rf"(.+)\|(value|{'|'.join(MOMENTS)})\|([0-9]{{1,18}})")
 
 
 class _Piece(NamedTuple):
@@ -56,20 +51,19 @@ class Checkpoint:
     def __init__(self, directory: Path, thorough: bool = False) -> None:
         self.directory = directory
         manifest = verify(directory, thorough)
-        self.state: dict[str, Any] = _read_json(directory / "state.json")
+        self.state = read_state(directory / "state.json")
+        files = sorted(manifest["files"].keys() - {"state.json"})
+        world = self.state["world_size"]
+        if len(files) != world or files != [rank_file(rank) for rank in range(world)]:
+            raise CheckpointError(
+                f"{directory}: manifest.json names {len(files)} files of ranks, state.json was "
+                f"written by {world} ranks"
+            )
         self._pieces: dict[tuple[str, str], list[_Piece]] = defaultdict(list)
         self._open: dict[Path, Any] = {}
-        for file in sorted(directory / name for name in manifest["files"]):
-            if file.suffix != ".safetensors":
-                continue
-            with safe_open(file, framework="pt") as tensors:
-                for key in tensors.keys():  # noqa: SIM118 (safe_open is no mapping)
-                    name, kind, start = key.rsplit("|", 2)
-                    count = tensors.get_slice(key).get_shape()[0]
-                    piece = _Piece(int(start), int(start) + count, file, key)
-                    self._pieces[name, kind].append(piece)
-        for pieces in self._pieces.values():
-            pieces.sort()
+        for name in files:
+            self._list_pieces(directory / name)
+        self._check_whole()
 
     @property
     def step(self) -> int:
@@ -101,6 +95,21 @@ class Checkpoint:
         """Updates that Adam had counted for a parameter."""
         return self.state["adam_steps"].get(name)
 
+    def check_fits(self, model: nn.Module) -> None:
+        """Whether it holds this model's parameters.
+
+        Raises:
+            CheckpointError: names the first parameter that only one has, or that differs in shape.
+        """
+        expected = {name: list(param.shape) for name, param in model.named_parameters()}
+        for name in sorted(self.shapes.keys() | expected.keys()):
+            mine, other = self.shapes.get(name, "nothing"), expected.get(name, "nothing")
+            if mine != other:
+                raise CheckpointError(
+                    f"{self.directory / 'state.json'}: is of another model: of {name} it has "
+                    f"{mine}, the model {other}"
+                )
+
     def tensor(self, name: str) -> Tensor:
         """A whole parameter in fp32."""
         shape = torch.Size(self.shapes[name])
@@ -108,67 +117,65 @@ class Checkpoint:
         assert values is not None
         return values.view(shape)
 
+    def _list_pieces(self, file: Path) -> None:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                # Files of several checkpoints put together would fit in every shape.
+                step = (tensors.metadata() or {}).get("step", str(self.step))
+                if step != str(self.step):
+                    raise CheckpointError(f"{file}: is of step {step[:20]}, not of {self.step}")
+                for key in tensors.keys():  # noqa: SIM118 (safe_open is no mapping)
+                    match, part = _KEY.fullmatch(key), tensors.get_slice(key)
+                    shape = part.get_shape()
+                    if match is None or part.get_dtype() != "F32" or len(shape) != 1:
+                        raise CheckpointError(
+                            f"{file}: {key[:80]!r} ({part.get_dtype()} {shape}) is no piece of a "
+                            "checkpoint: flat F32, named name|kind|start"
+                        )
+                    name, kind, start = match[1], match[2], int(match[3])
+                    self._pieces[name, kind].append(_Piece(start, start + shape[0], file, key))
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file}: is no safetensors file: {error}") from None
+
+    def _check_whole(self) -> None:
+        """Every entry of every tensor is there once, and nothing else is."""
+        for (name, kind), pieces in self._pieces.items():
+            pieces.sort()
+            if name not in self.shapes:
+                raise CheckpointError(f"{pieces[0].file}: holds {name}, unknown to state.json")
+            at, size = 0, math.prod(self.shapes[name])
+            for piece in pieces:
+                if piece.start != at or piece.stop > size:
+                    raise CheckpointError(
+                        f"{piece.file}: has entries {piece.start}–{piece.stop} of {size} of "
+                        f"{name} ({kind}) where {at} comes next"
+                    )
+                at = piece.stop
+            if at != size:
+                raise CheckpointError(
+                    f"{pieces[-1].file}: entries {at}–{size} of {name} ({kind}) are in no file"
+                )
+        for kind, names in [
+            ("value", self.shapes),
+            *((m, self.state["adam_steps"]) for m in MOMENTS),
+        ]:
+            different = names.keys() ^ {name for name, other in self._pieces if other == kind}
+            if different:
+                raise CheckpointError(
+                    f"{self.directory / 'state.json'}: does not fit the files of the ranks: only "
+                    f"one of them has {kind} of {min(different)}"
+                )
+
     def _file(self, path: Path) -> Any:
         if path not in self._open:
             self._open[path] = safe_open(path, framework="pt").__enter__()
         return self._open[path]
 
 
-def save(run_dir: Path, places: Places, state: dict[str, Any], ranks: Ranks, keep: int) -> Path:
-    """Write a checkpoint of the step in `state`, then drop the oldest beyond `keep`. Collective.
-
-    Raises:
-        CheckpointError: a rank could not write (disk full, say); nothing of it is left behind.
-    """
-    root = run_dir / "checkpoints"
-    final = root / f"step_{state['step']:08d}"
-    temporary = root / f"{final.name}.tmp"
-    problem, entry = None, None
-    if ranks.is_main:
-        try:
-            root.mkdir(exist_ok=True)
-            for leftover in root.glob("*.tmp"):
-                shutil.rmtree(leftover)
-            temporary.mkdir()
-        except OSError as error:
-            problem = str(error)
-    ranks.barrier()
-    try:
-        entry = _write_rank(temporary, places, ranks)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        problem = problem or f"rank {ranks.rank}: {error}"
-    reports = ranks.gather((problem, entry))
-    problems = [report[0] for report in reports if report[0]]
-    if not problems and ranks.is_main:
-        try:
-            _commit(temporary, final, places, state, [report[1] for report in reports])
-        except OSError as error:
-            problems = [str(error)]
-    problems = ranks.share(problems)
-    if problems:
-        if ranks.is_main:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(
-            f"{final}: could not be written: {'; '.join(problems)}; earlier checkpoints are "
-            "intact; free some space or choose another run_dir, and run the same command again"
-        )
-    if ranks.is_main:
-        _retire(run_dir, state["step"], keep)
-    ranks.barrier()
-    return final
-
-
 def complete_checkpoints(run_dir: Path) -> list[Path]:
     """Directories of complete checkpoints, oldest first."""
-    found = [p for p in (run_dir / "checkpoints").glob("step_*") if _NAME.fullmatch(p.name)]
+    found = [p for p in (run_dir / "checkpoints").glob("step_*") if is_checkpoint_name(p.name)]
     return sorted((p for p in found if (p / "manifest.json").is_file()), key=step_of)
-
-
-def step_of(directory: Path) -> int:
-    """The step in a checkpoint directory's name."""
-    match = _NAME.fullmatch(directory.name)
-    assert match is not None
-    return int(match[1])
 
 
 def newest_checkpoint(subject: Path) -> Path:
@@ -196,179 +203,46 @@ def newest_sound(run_dir: Path, ranks: Ranks) -> tuple[Checkpoint | None, list[s
     Raises:
         CheckpointError: there are checkpoints, and none is sound (every rank raises).
     """
-    found: tuple[Path | None, list[str]] = (None, [])
+    directory, complaints = None, []
     if ranks.is_main:
-        complaints = []
-        for directory in reversed(complete_checkpoints(run_dir)):
+        for candidate in reversed(complete_checkpoints(run_dir)):
             try:
-                verify(directory, thorough=True)
+                Checkpoint(candidate, thorough=True)
             except CheckpointError as error:
                 complaints.append(str(error))
                 continue
-            found = (directory, complaints)
+            directory = candidate
             break
-        else:
-            found = (None, complaints)
-    directory, complaints = ranks.share(found)
-    if directory is None:
-        if complaints:
-            raise CheckpointError(
-                f"{run_dir}: no checkpoint is sound: {'; '.join(complaints)}; start anew in "
-                "another run_dir"
-            )
-        return None, []
-    return Checkpoint(directory), complaints
+    directory, complaints = ranks.share((directory, complaints))
+    if directory is not None:
+        return open_checkpoint(directory, ranks, thorough=False), complaints
+    if complaints:
+        raise CheckpointError(
+            f"{run_dir}: no checkpoint is sound: {'; '.join(complaints)}; start anew in "
+            "another run_dir"
+        )
+    return None, []
+
+
+def open_checkpoint(directory: Path, ranks: Ranks, thorough: bool = True) -> Checkpoint:
+    """The checkpoint in `directory`, on every rank. Collective.
+
+    Args:
+        thorough: rank 0 also hashes every file; the others need not do it again.
+
+    Raises:
+        CheckpointError: it is not sound on some rank (every rank raises).
+    """
+    found = problem = None
+    try:
+        found = Checkpoint(directory, thorough and ranks.is_main)
+    except CheckpointError as error:
+        problem = error
+    ranks.agree(problem)
+    assert found is not None
+    return found
 
 
 def run_of(checkpoint: Path) -> Path:
     """The run directory that a checkpoint belongs to."""
     return checkpoint.resolve().parent.parent
-
-
-def verify(directory: Path, thorough: bool) -> dict[str, Any]:
-    """Compare a checkpoint's files with its manifest; returns the manifest.
-
-    Args:
-        thorough: hash every file too, not just compare the sizes.
-
-    Raises:
-        CheckpointError: names the first file that is missing, changed or of an unknown format.
-    """
-    manifest = _read_json(directory / "manifest.json")
-    if manifest.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{directory}: has format {manifest.get('format')!r}, this version reads {FORMAT}"
-        )
-    for name, expected in _described_files(directory, manifest).items():
-        if Path(name).name != name:
-            raise CheckpointError(f"{directory}: manifest.json names {name!r}, outside of it")
-        path = directory / name
-        if not path.is_file():
-            raise CheckpointError(f"{path}: is missing")
-        size = path.stat().st_size
-        if size != expected["bytes"]:
-            raise CheckpointError(f"{path}: has {size} bytes, {expected['bytes']} were written")
-        if thorough and _sha256(path) != expected["sha256"]:
-            raise CheckpointError(f"{path}: its content changed after it was written (SHA-256)")
-    return manifest
-
-
-def _described_files(directory: Path, manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    files = manifest.get("files")
-    if not isinstance(files, dict) or not all(
-        isinstance(file, dict) and {"bytes", "sha256"} <= file.keys() for file in files.values()
-    ):
-        raise CheckpointError(f"{directory}: manifest.json does not describe the files")
-    if "state.json" not in files:
-        raise CheckpointError(f"{directory}: manifest.json does not name state.json")
-    return files
-
-
-def _write_rank(directory: Path, places: Places, ranks: Ranks) -> dict[str, dict[str, Any]]:
-    pieces = {
-        f"{name}|{kind}|{start}": tensor.detach().to("cpu", torch.float32).contiguous().clone()
-        for name, kind, start, tensor in _own_pieces(places, ranks)
-    }
-    path = directory / f"rank_{ranks.rank:05d}.safetensors"
-    save_file(pieces, path)
-    _sync(path)
-    return {path.name: _describe(path)}
-
-
-def _own_pieces(places: Places, ranks: Ranks) -> Iterator[tuple[str, str, int, Tensor]]:
-    """What this rank writes: (name, kind, start, flat tensor), over ranks each entry once."""
-    for place in places:
-        if places.partitioned:
-            if place.live.numel():
-                yield place.name, "value", place.live_start, place.value()
-        else:
-            yield from _share_of(place.name, "value", place.value(), ranks)
-        if place.flat is None:
-            continue
-        for kind in MOMENTS:
-            moment = places.moment(place, kind)
-            if not places.sharded:
-                yield from _share_of(place.name, kind, moment, ranks)
-            elif place.count:
-                yield place.name, kind, place.start, moment
-
-
-def _share_of(
-    name: str, kind: str, tensor: Tensor, ranks: Ranks
-) -> Iterator[tuple[str, str, int, Tensor]]:
-    # What every rank holds is cut in equal parts, so that all write at once.
-    size = -(-tensor.numel() // ranks.world)
-    start = ranks.rank * size
-    part = tensor[start : start + size]
-    if part.numel():
-        yield name, kind, start, part
-
-
-def _commit(
-    temporary: Path, final: Path, places: Places, state: dict[str, Any], entries: list[Any]
-) -> None:
-    trainable = [place for place in places if place.flat is not None]
-    state = {
-        **state,
-        "shapes": {place.name: list(place.shape) for place in places},
-        "adam_steps": {place.name: places.adam_step(place) for place in trainable},
-    }
-    _write_json(temporary / "state.json", state)
-    files = {"state.json": _describe(temporary / "state.json")}
-    for entry in entries:
-        files |= entry
-    _write_json(temporary / "manifest.json", {"format": FORMAT, "files": files})
-    _sync(temporary)
-    if final.exists():
-        shutil.rmtree(final)
-    temporary.rename(final)
-    _sync(final.parent)
-
-
-def _retire(run_dir: Path, step: int, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints up to `step`, and those beyond it.
-
-    Those were damaged and passed over; counted as kept, they would drive out sound ones.
-    """
-    complete = complete_checkpoints(run_dir)
-    newer = [path for path in complete if step_of(path) > step]
-    for old in newer + complete[: len(complete) - len(newer)][:-keep]:
-        # First the name that makes it a checkpoint, then the files.
-        doomed = old.with_name(f"{old.name}.tmp")
-        old.rename(doomed)
-        # What a reader still holds open on a network disk stays; the next save tries again.
-        shutil.rmtree(doomed, ignore_errors=True)
-
-
-def _describe(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_json(path: Path, values: Any) -> None:
-    path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf8")
-    _sync(path)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise CheckpointError(f"{path}: is missing; this is no complete checkpoint")
-    try:
-        values = json.loads(path.read_text(encoding="utf8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: does not hold what a checkpoint's file holds")
-    return values
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

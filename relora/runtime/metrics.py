@@ -6,10 +6,14 @@ with `step`; a line holds training figures, an evaluation, or a merge.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,45 +30,69 @@ class Metrics:
         run_dir: the run directory, which exists.
         active: whether this rank writes.
         resumed_at: step the run goes on from; later lines of an earlier process are dropped.
+
+    What cannot be written (disk full, say) is noted in `problem` and not raised: rank 0 alone would
+    leave the others waiting. The run asks for it at each step.
     """
 
     def __init__(self, run_dir: Path, active: bool, resumed_at: int) -> None:
+        self.run_dir = run_dir
         self.active = active
+        self.problem: CheckpointError | None = None
         self._terminal = active and on_terminal()
         self._bar = ""
         if not active:
             return
         from torch.utils.tensorboard import SummaryWriter
 
-        path = run_dir / "metrics.jsonl"
-        drop_after(path, resumed_at)
-        self._lines = path.open("a", encoding="utf8")
-        self._log = (run_dir / "log.txt").open("a", encoding="utf8")
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resumed_at + 1)
+        with self.noting_trouble():
+            path = run_dir / "metrics.jsonl"
+            drop_after(path, resumed_at)
+            self._lines = path.open("a", encoding="utf8")
+            self._log = (run_dir / "log.txt").open("a", encoding="utf8")
+            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resumed_at + 1)
+
+    @contextmanager
+    def noting_trouble(self, where: object = None) -> Iterator[None]:
+        """Keep the first failure to write as `problem`, for all ranks to hear of.
+
+        Args:
+            where: what is written to, if not the run directory.
+        """
+        try:
+            yield
+        except OSError as error:
+            self.problem = self.problem or CheckpointError(
+                f"{where or self.run_dir}: cannot be written: {error}; the checkpoints of "
+                f"{self.run_dir} are intact; make room, and run the same command again"
+            )
 
     def write(self, step: int, values: Mapping[str, float | int | str]) -> None:
         """Add a line to metrics.jsonl and its numbers to TensorBoard."""
-        if not self.active:
+        if not self.active or self.problem:
             return
         # Strict JSON has no NaN or Infinity; a reader gets null.
         plain = {key: None if _is_odd(value) else value for key, value in values.items()}
         line = {"step": step, "time_s": round(time.time(), 3), **plain}
-        self._lines.write(json.dumps(line) + "\n")
-        self._lines.flush()
-        for key, value in values.items():
-            if isinstance(value, str):
-                self._board.add_text(key, value, step)
-            elif not isinstance(value, bool):
-                self._board.add_scalar(key, value, step)
+        with self.noting_trouble():
+            self._lines.write(json.dumps(line) + "\n")
+            self._lines.flush()
+            for key, value in values.items():
+                if isinstance(value, str):
+                    self._board.add_text(key, value, step)
+                elif not isinstance(value, bool):
+                    self._board.add_scalar(key, value, step)
 
     def say(self, text: str) -> None:
         """A line on the console and in log.txt."""
         if not self.active:
             return
-        self._clear_bar()
-        print(text, flush=True)
-        self._log.write(text + "\n")
-        self._log.flush()
+        with self.noting_trouble("standard output"):
+            self._clear_bar()
+            _show(f"{text}\n")
+        with self.noting_trouble():
+            self._log.write(text + "\n")
+            self._log.flush()
 
     def bar(self, done: int, total: int, text: str) -> None:
         """Redraw the live bar at the bottom of a terminal; nothing in a file or a pipe."""
@@ -73,7 +101,7 @@ class Metrics:
         filled = round(BAR_WIDTH * done / total)
         bar = f"[{'█' * filled}{'·' * (BAR_WIDTH - filled)}] {done}/{total} {text}"
         self._clear_bar()
-        print(bar, end="", flush=True)
+        _show(bar)
         self._bar = bar
 
     def close(self) -> None:
@@ -81,21 +109,23 @@ class Metrics:
         if not self.active:
             return
         self._clear_bar()
-        self._board.close()
-        self._lines.close()
-        self._log.close()
+        for name in ("_board", "_lines", "_log"):  # those that could be opened
+            with self.noting_trouble():
+                if hasattr(self, name):
+                    getattr(self, name).close()
 
     def _clear_bar(self) -> None:
         if self._bar:
-            print("\r\x1b[2K", end="")
+            _show("\r\x1b[2K")
             self._bar = ""
 
 
 def drop_after(path: Path, step: int) -> None:
     """Remove the lines of metrics.jsonl from after the checkpoint of `step`; they come again.
 
-    That is, lines of later steps and lines behind the one about that save. A last line cut off by
-    a kill goes too.
+    That is, lines of later steps and lines behind the one about that save; a run that starts where
+    there is none (step 0, or killed before it was written) tells of its rollbacks there again. A
+    last line cut off by a kill goes too.
     """
     if not path.is_file():
         return
@@ -106,7 +136,8 @@ def drop_after(path: Path, step: int) -> None:
             values = json.loads(line)
         except ValueError:
             continue
-        if values["step"] <= step:
+        again = values["step"] == step and (step == 0 or "train/rollbacks" in values)
+        if values["step"] <= step and not again:
             kept.append(line)
         if values["step"] == step and "time/save_s" in values:
             saved = len(kept)
@@ -148,6 +179,21 @@ def format_count(count: float) -> str:
         if count >= 0.9995 * size:  # what would round to 1000 of the next smaller unit
             return f"{count / size:.3g}{unit}"
     return f"{count:.0f}"
+
+
+def _show(text: str) -> None:
+    """Print; nothing more once nobody can read it, for the run still has to be saved."""
+    try:
+        print(text, end="", flush=True)
+    except OSError as error:
+        if error.errno not in (errno.EIO, errno.EPIPE):  # terminal closed; reader of a pipe gone
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def format_bytes(count: float) -> str:
+    """1.50GB, 24.6KB, 310B; powers of a thousand."""
+    return f"{format_count(count).replace('B', 'G')}B"
 
 
 def _is_odd(value: object) -> bool:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import fcntl
+import functools
 import json
 import os
 import platform
 import subprocess
+import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any
 
 from relora.errors import CheckpointError
 from relora.runtime.distributed import Ranks
+from relora.runtime.signals import follow_launcher
 
 PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "tokenizers", "sentencepiece")
+PATIENCE_S = 60.0  # for an orphan to finish its step, save and leave
 
 
 def read_run_state(run_dir: Path) -> dict[str, Any]:
@@ -41,7 +45,7 @@ def write_run_state(run_dir: Path, status: str, reason: str, step: int, code: in
 
 def write_atomically(path: Path, text: str) -> None:
     """Replace a small file so that a reader sees the old or the new content, never a part."""
-    temporary = path.with_name(f"{path.name}.tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # ranks may fail at one time
     with temporary.open("w", encoding="utf8") as file:
         file.write(text)
         file.flush()
@@ -49,31 +53,73 @@ def write_atomically(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def lock(run_dir: Path) -> IO[str]:
+def lock(run_dir: Path, patience_s: float = PATIENCE_S) -> IO[str]:
     """Claim a run directory for this process, for as long as the returned file stays open.
 
+    Waits for a holder that is about to leave: a rank whose launcher was killed, or what a killed
+    process has left behind (its loader workers hold the file open for some seconds).
+
     Raises:
-        CheckpointError: another process trains in it.
+        CheckpointError: another process trains in it, or does not leave.
     """
     file = (run_dir / ".lock").open("a+", encoding="utf8")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.seek(0)
-        raise CheckpointError(
-            f"{run_dir}: process {file.read().strip() or 'unknown'} trains in it already; "
-            "wait for it, stop it, or choose another run_dir"
-        ) from None
+    deadline, told = time.monotonic() + patience_s, False
+    while not _try_lock(file):
+        holder = _read_holder(file)
+        pid = holder.get("pid", "unknown")
+        if time.monotonic() > deadline or not _is_leaving(holder):
+            file.close()
+            raise CheckpointError(
+                f"{run_dir}: process {pid} trains in it already; "
+                "wait for it, stop it, or choose another run_dir"
+            )
+        if not told:
+            print(f"{run_dir}: waiting for process {pid}, left by a killed run, to leave it")
+            told = True
+        time.sleep(0.1)
     file.seek(0)
     file.truncate()
-    file.write(str(os.getpid()))
+    values = {"pid": os.getpid(), "launcher": follow_launcher(), "host": platform.node()}
+    file.write(json.dumps(values))
     file.flush()
     return file
 
 
-def describe_environment(ranks: Ranks) -> dict[str, Any]:
-    """Versions, git commit, devices and world size: what a reader needs to place the figures."""
-    import torch
+def _try_lock(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _read_holder(file: IO[str]) -> dict[str, Any]:
+    """What the holder of the lock wrote about itself; empty while it has not."""
+    file.seek(0)
+    try:
+        values = json.loads(file.read())
+    except ValueError:
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _is_leaving(holder: dict[str, Any]) -> bool:
+    """Whether the holder is dead, or an orphan: its launcher is not its parent any more."""
+    import psutil
+
+    if holder.get("host") != platform.node():  # out of sight
+        return False
+    try:
+        process = psutil.Process(holder["pid"])
+        parent, status = process.ppid(), process.status()
+    except psutil.NoSuchProcess:
+        return True
+    return status == psutil.STATUS_ZOMBIE or holder["launcher"] not in (None, parent)
+
+
+@functools.cache
+def installed_versions() -> dict[str, str | None]:
+    """Versions of relora and of what it stands on; None for what is not installed."""
 
     def installed(name: str) -> str | None:
         try:
@@ -81,13 +127,20 @@ def describe_environment(ranks: Ranks) -> dict[str, Any]:
         except PackageNotFoundError:
             return None
 
+    return {name: installed(name) for name in ("relora", *PACKAGES)}
+
+
+def describe_environment(ranks: Ranks) -> dict[str, Any]:
+    """Versions, git commit, devices and world size: what a reader needs to place the figures."""
+    import torch
+
     on_gpu = ranks.device.type == "cuda"
     return {
-        "relora": installed("relora"),
+        "relora": installed_versions()["relora"],
         "commit": _git_commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: installed(name) for name in PACKAGES},
+        "packages": {n: v for n, v in installed_versions().items() if n != "relora"},
         "device": torch.cuda.get_device_name(ranks.device) if on_gpu else platform.machine(),
         "world_size": ranks.world,
         "threads_per_rank": torch.get_num_threads(),

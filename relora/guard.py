@@ -1,0 +1,151 @@
+"""Claim a run's directory, train in it, and leave there how it ended."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from relora.config import Config, dump_config
+from relora.data.shards import TokenShards
+from relora.errors import (
+    PREEMPTED,
+    CheckpointError,
+    ConfigError,
+    LostRankError,
+    NumericsError,
+    UserError,
+)
+from relora.loop import train_run
+from relora.model import load_model_config
+from relora.run import leave_run, start_run
+from relora.runtime import lost
+from relora.runtime.distributed import Ranks, is_lost_rank
+from relora.runtime.lost import describe_loss, forget_marks
+from relora.runtime.rundir import (
+    PATIENCE_S,
+    describe_environment,
+    lock,
+    read_run_state,
+    write_atomically,
+    write_run_state,
+)
+from relora.runtime.signals import StopRequest
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+
+
+def guarded(config: Config, shards: TokenShards, ranks: Ranks, wanted: Path | None = None) -> int:
+    """Run with the run directory claimed, and leave in it how the run ended."""
+    stop = StopRequest()
+    claim = _claim(config, shards, ranks)
+    step = read_run_state(config.run_dir).get("step", 0)
+    status, reason, code = "failed", "a bug", 1
+    run, together = None, False
+    try:
+        run = start_run(config, shards, ranks, wanted)
+        finished = train_run(run, stop)
+        status, reason, code = ("finished", "", 0) if finished else ("preempted", "", PREEMPTED)
+        if not finished:
+            reason = f"stopped by {stop.signal or 'train.stop_after'}"
+            run.metrics.say(f"stopped at step {run.step}; the same command goes on from there")
+        ranks.agree(run.metrics.problem)
+    except BaseException as error:
+        status, together = "failed", isinstance(error, NumericsError)  # which all ranks raise
+        known = _as_user_error(error, config, ranks)
+        if known is None:
+            where = f"rank {ranks.rank}: " if ranks.world > 1 else ""
+            reason = f"{where}{type(error).__name__}: {error}"
+            raise
+        reason, code = str(known), known.code
+        if known is error:
+            raise
+        raise known from error
+    finally:
+        stop.ignore_further()
+        if status == "failed" and code != LostRankError.code:
+            lost.mark_failed(config.run_dir, ranks, reason)
+        if run is not None:
+            leave_run(run, together)
+        problem = None
+        # Rank 0 tells of a good end. Of a bad one whoever knows first: rank 0 may be the lost one.
+        if ranks.is_main if status != "failed" else lost.is_to_tell(config.run_dir, ranks):
+            problem = _note_end(config, status, reason, run.step if run else step, code)
+            if code == LostRankError.code and ranks.local_rank:  # the command line is silent here
+                print(f"relora: {reason}", file=sys.stderr)
+        if claim is not None:
+            claim.close()
+    ranks.agree(problem or run.metrics.problem)
+    stop.restore()
+    return code
+
+
+def _note_end(
+    config: Config, status: str, reason: str, step: int, code: int
+) -> CheckpointError | None:
+    """Write how the run ended; returns what kept this rank from it."""
+    try:
+        write_run_state(config.run_dir, status, reason, step, code)
+    except OSError as error:
+        return CheckpointError(f"{config.run_dir}: cannot be written: {error}")
+    return None
+
+
+def _as_user_error(error: BaseException, config: Config, ranks: Ranks) -> UserError | None:
+    """The error in words that a user can act on; None for a bug of ours."""
+    if isinstance(error, UserError):
+        return error
+    if isinstance(error, OSError) and error.errno in NO_ROOM:
+        return CheckpointError(
+            f"{config.run_dir}: cannot be written: {error}; the checkpoints in it are intact"
+        )
+    if is_lost_rank(error):
+        detail = str(error).partition("\n")[0].partition(". This is")[0]  # torch wishes good luck
+        return LostRankError(
+            f"{describe_loss(config.run_dir, ranks, config.deepspeed.timeout_minutes)}; the same "
+            f"command goes on from the newest checkpoint ({detail})"
+        )
+    return None
+
+
+def _claim(config: Config, shards: TokenShards, ranks: Ranks) -> Any:
+    """Rank 0 opens the run directory; all hear of it if it cannot."""
+    claim, problem = None, None
+    if ranks.is_main:
+        try:
+            claim = _open_run_dir(config, shards, ranks)
+        except UserError as error:
+            problem = error
+        except OSError as error:  # without a number: of many files at once
+            kind = CheckpointError if error.errno in (*NO_ROOM, None) else ConfigError
+            problem = kind(f"run_dir: {config.run_dir} cannot be written: {error}")
+    ranks.agree(problem)
+    return claim
+
+
+def _open_run_dir(config: Config, shards: TokenShards, ranks: Ranks) -> Any:
+    """Claim the run directory and write what describes the run. Rank 0 only."""
+    run_dir = config.run_dir
+    run_dir.mkdir(parents=True, exist_ok=True)
+    # The other ranks wait in a collective meanwhile, which has a timeout.
+    claim = lock(run_dir, min(PATIENCE_S, 30 * config.deepspeed.timeout_minutes))
+    forget_marks(run_dir)
+    write_atomically(run_dir / "config.yaml", dump_config(config))
+    environment = json.dumps(describe_environment(ranks), indent=1)
+    write_atomically(run_dir / "environment.json", environment + "\n")
+    _make_once(run_dir / "model", load_model_config(config.model).save_pretrained)
+    _make_once(run_dir / "tokenizer", lambda path: shutil.copytree(shards.tokenizer_dir, path))
+    return claim
+
+
+def _make_once(directory: Path, make: Callable[[Path], object]) -> None:
+    """Make a directory whole or not at all, if it is not there."""
+    if not directory.is_dir():
+        temporary = directory.with_name(f"{directory.name}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        make(temporary)
+        temporary.rename(directory)

@@ -1,0 +1,265 @@
+"""The training loop: step, follow the clock, and do what the intervals say."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from relora import console
+from relora.data.loader import eval_batches, train_batches
+from relora.errors import NumericsError
+from relora.restart import invariants
+from relora.restart.merge import restart_, shrink_
+from relora.run import Run, find_checkpoint, finish_save, give_birth, save, start_again
+from relora.runtime import zero
+from relora.runtime.config import SpikeConfig
+from relora.runtime.distributed import memory_gib, seed_dropout
+from relora.runtime.evaluation import evaluate_loss, loss_of, perplexity
+from relora.runtime.signals import StopRequest
+from relora.runtime.spikes import (
+    Rollback,
+    check_limit,
+    position_after,
+    record_rollbacks,
+    threshold_of,
+)
+
+PROBE_TOKENS = 256
+
+
+def train_run(run: Run, stop: StopRequest) -> bool:
+    """Train until the end of the run or until asked to stop; True if the run is finished."""
+    while True:
+        if run.owes_merge:
+            length = run.config.data.sequence_length
+            tokens = torch.from_numpy(run.shards.train[:length].astype("int64"))
+            _restart(run, tokens[None].to(run.ranks.device))
+            run.owes_merge = False
+        finished = _train(run, stop)
+        if finished is not None:
+            return finished
+        start_again(run)
+
+
+def _train(run: Run, stop: StopRequest) -> bool | None:
+    """As `train_run`; None if the loss has jumped and the run is to go back."""
+    config, ranks, clock = run.config, run.ranks, run.config.clock
+    batches = _batches(run)
+    in_a_row = 0
+    while run.step < clock.total:
+        # One optimizer step over the global batch.
+        began = time.perf_counter()
+        micro_batches = [batch.to(ranks.device) for batch in next(batches)]
+        seed_dropout(config.seed, run.consumed, ranks.rank)
+        lr = config.learning_rate(run.step)
+        result = _update(run, micro_batches, lr)
+        run.consumed += config.batch.global_batch_size
+        loss, stops = _exchange(run, result.loss, bool(stop))
+        run.interval.append(time.perf_counter() - began)
+
+        # An update that was not finite happened on no rank: data moves on, the clock does not.
+        in_a_row = 0 if result.applied else in_a_row + 1
+        if not result.applied:
+            _note_skipped(run, in_a_row)
+            continue
+        run.step += 1
+        if config.train.spike and _has_jumped(run, loss, config.train.spike):
+            return None
+        run.metrics.bar(run.step, clock.total, f"loss {loss:.4f}")
+
+        # What the clock says.
+        if clock.is_birth(run.step):
+            give_birth(run)
+        if clock.is_merge(run.step):
+            _restart(run, micro_batches[0])
+
+        # What the intervals say.
+        last = run.step == clock.total
+        halt = stops or run.step == config.train.stop_after
+        if last or due(run.step, config.train.log_every):
+            _log(run, loss, lr, result.grad_norm)
+        if last or due(run.step, config.train.eval_every):
+            _evaluate(run)
+            halt = halt or ranks.any(bool(stop))  # it may have taken long
+        if last or halt or due(run.step, config.train.save_every) or config.is_milestone(run.step):
+            save(run, config.train.background_save and not (last or halt))
+        if halt and not last:
+            return False
+    return True
+
+
+def _exchange(run: Run, loss: float, stop: bool) -> tuple[float, bool]:
+    """The one message of a step: the mean loss, and whether some rank was asked to stop.
+
+    In passing, a background save that every rank has written is completed, and a rank that cannot
+    write its figures ends the run.
+    """
+    written = run.saving is not None and run.saving.written
+    full = run.metrics.problem is not None
+    loss, stops, writers, troubles = run.ranks.sum(
+        [loss / run.ranks.world, float(stop), float(written), float(full)]
+    )
+    if troubles:
+        run.ranks.agree(run.metrics.problem)
+    if writers == run.ranks.world:
+        finish_save(run)
+    return loss, stops > 0
+
+
+def _batches(run: Run) -> Iterator[list[Tensor]]:
+    """This rank's micro-batches, step after step, without what the run skips for good."""
+    config, ranks = run.config, run.ranks
+    while True:
+        _pass_over(run)
+        stretch = train_batches(
+            run.shards.train,
+            sequence_length=config.data.sequence_length,
+            global_batch=config.batch.global_batch_size,
+            micro_batch=config.batch.micro_batch_size,
+            rank=ranks.rank,
+            world=ranks.world,
+            seed=config.seed,
+            consumed=run.consumed,
+            num_workers=config.data.num_workers,
+        )
+        while position_after(run.consumed, run.rollbacks) == run.consumed:
+            yield next(stretch)
+
+
+def due(step: int, every: int | None) -> bool:
+    """Whether something that happens every so many steps happens after this one."""
+    return every is not None and step % every == 0
+
+
+def _update(run: Run, micro_batches: list[Tensor], lr: float) -> zero.StepResult:
+    """One optimizer step, with what it means for the loss scale and for frozen weights' decay."""
+    optimizer, scale = run.config.optimizer, run.loss_scale
+    factor = scale.value if scale else None
+    result = zero.train_step(run.engine, micro_batches, loss_of, lr, optimizer.grad_clip, factor)
+    if scale:
+        scale.update(result.applied)
+    if result.applied and run.config.decays_merged:
+        shrink_(run.engine.module, 1 - lr * optimizer.weight_decay)
+    return result
+
+
+def _restart(run: Run, batch: Tensor) -> None:
+    """Merge, reinit, reset, and check that the function and all copies are what they must be."""
+    config = run.config
+    assert config.relora is not None
+    began = time.perf_counter()
+    number = config.clock.merges_before(run.step)
+    rows = batch[:1, :PROBE_TOKENS]
+    before = invariants.probe(run.engine, rows)
+    report = restart_(run.engine.module, run.places, config.relora, config.seed, number)
+    after = invariants.probe(run.engine, rows)
+    tolerance = config.relora.tolerance or invariants.TOLERANCE[config.deepspeed.precision]
+    deviation = invariants.check_function(before, after, tolerance, number)
+    invariants.check_copies(run.places, number)
+    values = {
+        "relora/merge": number,
+        "relora/update_ratio": report.update_ratio,
+        "relora/zeroed_share": report.zeroed_share,
+        "relora/probe_deviation": deviation,
+        "time/merge_s": time.perf_counter() - began,
+    }
+    run.metrics.write(run.step, values)
+    run.metrics.say(console.merge_line(run.step, report.layers, values))
+
+
+def _note_skipped(run: Run, in_a_row: int) -> None:
+    run.skipped += 1
+    limit = run.config.train.max_skipped
+    run.metrics.say(
+        f"the update after step {run.step} was not finite: skipped ({in_a_row} in a row)"
+    )
+    run.metrics.write(run.step, {"train/skipped": run.skipped})
+    if in_a_row >= limit:
+        raise NumericsError(
+            f"{limit} updates in a row were not finite (loss or gradient) after step {run.step}; "
+            "the newest checkpoint is from before; lower the learning rate, or raise "
+            "train.max_skipped"
+        )
+
+
+def _has_jumped(run: Run, loss: float, spike: SpikeConfig) -> bool:
+    """Whether this step's loss is a jump; if so, what the run goes back from is on disk."""
+    clock, done = run.config.clock, run.step - 1
+    boundary = clock.boundary_before(done)
+    warm = done < clock.warmup or (boundary is not None and done - boundary < clock.rewarm)
+    threshold = math.inf if warm else threshold_of(run.losses, spike)
+    if not loss > threshold:
+        if math.isfinite(loss):
+            run.losses = [*run.losses, loss][-spike.window :]
+        return False
+    check_limit(run.rollbacks, spike, run.step, loss, threshold)
+    finish_save(run)
+    checkpoint, _ = find_checkpoint(run.config, run.ranks, run.wanted)
+    step, consumed = (checkpoint.step, checkpoint.state["consumed"]) if checkpoint else (0, 0)
+    new = Rollback(step, consumed, run.consumed, run.step, loss, threshold)
+    record_rollbacks(run.config.run_dir, [*run.rollbacks, new], run.ranks)
+    run.metrics.say(f"{new.describe()}; going back to step {step}")
+    return True
+
+
+def _pass_over(run: Run) -> None:
+    """Move behind the data that the run skips here, and say so."""
+    place = position_after(run.consumed, run.rollbacks)
+    for number, rollback in enumerate(run.rollbacks, 1):
+        if run.consumed <= rollback.consumed < place:
+            run.metrics.write(run.step, {"train/rollbacks": number, **rollback.figures()})
+            run.metrics.say(f"rollback {number}: {rollback.describe()}; its data is skipped")
+    run.consumed = place
+
+
+def _log(run: Run, loss: float, lr: float, grad_norm: float) -> None:
+    """The figures of this step, and the speed since the last log."""
+    config = run.config
+    seconds = sum(run.interval) / len(run.interval)
+    run.interval.clear()
+    values = {
+        "train/loss": loss,
+        "train/lr": lr,
+        "train/grad_norm": grad_norm,
+        "train/tokens": run.consumed * config.data.sequence_length,
+        "train/skipped": run.skipped,
+        "perf/tokens_per_s": config.tokens_per_step / seconds,
+        "perf/step_ms": seconds * 1000,
+        "perf/memory_gib": memory_gib(run.ranks.device),
+        "time/elapsed_s": run.elapsed,
+    }
+    if run.loss_scale:
+        values["train/loss_scale"] = run.loss_scale.value
+    cycle = config.clock.place_in_cycle(run.step)
+    if cycle is not None:
+        values["relora/cycle"] = cycle[0]
+    run.metrics.write(run.step, values)
+    run.metrics.say(console.step_line(config.clock, run.step, values))
+
+
+def _evaluate(run: Run) -> None:
+    """Loss on the validation split."""
+    began = time.perf_counter()
+    batches = eval_batches(
+        run.shards.validation,
+        sequence_length=run.config.data.sequence_length,
+        micro_batch=run.config.batch.micro_batch_size,
+        rank=run.ranks.rank,
+        world=run.ranks.world,
+        max_sequences=run.config.train.eval_sequences,
+    )
+    loss, tokens = evaluate_loss(run.engine, batches, run.ranks)
+    values = {
+        "eval/loss": loss,
+        "eval/perplexity": perplexity(loss),
+        "eval/tokens": tokens,
+        "train/tokens": run.consumed * run.config.data.sequence_length,
+        "time/eval_s": time.perf_counter() - began,
+        "time/elapsed_s": run.elapsed,
+    }
+    run.metrics.write(run.step, values)
+    run.metrics.say(console.eval_line(run.step, values))
