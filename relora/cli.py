@@ -15,6 +15,7 @@ from pathlib import Path
 from relora import __version__
 from relora.errors import UserError
 
+Verbs = argparse._SubParsersAction  # of argparse.ArgumentParser
 OVERRIDES = "dotted overrides of the config file, such as optimizer.lr=1e-3 or relora=null"
 
 
@@ -31,6 +32,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
+    _add_training_verbs(verbs)
+    _add_reading_verbs(verbs)
+    return parser
+
+
+def _add_training_verbs(verbs: Verbs) -> None:
+    """Those that take a config."""
     plan = _verb(
         verbs,
         "plan",
@@ -53,21 +61,30 @@ def build_parser() -> argparse.ArgumentParser:
         verbs,
         "train",
         "train, or go on with, a run: one process, or one rank under the launcher",
-        "deepspeed --num_gpus 2 --module relora train configs/quickstart_relora.yaml",
+        "deepspeed --num_gpus 2 --module relora train configs/quickstart_relora.yaml; or "
+        "relora train configs/quickstart_relora.yaml "
+        "--resume runs/quickstart_relora/checkpoints/step_00000200",
     )
     _config(train)
+    _resume(train)
 
     launch = _verb(
         verbs,
         "launch",
         "train on many devices: the deepspeed launcher with a free port, signals and exit code",
-        "relora launch --devices 2 configs/quickstart_relora.yaml",
+        "relora launch --devices 2 configs/quickstart_relora.yaml; or relora launch --devices 2 "
+        "configs/quickstart_relora.yaml "
+        "--resume runs/quickstart_relora/checkpoints/step_00000200",
     )
     where = launch.add_mutually_exclusive_group()
     where.add_argument("--devices", type=_positive, metavar="N", help="ranks here (all GPUs)")
     where.add_argument("--hostfile", type=Path, metavar="F", help="lines of `host slots=N`")
     _config(launch)
+    _resume(launch)
 
+
+def _add_reading_verbs(verbs: Verbs) -> None:
+    """Those that take what a run has left."""
     evaluate = _verb(
         verbs,
         "evaluate",
@@ -76,8 +93,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _subject(evaluate)
     evaluate.add_argument("--split", choices=("train", "validation"), default="validation")
-    evaluate.add_argument("--max-sequences", type=_at_least_1, default=None, metavar="N")
-    evaluate.add_argument("--batch-size", type=_at_least_1, default=16, metavar="N")
+    evaluate.add_argument("--max-sequences", type=_positive, default=None, metavar="N")
+    evaluate.add_argument("--batch-size", type=_positive, default=16, metavar="N")
 
     generate = _verb(
         verbs,
@@ -87,9 +104,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _subject(generate)
     generate.add_argument("--prompt", required=True, metavar="TEXT")
-    generate.add_argument("--max-new-tokens", type=_at_least_1, default=100, metavar="N")
+    generate.add_argument("--max-new-tokens", type=_positive, default=100, metavar="N")
     generate.add_argument("--temperature", type=_at_least_0, default=0.8, help="0 is greedy")
-    generate.add_argument("--top-k", type=_at_least_1, default=50, metavar="K")
+    generate.add_argument("--top-k", type=_positive, default=50, metavar="K")
     generate.add_argument("--seed", type=int, default=0)
 
     export = _verb(
@@ -120,7 +137,6 @@ def build_parser() -> argparse.ArgumentParser:
         "relora verify runs/quickstart_relora/checkpoints/step_00000300",
     )
     verify.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
-    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -151,17 +167,8 @@ def _positive(text: str) -> int:
     return value
 
 
-def _verb(
-    verbs: argparse._SubParsersAction[argparse.ArgumentParser], name: str, help: str, example: str
-) -> argparse.ArgumentParser:
+def _verb(verbs: Verbs, name: str, help: str, example: str) -> argparse.ArgumentParser:
     return verbs.add_parser(name, help=help, description=help, epilog=f"example: {example}")
-
-
-def _at_least_1(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value}: must be at least 1")
-    return value
 
 
 def _at_least_0(text: str) -> float:
@@ -174,6 +181,16 @@ def _at_least_0(text: str) -> float:
 def _config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help=OVERRIDES)
+
+
+def _resume(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--resume",
+        default="auto",
+        metavar="auto|CHECKPOINT",
+        help="go on from the newest sound checkpoint (auto), or from this one of the run, after "
+        "which later checkpoints and figures go",
+    )
 
 
 def _subject(parser: argparse.ArgumentParser) -> None:

@@ -21,7 +21,13 @@ from relora.lora.config import LoRAConfig
 from relora.model import ModelConfig, read_model_json
 from relora.restart.config import ReLoRAConfig, WarmStartConfig
 from relora.restart.schedule import Clock, ScheduleConfig
-from relora.runtime.config import BatchConfig, DeepSpeedConfig, OptimizerConfig, TrainConfig
+from relora.runtime.config import (
+    BatchConfig,
+    DeepSpeedConfig,
+    OptimizerConfig,
+    TrainConfig,
+    refusal,
+)
 from relora.section import Section
 
 MAX_CONFIG_BYTES = 1_000_000
@@ -37,6 +43,7 @@ MAY_CHANGE = (
     "deepspeed.zero_stage",
     "deepspeed.offload_optimizer",
     "deepspeed.timeout_minutes",
+    "relora.remainder",
 )
 
 
@@ -47,6 +54,20 @@ UNSAFE_ZERO = {
     "mics_shard_size": "merges count on each entry having one owner among all ranks",
     "zero_quantized_weights": "a merge into quantised weights loses most of the update",
     "zero_quantized_nontrainable_weights": "a merge into quantised weights loses most of it",
+}
+
+
+REFUSED_EXTRA = {
+    "fp16": "DeepSpeed's fp16 engine never scales the loss under ZeRO 0, and 16 bits more do not "
+    "complete its fp16 weights to fp32, so merges would lose updates; take deepspeed.precision: "
+    "fp16",
+    "amp": "the model's arithmetic is chosen by deepspeed.precision; remove it",
+    "data_types": "DeepSpeed wraps Adam in another class for it, whose state merges do not reach; "
+    "remove it",
+    "checkpoint": "checkpoints are relora's own: those of DeepSpeed lose frozen weights when the "
+    "ranks change; remove it",
+    "elasticity": "the global batch is fixed, and a run goes on with any number of ranks that "
+    "divides it; remove it",
 }
 
 
@@ -96,6 +117,16 @@ class Config(Section):
         """`full rank`, `LoRA` or `ReLoRA`."""
         return "full rank" if self.lora is None else "LoRA" if self.relora is None else "ReLoRA"
 
+    @property
+    def decays_merged(self) -> bool:
+        """Whether weight decay is that of W + s·B·A."""
+        return self.lora is not None and self.lora.decay == "merged"
+
+    def is_milestone(self, step: int) -> bool:
+        """Whether the checkpoint of a step is written in any case, and stays for ever."""
+        every = self.train.keep_every
+        return self.clock.is_merge(step) if every == "cycle" else bool(every and step % every == 0)
+
     def learning_rate(self, step: int) -> float:
         """The learning rate of the update that follows `step` finished ones."""
         base = self.optimizer.lr
@@ -121,8 +152,31 @@ _TYPES = {
 }
 
 
+# All that PyYAML's own constructors let through: a date of month 13, `!!int ''`, 10⁴ brackets.
+_MALFORMED = (
+    yaml.YAMLError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    TypeError,
+    RecursionError,
+)
+
+
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice (YAML keeps the last one, silently)."""
+    """SafeLoader that refuses a key given twice (YAML keeps the last one, silently) and aliases.
+
+    A few lines of aliases of aliases stand for more values than memory holds.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.YAMLError(
+                f"line {event.start_mark.line + 1}: *{event.anchor}: aliases are not read; write "
+                "the value out"
+            )
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -207,7 +261,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: {path.stat().st_size} bytes is no config file")
     try:
         values = yaml.load(path.read_text(encoding="utf8"), _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except _MALFORMED as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: a config file is a mapping of sections, such as `model:`")
@@ -221,7 +275,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
         raise ConfigError(f"override {override!r}: write it as section.key=value")
     try:
         value = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
+    except _MALFORMED as error:
         problem = getattr(error, "problem", None) or error
         raise ConfigError(
             f"override {override!r}: the value is not valid YAML: {problem}"
@@ -309,6 +363,7 @@ def _cross_checks(config: Config, read_model: bool) -> Iterator[str]:
     """What one section alone cannot know."""
     yield from _check_method(config)
     yield from _check_lengths(config)
+    yield from _check_saving(config)
     yield from _check_deepspeed(config)
     if read_model and config.model.config is not None:
         try:
@@ -324,12 +379,16 @@ def _check_method(config: Config) -> Iterator[str]:
         for name in ("relora", "warm_start"):
             if getattr(config, name) is not None:
                 yield f"{name}: would do nothing without lora; set lora, or {name}: null"
-    if (
-        config.relora
-        and config.relora.precision == "rounded"
-        and (config.deepspeed.precision == "fp32")
-    ):
-        yield "relora.precision: rounded would do nothing with deepspeed.precision: fp32"
+    relora = config.relora
+    if relora and config.deepspeed.precision == "fp32":
+        for key in ("precision", "remainder"):
+            if relora.changed(key):
+                value = getattr(relora, key)
+                yield f"relora.{key}: {value} would do nothing with deepspeed.precision: fp32"
+    if relora and relora.precision == "rounded" and relora.changed("remainder"):
+        yield f"relora.remainder: {relora.remainder} would do nothing with precision: rounded"
+    if config.lora and config.lora.decay == "merged" and not config.optimizer.weight_decay:
+        yield "lora.decay: merged would do nothing with optimizer.weight_decay: 0"
     if config.schedule.base == "constant" and config.schedule.changed("min_lr_ratio"):
         yield "schedule.min_lr_ratio: would do nothing with base: constant; remove it"
 
@@ -365,12 +424,28 @@ def _check_lengths(config: Config) -> Iterator[str]:
         )
 
 
+def _check_saving(config: Config) -> Iterator[str]:
+    train, total = config.train, config.total_steps
+    every = train.keep_every
+    if every == "cycle" and config.relora is None:
+        yield "train.keep_every: cycle would do nothing without relora; give a number of steps"
+    if isinstance(every, int) and every > total:
+        yield f"train.keep_every: {every} would do nothing in a run of {total} steps; take less"
+    if train.background_save and train.save_every is None and every is None:
+        yield (
+            "train.background_save: would do nothing without train.save_every or keep_every: the "
+            "last checkpoint is waited for"
+        )
+
+
 def _check_deepspeed(config: Config) -> Iterator[str]:
     section = config.deepspeed
-    if section.offload_optimizer and section.zero_stage == 0:
+    refused = refusal(section.zero_stage, section.precision, section.offload_optimizer)
+    if refused:
+        why, way_out = refused
         yield (
-            "deepspeed.offload_optimizer: true needs zero_stage 1, 2 or 3; stage 0 has no "
-            "partitioned optimizer to offload"
+            f"deepspeed: zero_stage {section.zero_stage}, precision {section.precision}, "
+            f"offload_optimizer {_shown(section.offload_optimizer)}: {why}; take {way_out}"
         )
     ours = {
         "train_batch_size": "batch.global_batch_size",
@@ -380,12 +455,13 @@ def _check_deepspeed(config: Config) -> Iterator[str]:
         "optimizer": "optimizer",
         "scheduler": "schedule",
         "torch_autocast": "deepspeed.precision",
-        "bf16": "deepspeed.precision",
-        "fp16": "deepspeed.precision",
+        "bf16": "deepspeed.precision, where deepspeed_bf16 is DeepSpeed's own engine",
     }
     for key in section.extra:
         if key in ours:
             yield f"deepspeed.extra.{key}: is decided by {ours[key]}; set it there"
+        elif key in REFUSED_EXTRA:
+            yield f"deepspeed.extra.{key}: {REFUSED_EXTRA[key]}"
     zero = section.extra.get("zero_optimization", {})
     if not isinstance(zero, dict):
         yield f"deepspeed.extra.zero_optimization: {zero!r}: is a mapping"

@@ -2,20 +2,24 @@
 
 The `deepspeed` front-end, on SIGTERM, ends itself and leaves its ranks training; its `launch.py`
 stops them one after the other, so that a save in which all take part would never end. Here every
-rank gets the signal at once.
+rank gets the signal at once. Killed outright, none of us can pass on anything: the kernel then
+ends the next in the chain, and tells the ranks (`runtime.signals`).
 """
 
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from relora.config import Config, check_world, load_config
 from relora.errors import PREEMPTED, ConfigError, LostRankError
@@ -26,20 +30,30 @@ FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 def launch(
-    config: Path, overrides: Sequence[str], devices: int | None, hostfile: Path | None
+    config: Path,
+    overrides: Sequence[str],
+    devices: int | None,
+    hostfile: Path | None,
+    resume: str = "auto",
 ) -> int:
     """Train on `devices` ranks here, or on the hosts of `hostfile`; returns the run's code."""
     settings = load_config(config, overrides)
     arguments = ["train", str(config), *overrides]
+    if resume != "auto":
+        arguments += ["--resume", resume]
     if hostfile is not None:
         if not hostfile.is_file():
             raise ConfigError(f"--hostfile: {hostfile}: no such file; its lines are `host slots=N`")
-        command = multi_node_command(hostfile, arguments)
+        command, parting = multi_node_command(hostfile, arguments), signal.SIGTERM  # for its hosts
     else:
         count = devices or _device_count()
         check_world(settings, count)
-        command = one_node_command(count, arguments)
-    return _keep_code(*_run(command), settings)
+        # Ended so, `launch.py` cannot stop its ranks one by one; the kernel tells all of them.
+        command, parting = one_node_command(count, arguments), signal.SIGKILL
+    from relora.runtime.rundir import read_run_state
+
+    before = read_run_state(settings.run_dir) if settings.run_dir.is_dir() else {}
+    return _keep_code(*_run(command, parting), settings, before)
 
 
 def one_node_command(devices: int, arguments: Sequence[str]) -> list[str]:
@@ -84,13 +98,18 @@ def _device_count() -> int:
     return torch.cuda.device_count() or 1
 
 
-def _run(command: Sequence[str]) -> tuple[int, str | None]:
+def _run(command: Sequence[str], parting: signal.Signals) -> tuple[int, str | None]:
     """Run the launcher in a session of its own and pass our signals to the ranks.
+
+    Args:
+        parting: what the launcher gets when this process is killed.
 
     Returns:
         Its exit code, and the name of the last signal that came on the way.
     """
     import psutil  # noqa: F401  (now: a second signal would find it half imported in the handler)
+
+    from relora.runtime.signals import set_parent_death_signal
 
     asked: list[int] = []
     process: subprocess.Popen[bytes] | None = None
@@ -100,13 +119,25 @@ def _run(command: Sequence[str]) -> tuple[int, str | None]:
         if process is not None:
             _pass_on(process.pid, number)
 
+    front = os.getpid()
+
+    def follow() -> None:
+        set_parent_death_signal(parting)
+        if os.getppid() != front:  # killed before that call
+            os._exit(1)
+
     previous = {number: signal.signal(number, forward) for number in FORWARDED}
     try:
         environment = {**os.environ, "DS_BUILD_OPS": "0"}
-        process = subprocess.Popen(command, env=environment, start_new_session=True)
+        process = subprocess.Popen(
+            command, env=environment, start_new_session=True, preexec_fn=follow
+        )
         if asked:  # while it was started
             _pass_on(process.pid, asked[-1])
-        return process.wait(), signal.Signals(asked[-1]).name if asked else None
+        code = process.wait()
+        while _ranks_of(process.pid):  # the launcher was killed; they save, and leave
+            time.sleep(0.1)
+        return code, signal.Signals(asked[-1]).name if asked else None
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
@@ -122,21 +153,29 @@ def _pass_on(launcher: int, number: int) -> None:
 
 
 def _ranks_of(launcher: int) -> list[int]:
-    """Process ids of the ranks that the per-node launcher has started."""
+    """Process ids of the ranks that the per-node launcher has started, also after its death."""
     import psutil
 
-    try:
-        return [child.pid for child in psutil.Process(launcher).children()]
-    except psutil.NoSuchProcess:
-        return []
+    # The ranks' own children, which load data, are in the launcher's session too.
+    parents = {}
+    for pid in psutil.pids():
+        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+            if pid != launcher and os.getsid(pid) == launcher:
+                process = psutil.Process(pid)
+                if process.status() != psutil.STATUS_ZOMBIE:
+                    parents[pid] = process.ppid()
+    return [pid for pid, parent in parents.items() if parent not in parents]
 
 
-def _keep_code(code: int, asked: str | None, config: Config) -> int:
+def _keep_code(
+    code: int, asked: str | None, config: Config, before: dict[str, Any] | None = None
+) -> int:
     """The run's exit code. What ranks could not note in run_state.json themselves is noted here.
 
     Args:
         code: of the launcher, which is that of the first rank that failed.
         asked: the signal that asked the run to stop, if one did.
+        before: what run_state.json said before the launch.
     """
     from relora.runtime.rundir import read_run_state, write_run_state
 
@@ -146,6 +185,15 @@ def _keep_code(code: int, asked: str | None, config: Config) -> int:
             reason = "a rank failed with an error of its own; its traceback is above"
             write_run_state(config.run_dir, "failed", reason, state["step"], code)
         return code
+    if code == LOST and not asked and config.run_dir.is_dir():
+        state = read_run_state(config.run_dir)
+        if state.get("code") == LOST and state != before:  # a rank has said which one is lost
+            return code
+    if code < 0:  # the launcher was killed, not a rank: those may have come to a good end
+        state = read_run_state(config.run_dir)
+        finished = state.get("status") == "finished" and state["step"] == config.total_steps
+        if finished or state.get("status") == "preempted":
+            return state["code"]
     if asked:  # before the ranks listened, or a second time: gone at once, as was wanted
         status, result, reason = "preempted", PREEMPTED, f"stopped at once by {asked}"
     else:

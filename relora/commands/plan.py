@@ -56,6 +56,9 @@ def plan(config: Path, overrides: Sequence[str], devices: int) -> int:
         _curve(run),
         _parameters(run, model, shapes),
         _budget(run, parameters, devices, corpus),
+        _disk(run, model, parameters),
+        _merges(run, shapes),
+        _engines(run),
         _warnings(run, parameters, shapes, corpus),
     ):
         print("\n".join(lines), end="\n\n")
@@ -210,6 +213,63 @@ def _budget(config: Config, parameters: int, devices: int, corpus: int | None) -
     return [
         *lines,
         f"corpus       {format_count(corpus)} training tokens: {tokens / corpus:.3g} epochs",
+    ]
+
+
+def _merges(config: Config, shapes: dict[str, tuple[int, ...]]) -> list[str]:
+    """What a merge sends and needs, from the shapes of the adapted weights."""
+    if config.lora is None or config.relora is None:
+        return ["merges       none"]
+    from relora.restart.merge import gather_blocks
+    from relora.runtime.metrics import format_bytes
+
+    factors = [config.lora.rank * (m + n) for m, n in shapes.values()]
+    largest = max(m * n for m, n in shapes.values())
+    sent = "nothing but counts is sent: every rank has A and B"
+    if config.deepspeed.zero_stage == 3:
+        blocks = len(gather_blocks(factors, largest))
+        sent = f"A and B are gathered, {format_bytes(4 * sum(factors))} in {blocks} collectives"
+    return [
+        f"merge        {sent}; base weights are never sent",
+        f"             less than {format_bytes(4 * largest)} a rank beside what training holds",
+    ]
+
+
+def _engines(config: Config) -> list[str]:
+    """Which ZeRO stages go with which precision; this run's combination in brackets."""
+    from relora.runtime.config import PRECISIONS, STAGES, refusal
+
+    chosen = config.deepspeed
+    lines = [f"{'engines':<18}" + "".join(f"ZeRO {stage:<11}" for stage in STAGES).rstrip()]
+    reasons: dict[str, None] = {}
+    for precision in PRECISIONS:
+        cells = []
+        for stage in STAGES:
+            refused = refusal(stage, precision, False)
+            if refused:
+                reasons[f"ZeRO {stage}, {precision}: {'; take '.join(refused)}"] = None
+            offload = refusal(stage, precision, True) is None
+            cell = "no" if refused else "yes, offload" if offload else "yes"
+            here = (stage, precision) == (chosen.zero_stage, chosen.precision)
+            cells.append(f"{f'[{cell}]' if here else cell:<16}")
+        lines.append(f"  {precision:<16}" + "".join(cells).rstrip())
+    wrap = textwrap.TextWrapper(WIDTH, initial_indent="  ", subsequent_indent="    ")
+    return [*lines, *(wrap.fill(reason) for reason in reasons)]
+
+
+def _disk(config: Config, model: nn.Module, parameters: int) -> list[str]:
+    from relora.runtime.metrics import format_bytes
+    from relora.runtime.saving import checkpoint_bytes
+
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters()) - trainable
+    size = format_bytes(checkpoint_bytes(trainable, frozen))
+    if config.warm_start:
+        size += f" ({format_bytes(checkpoint_bytes(parameters, 0))} in the warm start)"
+    # DeepSpeed's own: weights in bf16, fp32 masters and two moments.
+    return [
+        f"checkpoint   {size}, {config.train.keep_checkpoints} are kept",
+        f"             full rank in bf16 as DeepSpeed saves it: {format_bytes(14 * parameters)}",
     ]
 
 

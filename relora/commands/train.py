@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
-import json
-import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,13 +12,10 @@ from relora.config import (
     Config,
     check_world,
     differences,
-    dump_config,
     load_config,
     load_run_config,
 )
 from relora.errors import (
-    PREEMPTED,
-    CheckpointError,
     ConfigError,
     DataError,
     LostRankError,
@@ -28,56 +23,103 @@ from relora.errors import (
 )
 from relora.model import build_meta_model, check_pretrained
 
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-
 # torch and all that imports it waits until the config has been checked.
 if TYPE_CHECKING:
     from relora.data.shards import TokenShards
     from relora.runtime.distributed import Ranks
 
 
-def train(config: Path, overrides: Sequence[str]) -> int:
+def train(config: Path, overrides: Sequence[str], resume: str = "auto") -> int:
     """Train, or go on with, the run that the config describes.
+
+    Args:
+        resume: `auto` for the newest sound checkpoint, or the directory of one.
 
     Returns:
         0 when the run is finished, 75 when it was stopped and can go on.
     """
+    from relora.runtime.signals import follow_launcher
+
+    follow_launcher()
     settings = load_config(config, overrides)
 
-    from relora.runtime.distributed import read_rank, read_ranks, read_world
+    from relora.runtime.distributed import (
+        is_lost_rank,
+        read_rank,
+        read_ranks,
+        read_world,
+    )
 
     check_world(settings, read_world())
-    if is_finished(settings):
+    wanted = None if resume == "auto" else find_checkpoint(settings.run_dir, Path(resume))
+    if is_finished(settings, wanted):
         if read_rank() == 0:
             print(f"{settings.run_dir}: is finished ({settings.total_steps} steps); nothing to do")
         return 0
     check_model(settings)
 
     from relora.data.shards import open_shards
+    from relora.guard import guarded
     from relora.runtime import zero
 
     ranks = read_ranks()
     shards = problem = None
     try:
-        shards = open_shards(settings.data, verify=ranks.is_main)
+        # Machines may have disks of their own: one rank on each reads its shards through.
+        shards = open_shards(settings.data, verify=ranks.local_rank == 0)
         check_vocabulary(settings, shards)
-    except DataError as error:
+    except UserError as error:
+        if ranks.world == 1:
+            raise
         problem = error  # one rank's disk alone may be at fault, so all must hear of it
-    zero.init_distributed(ranks, settings.deepspeed.timeout_minutes)
+    minutes = settings.deepspeed.timeout_minutes
     try:
+        zero.init_distributed(ranks, minutes)
         ranks.agree(problem)
         assert shards is not None
-        return _guarded(settings, shards, ranks)
+        check_same_shards(shards, ranks)
+        return guarded(settings, shards, ranks, wanted)
+    except RuntimeError as error:
+        if is_lost_rank(error):
+            raise LostRankError(
+                f"not all {ranks.world} ranks came together within {minutes:g} minutes, or one was "
+                f"lost before the run began; run the same command again ({error})"
+            ) from error
+        raise
     finally:
-        zero.leave()
+        zero.leave(together=sys.exc_info()[0] is None)
 
 
-def is_finished(config: Config) -> bool:
-    """Whether the run directory holds this very run, finished.
+def find_checkpoint(run_dir: Path, path: Path) -> Path:
+    """The checkpoint of this run that `--resume PATH` means, sound or not.
+
+    Raises:
+        ConfigError: there is none, or it belongs to another run.
+    """
+    from relora.runtime.checkpoint import complete_checkpoints
+    from relora.runtime.manifest import is_checkpoint_name
+
+    home = run_dir / "checkpoints"
+    names = [checkpoint.name for checkpoint in complete_checkpoints(run_dir)]
+    has = f"{home} has {', '.join(names)}" if names else f"{home} has none"
+    resolved = path.resolve()
+    if not resolved.is_dir():
+        raise ConfigError(f"--resume: {path}: no such checkpoint; {has}")
+    if resolved.parent != home.resolve() or not is_checkpoint_name(resolved.name):
+        raise ConfigError(
+            f"--resume: {path} is no checkpoint of this run; {has}. To start another run from its "
+            f"weights, set model.pretrained={path} and another run_dir"
+        )
+    return home / resolved.name
+
+
+def is_finished(config: Config, wanted: Path | None = None) -> bool:
+    """Whether the run directory holds this very run, finished, and no going back is wanted.
 
     Raises:
         ConfigError: it holds another run, or one that is past the wanted length already.
     """
+    from relora.runtime.manifest import step_of
     from relora.runtime.rundir import read_run_state
 
     saved = config.run_dir / "config.yaml"
@@ -101,12 +143,14 @@ def is_finished(config: Config) -> bool:
             )
         )
     state = read_run_state(config.run_dir)
-    if state.get("step", 0) > config.total_steps:
+    step = state.get("step", 0) if wanted is None else step_of(wanted)
+    if step > config.total_steps:
         raise ConfigError(
             f"train.steps: {config.total_steps}, but the run in {config.run_dir} is at step "
-            f"{state['step']} already"
+            f"{step} already"
         )
-    return state.get("status") == "finished" and state["step"] == config.total_steps
+    finished = state.get("status") == "finished" and state["step"] == config.total_steps
+    return finished and wanted is None
 
 
 def check_model(config: Config) -> None:
@@ -188,82 +232,16 @@ def check_vocabulary(config: Config, shards: TokenShards) -> None:
         )
 
 
-def _guarded(config: Config, shards: TokenShards, ranks: Ranks) -> int:
-    """Run with the run directory claimed, and leave in it how the run ended."""
-    from relora.run import start_run, train_run
-    from relora.runtime.distributed import is_lost_rank
-    from relora.runtime.rundir import read_run_state, write_run_state
-    from relora.runtime.signals import StopRequest
+def check_same_shards(shards: TokenShards, ranks: Ranks) -> None:
+    """Whether every rank has opened the same tokens; collective.
 
-    stop = StopRequest()
-    claim = _claim(config, shards, ranks)
-    step = read_run_state(config.run_dir).get("step", 0)
-    status, reason, code = "failed", "a bug", 1
-    run = None
-    try:
-        run = start_run(config, shards, ranks)
-        finished = train_run(run, stop)
-        status, reason, code = ("finished", "", 0) if finished else ("preempted", "", PREEMPTED)
-        if not finished:
-            reason = f"stopped by {stop.signal or 'train.stop_after'}"
-            run.metrics.say(f"stopped at step {run.step}; the same command goes on from there")
-    except UserError as error:
-        reason, code = str(error), error.code
-        raise
-    except BaseException as error:
-        reason = f"{type(error).__name__}: {error}"
-        if isinstance(error, OSError) and error.errno in NO_ROOM:
-            code, reason = CheckpointError.code, f"{config.run_dir}: cannot be written: {error}"
-            raise CheckpointError(f"{reason}; the checkpoints in it are intact") from error
-        if isinstance(error, RuntimeError) and is_lost_rank(error):
-            code = LostRankError.code
-            reason = (
-                f"another rank is gone, or was silent for {config.deepspeed.timeout_minutes:g} "
-                f"minutes; the same command goes on from the newest checkpoint ({error})"
-            )
-            raise LostRankError(reason) from error
-        raise
-    finally:
-        stop.ignore_further()
-        if ranks.is_main:
-            step = run.step if run else step
-            write_run_state(config.run_dir, status, reason, step, code)
-        if run is not None:
-            run.metrics.close()
-        if claim is not None:
-            claim.close()
-    ranks.barrier()
-    stop.restore()
-    return code
-
-
-def _claim(config: Config, shards: TokenShards, ranks: Ranks) -> Any:
-    """Rank 0 opens the run directory; all hear of it if it cannot."""
-    claim, problem = None, None
-    if ranks.is_main:
-        try:
-            claim = _open_run_dir(config, shards, ranks)
-        except UserError as error:
-            problem = error
-        except OSError as error:
-            problem = ConfigError(f"run_dir: {config.run_dir} cannot be written: {error}")
-    ranks.agree(problem)
-    return claim
-
-
-def _open_run_dir(config: Config, shards: TokenShards, ranks: Ranks) -> Any:
-    """Claim the run directory and write what describes the run. Rank 0 only."""
-    from relora.model import load_model_config
-    from relora.runtime.rundir import describe_environment, lock, write_atomically
-
-    run_dir = config.run_dir
-    run_dir.mkdir(parents=True, exist_ok=True)
-    claim = lock(run_dir)
-    write_atomically(run_dir / "config.yaml", dump_config(config))
-    environment = json.dumps(describe_environment(ranks), indent=1)
-    write_atomically(run_dir / "environment.json", environment + "\n")
-    if not (run_dir / "model").is_dir():
-        load_model_config(config.model).save_pretrained(run_dir / "model")
-    if not (run_dir / "tokenizer").is_dir():
-        shutil.copytree(shards.tokenizer_dir, run_dir / "tokenizer")
-    return claim
+    Raises:
+        DataError: names the first rank that has not (every rank raises).
+    """
+    found = ranks.gather(shards.fingerprint)
+    other = next((rank for rank in range(ranks.world) if found[rank] != found[0]), None)
+    if other is not None:
+        raise DataError(
+            f"{shards.directory}: holds other tokens on the machine of rank {other} than on that "
+            "of rank 0; give all machines the same shards"
+        )

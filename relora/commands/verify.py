@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from relora.runtime.metrics import format_count
+from relora.runtime.metrics import format_bytes
 
 
 def verify(checkpoint: Path) -> int:
@@ -14,5 +14,5 @@ def verify(checkpoint: Path) -> int:
     directory = newest_checkpoint(checkpoint)
     opened = Checkpoint(directory, thorough=True)
     size = sum(file.stat().st_size for file in directory.iterdir())
-    print(f"{directory}: sound; step {opened.step}, {format_count(size)}B in all")
+    print(f"{directory}: sound; step {opened.step}, {format_bytes(size)} in all")
     return 0
