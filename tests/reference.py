@@ -112,6 +112,7 @@ class Method:
     scale: float = 1.0
     share: float = 0.9  # of the moments of A and B that a reset zeroes, by magnitude
     adam_step: bool = False
+    merged_decay: bool = False  # weight decay acts on W + s·B·A: so on W and B, and not on A
 
     def learning_rate(self, t: int) -> float:
         """Of the update that follows t finished ones."""
@@ -233,9 +234,14 @@ def update_(
     norm = math.sqrt(sum(float((g * g).sum()) for g in gradients))
     shrink = min(1.0, method.clip / (norm + 1e-6))
     beta1, beta2 = method.betas
+    if method.merged_decay:
+        for target in targets:
+            if f"{target}.lora_A" in state.values:
+                state.values[f"{target}.weight"] *= 1 - rate * method.weight_decay
     for name, gradient in zip(names, gradients, strict=True):
         g, value, adam = gradient * shrink, state.values[name].detach(), state.moments[name]
-        decay = method.weight_decay if value.ndim > 1 else 0.0
+        spared = value.ndim == 1 or (method.merged_decay and name.endswith(".lora_A"))
+        decay = 0.0 if spared else method.weight_decay
         adam.steps += 1
         adam.m = beta1 * adam.m + (1 - beta1) * g
         adam.v = beta2 * adam.v + (1 - beta2) * g * g

@@ -28,6 +28,7 @@ import yaml
 from safetensors.torch import load_file
 
 from relora.cli import main
+from relora.runtime.signals import LAUNCHER_GONE, SIGNALS
 
 VOCABULARY = 320
 SEQUENCE = 32
@@ -167,7 +168,7 @@ def _undisturbed() -> Iterator[None]:
     """
     linear = torch.nn.functional.linear
     environment, threads = dict(os.environ), torch.get_num_threads()
-    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    handlers = {n: signal.getsignal(n) for n in (*SIGNALS, LAUNCHER_GONE)}
     torch.set_num_threads(1)
     try:
         with mock.patch.object(torch, "set_num_threads"):

@@ -50,7 +50,24 @@ IN_THE_FILE = {
     "unknown key": (
         ["relora.cycle_step=20"],
         "relora.cycle_step: unknown key; did you mean cycle_steps? allowed here: cycle_steps, "
-        "rewarm_steps, lr, reset, precision, tolerance",
+        "rewarm_steps, lr, reset, precision, remainder, tolerance",
+    ),
+    "milestones of nothing": (
+        ["train.keep_every=cycle", "relora=null"],
+        "train.keep_every: cycle would do nothing without relora; give a number of steps",
+    ),
+    "milestones beyond the end": (
+        ["train.keep_every=101"],
+        "train.keep_every: 101 would do nothing in a run of 100 steps; take less",
+    ),
+    "milestones that are no interval": (
+        ["train.keep_every=true"],
+        "train.keep_every: true: must be a number of steps from 1 up, or cycle, or null",
+    ),
+    "a background save of nothing": (
+        ["train.background_save=true"],
+        "train.background_save: would do nothing without train.save_every or keep_every: the last "
+        "checkpoint is waited for",
     ),
     "unknown section": (
         ["optimiser.lr=1e-3"],
@@ -70,7 +87,7 @@ IN_THE_FILE = {
     "word for a section": (
         ["relora=true"],
         "relora: true: must be a section with the keys cycle_steps, rewarm_steps, lr, reset, "
-        "precision, tolerance",
+        "precision, remainder, tolerance",
     ),
     "word for a list": (
         ["lora.targets=q_proj"],
@@ -168,8 +185,42 @@ IN_THE_FILE = {
     ),
     "offload of what is not partitioned": (
         ["deepspeed.zero_stage=0", "deepspeed.offload_optimizer=true"],
-        "deepspeed.offload_optimizer: true needs zero_stage 1, 2 or 3; stage 0 has no partitioned "
-        "optimizer to offload",
+        "deepspeed: zero_stage 0, precision fp32, offload_optimizer true: ZeRO 0 has no "
+        "partitioned optimizer to offload; take zero_stage 1, 2 or 3, or offload_optimizer: false",
+    ),
+    "DeepSpeed's own bf16 where it takes a step unasked": (
+        ["deepspeed.zero_stage=0", "deepspeed.precision=deepspeed_bf16"],
+        "deepspeed: zero_stage 0, precision deepspeed_bf16, offload_optimizer false: DeepSpeed's "
+        "wrapper of ZeRO 0 takes an optimizer step with zero gradients when built; take "
+        "precision: bf16, or zero_stage 1, 2 or 3",
+    ),
+    "DeepSpeed's own fp16": (
+        ["deepspeed.extra={fp16: {enabled: true}}"],
+        "deepspeed.extra.fp16: DeepSpeed's fp16 engine never scales the loss under ZeRO 0, and 16 "
+        "bits more do not complete its fp16 weights to fp32, so merges would lose updates; take "
+        "deepspeed.precision: fp16",
+    ),
+    "another accumulator of DeepSpeed's": (
+        ["deepspeed.extra={data_types: {grad_accum_dtype: fp32}}"],
+        "deepspeed.extra.data_types: DeepSpeed wraps Adam in another class for it, whose state "
+        "merges do not reach; remove it",
+    ),
+    "DeepSpeed's checkpoints": (
+        ["deepspeed.extra={checkpoint: {load_universal: true}}"],
+        "deepspeed.extra.checkpoint: checkpoints are relora's own: those of DeepSpeed lose frozen "
+        "weights when the ranks change; remove it",
+    ),
+    "a place for what is not there": (
+        ["relora.remainder=device"],
+        "relora.remainder: device would do nothing with deepspeed.precision: fp32",
+    ),
+    "a place for what is dropped": (
+        ["relora.remainder=device", "relora.precision=rounded", "deepspeed.precision=bf16"],
+        "relora.remainder: device would do nothing with precision: rounded",
+    ),
+    "decay of nothing": (
+        ["lora.decay=merged", "optimizer.weight_decay=0"],
+        "lora.decay: merged would do nothing with optimizer.weight_decay: 0",
     ),
     "one thing set in two places": (
         ["deepspeed.extra={gradient_clipping: 1.0}"],
@@ -192,6 +243,10 @@ BEYOND_THE_FILE = {
         ["lora.rank=["],
         "override 'lora.rank=[': the value is not valid YAML: expected the node content, but found "
         "'<stream end>'",
+    ),
+    "override that is no date": (
+        ["seed=2026-02-30"],
+        "override 'seed=2026-02-30': the value is not valid YAML: day is out of range for month",
     ),
     "override through a value": (
         ["lora.rank.deep=3"],
@@ -324,6 +379,19 @@ def test_all_mistakes_are_shown_at_once(
         (b"\xff\xfe", "bad.yaml: not valid YAML: 'utf-8' codec can't decode byte 0xff"),
         (b"model: [\n", "bad.yaml: not valid YAML: while parsing"),
         (b"model: !!python/name:os.system\n", "bad.yaml: not valid YAML: could not determine a"),
+        (
+            b"model: !!python/object/apply:os.system [touch executed]\n",
+            "bad.yaml: not valid YAML: could not determine a constructor",
+        ),
+        (
+            b"a: &a [x, x]\n"
+            + b"".join(b"%c: &%c [*%c, *%c]\n" % (n + 1, n + 1, n, n) for n in range(97, 122)),
+            "bad.yaml: not valid YAML: line 2: *a: aliases are not read; write the value out",
+        ),
+        (b"seed: !!int ''\n", "bad.yaml: not valid YAML: string index out of range"),
+        (b"seed: " + b"9" * 5000, "bad.yaml: not valid YAML: Exceeds the limit"),
+        (b"seed: 2026-13-45\n", "bad.yaml: not valid YAML: month must be in 1..12"),
+        (b"seed: " + b"[" * 50_000, "bad.yaml: not valid YAML: maximum recursion depth"),
         (b"#" * 1_000_001, "bad.yaml: 1000001 bytes is no config file"),
     ],
 )
@@ -332,6 +400,7 @@ def test_a_file_that_is_no_config_is_refused(
 ) -> None:
     config.write_bytes(content)
     assert message_of(capsys, "train", str(config)).startswith(f"relora: {expected}")
+    assert not Path("executed").exists()
 
 
 @pytest.mark.parametrize(

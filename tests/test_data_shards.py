@@ -376,6 +376,37 @@ def test_damage_is_refused_by_name_and_prepare_mends_it(corpus, name, capsys):
         open_shards(settings, verify=True)
 
 
+def test_a_shard_in_another_s_place_is_refused_by_name(corpus):
+    """Of the other split, of other text, of another tokenizer; of any length."""
+    settings = config(corpus)
+    others = [
+        config(corpus, "text", source={"files": [f"{corpus}/notes.jsonl"]}),
+        config(corpus, "tokenizer", tokenizer={"train": "bpe", "vocab_size": 380}),
+    ]
+    whole = {name: data for name, data in made_by(settings).items() if name.endswith(".bin")}
+    strangers = [made_by(other)["train.bin"] for other in others]
+    directory = shard_directory(settings)
+    for name, mine in whole.items():
+        for stranger in (*strangers, *(data for data in whole.values() if data != mine)):
+            same_length = (stranger * (len(mine) // len(stranger) + 1))[: len(mine)]
+            for content in (stranger, same_length):
+                (directory / name).write_bytes(content)
+                with pytest.raises(DataError, match=re.escape(str(directory / name))):
+                    open_shards(settings, verify=True)
+        (directory / name).write_bytes(mine)
+    open_shards(settings, verify=True)
+    # The tokenizer of another directory, with the shards that belong here.
+    shutil.rmtree(directory / "tokenizer")
+    shutil.copytree(shard_directory(others[1]) / "tokenizer", directory / "tokenizer")
+    with pytest.raises(DataError, match="is not the tokenizer these shards were made with"):
+        open_shards(settings)
+
+
+def made_by(settings: DataConfig) -> dict[str, bytes]:
+    prepare(settings, quiet=True)
+    return made(settings)
+
+
 def test_the_fingerprint_follows_the_tokens_and_nothing_else(corpus):
     settings = config(corpus, "one")
     prepare(settings, quiet=True)

@@ -59,6 +59,16 @@ def test_evaluate_gives_the_loss_that_training_logged(
     assert tokens == series(finished, "eval/tokens")[step]
 
 
+def test_evaluate_knows_how_far_merged_weights_have_decayed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of a cycle, where the engine multiplies by what decay has left."""
+    changes = {"lora__decay": "merged", "optimizer__weight_decay": 1.0, **WHOLE}
+    assert train(tmp_path / "run", "train.stop_after=16", **changes) == 75
+    loss, _ = evaluated(monkeypatch, tmp_path / "run")
+    assert loss == pytest.approx(series(tmp_path / "run", "eval/loss")[16], rel=1e-5)
+
+
 def test_a_run_means_its_newest_checkpoint(
     finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

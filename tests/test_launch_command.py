@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
+import pty
 import signal
 import socket
+import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -14,6 +19,7 @@ import yaml
 
 from relora.commands import launch as under_test
 from relora.config import load_config
+from relora.errors import CheckpointError
 from runs import (
     Process,
     alive,
@@ -220,6 +226,148 @@ def test_a_hung_rank_is_code_6(tmp_path: Path) -> None:
     assert "0.2 minutes" in process.text
 
 
+# What a rank does about its launcher, in a process that is quick to start. ROLE says what it is.
+CHILD = """
+import os, sys, time
+from pathlib import Path
+from relora.runtime.signals import StopRequest, follow_launcher
+
+directory, role = Path(sys.argv[1]), sys.argv[2]
+parent = os.getppid()
+if role == "late":  # its parent is gone before it can ask to hear of that
+    (directory / "ready").touch()
+    while os.getppid() == parent:
+        time.sleep(0.01)
+if role == "by hand":
+    del os.environ["CROSS_RANK"]
+follow_launcher()
+stop = StopRequest()
+(directory / "ready").touch()
+while os.getppid() == parent:
+    time.sleep(0.01)
+time.sleep(0.2)
+(directory / "said.tmp").write_text(f"{os.getpid()} {stop.signal}")
+(directory / "said.tmp").rename(directory / "said")
+"""
+PARENT = """
+import subprocess, sys, time
+print(subprocess.Popen([sys.executable, *sys.argv[1:]]).pid, flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    ("role", "said"),
+    [("rank", "the loss of its launcher"), ("by hand", "None"), ("late", None)],
+)
+def test_a_rank_hears_of_its_launcher_s_death(role: str, said: str | None, tmp_path: Path) -> None:
+    """What was started by hand lives on; what comes too late to listen ends at once."""
+    (tmp_path / "child.py").write_text(CHILD)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, tmp_path / "child.py", tmp_path, role],
+        env={**os.environ, "CROSS_RANK": "0", "PYTHONPATH": str(Path(__file__).parent.parent)},
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    )
+    assert parent.stdout is not None
+    child = int(parent.stdout.readline())
+    while not (tmp_path / "ready").exists():
+        assert alive([child])
+        time.sleep(0.01)
+    parent.kill()
+    parent.wait()
+    assert_nothing_left([child], 20)
+    if said is None:
+        assert not (tmp_path / "said").exists()
+    else:
+        assert (tmp_path / "said").read_text() == f"{child} {said}"
+
+
+def test_the_launcher_s_death_is_no_second_wish(monkeypatch: pytest.MonkeyPatch) -> None:
+    from relora.runtime import signals
+
+    left: list[int] = []
+    monkeypatch.setattr(os, "_exit", left.append)
+    monkeypatch.setattr(signals, "ECHO_S", 0.0)
+    gone, term = signals.LAUNCHER_GONE, signal.SIGTERM
+    for order, reason, exits in (
+        ((gone,), "the loss of its launcher", 0),
+        ((gone, term), "the loss of its launcher", 0),
+        ((term, gone), "SIGTERM", 0),
+        ((gone, gone), "the loss of its launcher", 0),
+        ((term, gone, term), "SIGTERM", 1),
+        ((gone, term, term), "the loss of its launcher", 1),
+    ):
+        stop = signals.StopRequest()
+        assert not stop
+        try:
+            for number in order:
+                signal.raise_signal(number)
+            assert stop
+            assert stop.signal == reason
+            assert len(left) == exits, order
+        finally:
+            stop.restore()
+            left.clear()
+
+
+# Holds the lock for some seconds, and says who it is; or leaves that to a child of its own.
+HOLDER = """
+import fcntl, json, os, platform, sys, time
+
+path, launcher, seconds, role = sys.argv[1:]
+file = open(path, "w")
+fcntl.flock(file, fcntl.LOCK_EX)
+launcher = {"none": None, "parent": os.getppid()}.get(launcher, -1)
+host = "elsewhere" if role == "host" else platform.node()
+file.write(json.dumps({"pid": os.getpid(), "launcher": launcher, "host": host}))
+file.flush()
+if role == "child" and os.fork():
+    os._exit(0)
+print("held", flush=True)
+time.sleep(float(seconds))
+"""
+
+
+@pytest.mark.parametrize(
+    ("launcher", "role", "waits"),
+    [
+        ("another", "itself", True),  # an orphan
+        ("none", "child", True),  # a dead one; its loader workers are not yet
+        ("parent", "itself", False),
+        ("none", "itself", False),  # started by hand
+        ("another", "host", False),  # who can tell?
+    ],
+)
+def test_a_run_dir_is_waited_for_only_if_its_holder_is_about_to_leave(
+    launcher: str,
+    role: str,
+    waits: bool,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from relora.runtime.rundir import lock
+
+    command = [sys.executable, "-c", HOLDER, tmp_path / ".lock", launcher, "1.5", role]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"held\n"
+        if role == "child":
+            holder.wait()
+        began = time.monotonic()
+        with pytest.raises(CheckpointError, match=f"process {holder.pid} trains in it already"):
+            lock(tmp_path, patience_s=0.3)
+        assert (time.monotonic() - began > 0.3) == waits
+        said = capsys.readouterr().out
+        assert (f"waiting for process {holder.pid}" in said) == waits
+        assert said.count("\n") == waits
+        if waits:
+            lock(tmp_path).close()
+            assert time.monotonic() - began < 10
+        else:
+            holder.kill()
+
+
 def test_a_lone_process_is_stopped_by_sigterm(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     config = make_config(run_dir, train__steps=2000, train__eval_every=None)
@@ -232,6 +380,37 @@ def test_a_lone_process_is_stopped_by_sigterm(tmp_path: Path) -> None:
     assert state["reason"] == "stopped by SIGTERM"
     assert checkpoints(run_dir) == [f"step_{state['step']:08d}"]
     assert f"stopped at step {state['step']}; the same command goes on" in process.text
+
+
+def test_a_closed_terminal_stops_a_run_and_loses_no_step(tmp_path: Path) -> None:
+    """SIGHUP comes, and printing fails from then on; the checkpoint is written all the same."""
+    run_dir = tmp_path / "run"
+    config = make_config(run_dir, train__steps=2000, train__eval_every=None)
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "relora", "train", config],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # its own terminal
+    )
+    try:
+        os.close(theirs)
+        os.set_blocking(ours, False)
+        while logged_step(run_dir) < 5:
+            assert process.poll() is None
+            with contextlib.suppress(BlockingIOError):  # a terminal that is full would stop it
+                os.read(ours, 1 << 16)
+            time.sleep(0.01)
+        os.close(ours)
+        assert process.wait(60) == 75
+    finally:
+        process.kill()
+    state = run_state(run_dir)
+    assert state["reason"] == "stopped by SIGHUP"
+    assert checkpoints(run_dir) == [f"step_{state['step']:08d}"]
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ A fake Python makes fake environments, so no package is installed and nothing is
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from runs import logged_step, make_config, run_state, series
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = [
@@ -387,8 +390,8 @@ FAKE_SRUN = (
     RECORD
     + r"""
 shift # --kill-on-bad-exit=1
-for task in 0 1 2 3; do
-    SLURM_PROCID=$task SLURM_LOCALID=$((task % 2)) "$@" &
+for ((task = 0; task < SLURM_NTASKS; task++)); do
+    SLURM_PROCID=$task SLURM_LOCALID=$((task % (SLURM_NTASKS / SLURM_NNODES))) "$@" &
     tasks+=($!)
 done
 trap 'kill -TERM "${tasks[@]}"' TERM # as srun does
@@ -396,20 +399,27 @@ code=0
 for task in "${tasks[@]}"; do
     while kill -0 "$task" 2>/dev/null; do
         wait "$task"
-        this=$?
-        ((this > 128 || this <= code)) || code=$this
     done
-    wait "$task"
+    wait "$task" # the one before may have been cut short
     this=$?
-    ((this > 128 || this <= code)) || code=$this
+    ((this <= code)) || code=$this
 done
 exit "$code"
+"""
+)
+FAKE_SCONTROL = (
+    RECORD
+    + r"""
+case $1 in
+requeue) [[ ! ${NO_QUEUE-} ]] ;;
+*) printf "%s\n" "${NODES:-gpu-07}" gpu-08 ;;
+esac
 """
 )
 FAKE_RANK = r"""#!/usr/bin/env bash
 place="rank $RANK/$WORLD_SIZE local $LOCAL_RANK/$LOCAL_WORLD_SIZE"
 echo "$place at $MASTER_ADDR:$MASTER_PORT: $*" >>"$LOG"
-trap 'echo "rank $RANK stops" >>"$LOG"; stop=1' TERM
+[[ ${DEAF-} ]] || trap 'echo "rank $RANK stops" >>"$LOG"; stop=1' TERM
 [[ ${WAIT-} ]] || exit "${CODE-0}"
 while [[ ! ${stop-} ]]; do sleep 0.1; done
 sleep 0.5 # its checkpoint; a second signal meanwhile would be written down too
@@ -420,7 +430,7 @@ exit 75
 @pytest.fixture
 def slurm(tree: Tree) -> Tree:
     """A tree in which sbatch has just started the script, on two nodes of two GPUs."""
-    tree.fake("scontrol", RECORD + '[[ $1 == requeue ]] || printf "gpu-07\\ngpu-08\\n"\n')
+    tree.fake("scontrol", FAKE_SCONTROL)
     tree.fake("srun", FAKE_SRUN)
     (tree.root / ".venv/bin").mkdir(parents=True)
     tree.fake("relora", FAKE_RANK, ".venv/bin")
@@ -461,21 +471,28 @@ def test_slurm_keeps_the_exit_code_of_a_failed_run_and_does_not_requeue(slurm: T
     assert not [line for line in log if "requeue" in line]
 
 
-@pytest.mark.parametrize("signals", [1, 2])
-def test_slurm_stops_every_rank_once_and_requeues(signals: int, slurm: Tree) -> None:
+def start_job(slurm: Tree, **environment: str) -> subprocess.Popen:
+    """The batch script as a running job; what it prints goes to `output` in the tree."""
+    with (slurm.root / "output").open("a") as output:
+        return subprocess.Popen(
+            ["bash", "launch/slurm.sbatch"],
+            cwd=slurm.root,
+            env=slurm.environment | environment,
+            stdout=output,
+            stderr=output,
+        )
+
+
+@pytest.mark.parametrize("signals", [("TERM",), ("USR1",), ("TERM", "TERM"), ("USR1", "TERM")])
+def test_slurm_stops_every_rank_once_and_requeues(signals: tuple[str, ...], slurm: Tree) -> None:
     slurm.log.write_text("")
-    job = subprocess.Popen(
-        ["bash", "launch/slurm.sbatch"],
-        cwd=slurm.root,
-        env=slurm.environment | {"WAIT": "1"},
-        stdout=subprocess.DEVNULL,
-    )
+    job = start_job(slurm, WAIT="1")
     try:
         _wait_until(lambda: slurm.log.read_text().count(": train ") == 4)
-        for _ in range(signals):
-            job.send_signal(signal.SIGTERM)
+        for name in signals:
+            job.send_signal(signal.Signals[f"SIG{name}"])
             time.sleep(0.2)
-        assert job.wait(timeout=20) == 75
+        assert job.wait(timeout=20) == 0  # the job has not failed
     finally:
         job.kill()
     log = slurm.log.read_text().splitlines()
@@ -483,6 +500,67 @@ def test_slurm_stops_every_rank_once_and_requeues(signals: int, slurm: Tree) -> 
         f"rank {n} stops" for n in range(4)
     ]
     assert log[-1] == "scontrol requeue 4711"
+
+
+def test_slurm_requeues_what_was_stopped_before_the_ranks_listened(slurm: Tree) -> None:
+    slurm.log.write_text("")
+    job = start_job(slurm, WAIT="1", DEAF="1")
+    try:
+        _wait_until(lambda: slurm.log.read_text().count(": train ") == 4)
+        job.send_signal(signal.SIGTERM)
+        assert job.wait(timeout=20) == 0
+    finally:
+        job.kill()
+    assert slurm.log.read_text().splitlines()[-1] == "scontrol requeue 4711"
+
+
+def test_slurm_keeps_75_where_a_job_cannot_be_requeued(slurm: Tree) -> None:
+    done, log = slurm.run("launch/slurm.sbatch", CODE="75", NO_QUEUE="1")
+    assert done.returncode == 75
+    assert log[-1] == "scontrol requeue 4711"
+
+
+@pytest.mark.parametrize("tasks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_run_under_slurm_goes_on_after_the_requeue(
+    tasks: int, slurm: Tree, tmp_path: Path
+) -> None:
+    """Real ranks, and USR1 as many sites send it; what stands in for Slurm starts them twice."""
+    changes = {"train__steps": 20, "deepspeed__timeout_minutes": 1, "train__eval_every": None}
+    run_dir = tmp_path / "run"
+    config = make_config(run_dir, **changes)
+    slurm.fake("relora", f'#!/bin/sh\nexec {sys.executable} -m relora "$@"\n', ".venv/bin")
+    slurm.environment |= {
+        "CONFIG": str(config),
+        "NODES": "127.0.0.1",
+        "SLURM_NTASKS": str(tasks),
+        "SLURM_NNODES": "1",
+        "SLURM_JOB_ID": str(random.randrange(20000)),
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+    }
+    slurm.log.write_text("")
+    for code in ("preempted", "finished"):
+        job = start_job(slurm)
+        try:
+            if code == "preempted":
+                _wait_until(lambda: logged_step(run_dir) >= 3, 120)
+                asked = logged_step(run_dir)
+                began = time.monotonic()
+                job.send_signal(signal.SIGUSR1)
+            assert job.wait(timeout=120) == 0, (slurm.root / "output").read_text()
+            if code == "preempted":
+                print(f"{time.monotonic() - began:.1f} s from the signal to the end of the job")
+                assert asked <= run_state(run_dir)["step"] <= asked + 3
+        finally:
+            job.terminate()
+            job.wait()
+        assert run_state(run_dir)["status"] == code
+    assert [x for x in slurm.log.read_text().splitlines() if "requeue" in x] == [
+        f"scontrol requeue {slurm.environment['SLURM_JOB_ID']}"
+    ]
+    steps = list(series(run_dir, "train/loss"))
+    assert steps == list(range(1, 21))
 
 
 def _wait_until(condition: Callable[[], bool], seconds: float = 20) -> None:

@@ -32,6 +32,8 @@ LEVELS = {
     "relora.console": 2,
     "relora.subject": 2,
     "relora.run": 2,
+    "relora.loop": 2,
+    "relora.guard": 2,
     "relora.commands": 3,
     "relora.cli": 4,
     "relora.__main__": 4,

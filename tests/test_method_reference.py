@@ -1,4 +1,4 @@
-"""Runs of `relora.run` under real ranks against a float64 reference of the whole algorithm.
+"""Runs of `relora.loop` under real ranks against a float64 reference of the whole algorithm.
 
 Everything is compared after every update: losses, gradient norms, what the forward pass reads, the
 optimizer's masters, both moments; so also one and two updates after each merge, when a stale copy
@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -38,7 +38,7 @@ from conftest import TINY_GPT2, TINY_LLAMA
 from ranks import Outcomes, Scenario, run_ranks
 from relora.config import Config, build_config
 from relora.data.loader import train_batches
-from relora.lora.inject import find_targets
+from relora.lora.inject import adapted_layers, find_targets
 from relora.lora.layers import delta_rows
 from relora.model import ModelConfig, build_model, load_model_config
 from relora.restart import invariants, merge
@@ -108,23 +108,35 @@ def make_run_dir(config: Config, ranks: Any) -> None:
 
 
 def train_recorded(
-    ranks: Any, model: str, run_dir: str, changes: dict[str, Any], mutant: str | None = None
+    ranks: Any,
+    model: str,
+    run_dir: str,
+    changes: dict[str, Any],
+    mutant: str | None = None,
+    recorded: Collection[int] = range(1000),
+    stops: Sequence[int] = (),
 ) -> dict[str, Any]:
-    """Train through `relora.run`, and record what every update left where."""
-    import relora.run as under_test
+    """Train through `relora.loop`, and record what every update left where.
 
-    config = settings(model, run_dir, changes)
-    make_run_dir(config, ranks)
-    record: dict[str, Any] = {"losses": [], "norms": [], "rates": [], "states": [], "replicas": []}
-    record |= {"unmerged": {}, "probes": []}
+    Args:
+        recorded: steps whose states are kept (of the last leg of the run; see `stops`).
+        stops: steps after which the run is stopped and goes on from its checkpoint.
+    """
+    import relora.loop as under_test
+    from relora.run import start_run
+
+    make_run_dir(settings(model, run_dir, changes), ranks)
+    record: dict[str, Any] = {"losses": [], "norms": [], "rates": [], "unmerged": {}}
+    record |= {"steps": [], "states": [], "replicas": [], "adam_steps": {}, "scale": None}
     with pytest.MonkeyPatch.context() as patch:
         if mutant is not None:
             MUTANTS[mutant](patch)
         real_step, real_restart = zero.train_step, under_test.restart_
 
-        def step(engine: Any, batches: Any, loss_of: Any, rate: float, clip: float) -> Any:
-            remember(run, record)
-            result = real_step(engine, batches, loss_of, rate, clip)
+        def step(engine: Any, batches: Any, loss_of: Any, rate: float, *rest: Any) -> Any:
+            if run.step in recorded:
+                remember(run, record)
+            result = real_step(engine, batches, loss_of, rate, *rest)
             record["losses"].append(ranks.sum([result.loss / ranks.world])[0])
             record["norms"].append(result.grad_norm)
             record["rates"].append(rate)
@@ -132,33 +144,37 @@ def train_recorded(
 
         def restart(*args: Any) -> Any:
             pairs = [(p.name, whole(p.param)) for p in run.places]
-            record["unmerged"][run.step] = {name: t.double().numpy() for name, t in pairs}
+            record["unmerged"][run.step] = {name: t.double().cpu().numpy() for name, t in pairs}
             return real_restart(*args)
 
         patch.setattr(zero, "train_step", step)
         patch.setattr(under_test, "restart_", restart)
-        run = under_test.start_run(config, shards(), ranks)  # type: ignore[arg-type]
-        assert under_test.train_run(run, False)  # type: ignore[arg-type]
-        remember(run, record)
-        run.metrics.close()
-        zero.destroy(run.engine)
+        for stop in (*stops, None):
+            config = settings(model, run_dir, {**changes, "train.stop_after": stop})
+            run = start_run(config, shards(), ranks)  # type: ignore[arg-type]
+            assert under_test.train_run(run, False) == (stop is None)  # type: ignore[arg-type]
+            if stop is None:
+                remember(run, record)
+            run.metrics.close()
+            zero.destroy(run.engine)
     if ranks.is_main:
-        for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines():
-            logged = json.loads(line)
-            record["probes"] += [v for k, v in logged.items() if k == "relora/probe_deviation"]
-    if not ranks.is_main:
+        lines = (Path(run_dir) / "metrics.jsonl").read_text().splitlines()
+        record["log"] = [json.loads(line) for line in lines]
+        logged = [line.get("relora/probe_deviation") for line in record["log"]]
+        record["probes"] = [value for value in logged if value is not None]
+    else:
         record["states"] = record["unmerged"] = None
     return record
 
 
 def remember(run: Any, record: dict[str, Any]) -> None:
-    """Everything after this step, whole tensors by (name, kind)."""
+    """Everything after this step, whole tensors by (name, kind); what Adam and fp16 count."""
     state, replica = {}, hashlib.sha256()
     trainable = []
     for place in run.places:
         for kind, tensor in copies(place.param).items():
             state[place.name, kind] = tensor
-            replica.update(tensor.view(torch.uint8).numpy().tobytes())
+            replica.update(tensor.contiguous().view(torch.uint8).cpu().numpy().tobytes())
         if place.flat is not None:
             trainable.append(place)
         elif place.remainder is not None:
@@ -166,9 +182,16 @@ def remember(run: Any, record: dict[str, Any]) -> None:
     for kind in ("exp_avg", "exp_avg_sq"):
         tensors = run.places.gather(trainable, kind)
         state |= {(p.name, kind): t for p, t in zip(trainable, tensors, strict=True)}
+    for name, layer in adapted_layers(run.engine.module):  # with `decay: merged`, see `LoRALayer`
+        for kind in ("live", "shards", "exact"):
+            if (f"{name}.weight", kind) in state:
+                state[f"{name}.weight", kind] = state[f"{name}.weight", kind] * layer.shrink
     # numpy, because torch would pickle a tensor by its dtype's name; see `in_float64`.
-    record["states"].append({key: tensor.double().numpy() for key, tensor in state.items()})
+    record["states"].append({key: tensor.double().cpu().numpy() for key, tensor in state.items()})
+    record["steps"].append(run.step)
     record["replicas"].append(replica.hexdigest())
+    record["adam_steps"] = {place.name: run.places.adam_step(place) for place in trainable}
+    record["scale"] = run.loss_scale and (run.loss_scale.value, run.loss_scale.calm)
 
 
 def copies(param: Any) -> dict[str, Tensor]:
@@ -199,7 +222,7 @@ def whole(param: Any) -> Tensor:
 
 def _while_restarting(patch: pytest.MonkeyPatch, owner: Any, name: str, broken: Any) -> None:
     """Break something for the duration of each restart, and look away."""
-    import relora.run as under_test
+    import relora.loop as under_test
 
     real = under_test.restart_
 
@@ -215,7 +238,7 @@ def _while_restarting(patch: pytest.MonkeyPatch, owner: Any, name: str, broken: 
 
 def _live_only(place: Place, read: Callable[[int, int], Tensor]) -> None:
     if place.live.numel():
-        place.write_live_(read(place.live_start, place.live_stop))
+        place.write_live_(read(place.live_start, place.live_stop), place.live_start)
 
 
 def _master_only(place: Place, read: Callable[[int, int], Tensor]) -> None:
@@ -252,7 +275,8 @@ def count_reductions(
     ranks: Any, model: str, run_dir: str, changes: dict[str, Any]
 ) -> list[list[tuple[str, int]]]:
     """The reductions of each update of a run."""
-    import relora.run as under_test
+    import relora.loop as under_test
+    from relora.run import start_run
 
     config = settings(model, run_dir, changes)
     make_run_dir(config, ranks)
@@ -266,7 +290,7 @@ def count_reductions(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(zero, "train_step", step)
-        run = under_test.start_run(config, shards(), ranks)  # type: ignore[arg-type]
+        run = start_run(config, shards(), ranks)  # type: ignore[arg-type]
         under_test.train_run(run, False)  # type: ignore[arg-type]
         run.metrics.close()
         zero.destroy(run.engine)
@@ -305,8 +329,8 @@ def run_reference(model: str, changes: dict[str, Any]) -> reference.History:
     stream = train_batches(
         shards().train,
         sequence_length=SEQUENCE,
-        global_batch=GLOBAL_BATCH,
-        micro_batch=GLOBAL_BATCH,
+        global_batch=config.batch.global_batch_size,
+        micro_batch=config.batch.global_batch_size,
         rank=0,
         world=1,
         seed=config.seed,
@@ -330,6 +354,7 @@ def run_reference(model: str, changes: dict[str, Any]) -> reference.History:
         method.rewarm = values["relora"]["rewarm_steps"]
         method.relora_lr = values["relora"]["lr"]
         method.adam_step = values["relora"]["reset"]["adam_step"]
+    method.merged_decay = values["lora"]["decay"] == "merged"
     return reference.train(
         {name: p.detach() for name, p in plain.named_parameters()},
         find_targets(plain, config.lora),
@@ -341,7 +366,7 @@ def run_reference(model: str, changes: dict[str, Any]) -> reference.History:
 
 
 def deviations(run: dict[str, Any], truth: reference.History) -> dict[str, float]:
-    """The largest relative deviation of each kind of number, over all steps.
+    """The largest relative deviation of each kind of number, over all steps recorded.
 
     Of tensors: ‖run − reference‖ / ‖reference‖, of each single one (`one parameter`, `one moment`)
     and of all of a role together: kind/lora_A, kind/lora_B, kind/weights.
@@ -350,7 +375,8 @@ def deviations(run: dict[str, Any], truth: reference.History) -> dict[str, float
     for kind, right in {"losses": truth.losses, "norms": truth.norms, "rates": truth.rates}.items():
         for a, b in zip(run[kind], right, strict=True):
             worst[kind] = max(worst[kind], abs(a - b) / max(b, 1e-30))
-    for state, expected in zip(run["states"], truth.states, strict=True):
+    for step, state in zip(run["steps"], run["states"], strict=True):
+        expected = truth.states[step]
         assert {name for name, _ in state} == set(expected.values)
         pools: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
         for (name, kind), tensor in state.items():
@@ -460,6 +486,8 @@ def doubled(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Outco
     for stage in (1, 3):
         changes = {"relora__reset": {"adam_step": True}, "deepspeed__zero_stage": stage}
         wanted.append(make(f"fp64 {stage} adam_step", **changes))
+        merged = {"lora__decay": "merged", "deepspeed__zero_stage": stage}
+        wanted.append(make(f"fp64 {stage} merged decay", **merged))
     return run_ranks(2, wanted, 240, prepare=in_float64)
 
 
@@ -537,6 +565,16 @@ def test_reset_of_adam_step_equals_the_reference(stage: int, doubled: Outcomes, 
     found = deviations(doubled[f"fp64 {stage} adam_step"][0], history)
     assert max(found.values()) < 1e-12, found
     assert deviations(doubled[f"fp64 {stage} adam_step"][0], truth())["live/lora_B"] > 1e-2
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_decay_of_the_merged_weights_equals_the_reference(
+    stage: int, doubled: Outcomes, truth: Any
+) -> None:
+    run = doubled[f"fp64 {stage} merged decay"][0]
+    found = deviations(run, truth(lora__decay="merged"))
+    assert max(found.values()) < 1e-12, found
+    assert deviations(run, truth())["live/weights"] > 1e-3
 
 
 @pytest.mark.parametrize("mutant", [*MUTANTS, "two masks"])

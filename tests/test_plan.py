@@ -186,6 +186,18 @@ def test_batch_and_tokens_add_up(config: Path, capsys: pytest.CaptureFixture[str
     assert "relora launch --devices 4 config.yaml train.steps=90\n" in page
 
 
+def test_the_size_of_checkpoints_is_that_of_the_paper_model(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """1.3B: 12 × 251.1M + 4 × 1207.9M bytes; 12 and 14 for each of 1339.5M in full rank."""
+    monkeypatch.chdir(ROOT)
+    page = page_of(capsys, "configs/llama_1b3_relora.yaml")
+    assert "checkpoint   7.85GB (16.1GB in the warm start), 3 are kept\n" in page
+    assert "full rank in bf16 as DeepSpeed saves it: 18.8GB\n" in page
+    page = page_of(capsys, "configs/llama_1b3_full.yaml")
+    assert "checkpoint   16.1GB, 3 are kept\n" in page
+
+
 def test_prepared_shards_give_epochs(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = [f"data.source={{files: ['{ROOT}/relora/**/*.py']}}", "data.validation_fraction=0.2"]
     directory = prepare(load_config(config, data).data, workers=1, quiet=True)
@@ -291,3 +303,26 @@ def test_7b_is_planned_in_seconds_and_without_its_memory() -> None:
     assert used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime < 15
     # The largest child so far, in KiB; 7B parameters alone would be 28 GB.
     assert used.ru_maxrss < 3e6
+
+
+def test_the_plan_shows_which_engines_work(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = page_of(capsys, str(config), "deepspeed.zero_stage=3", "deepspeed.precision=fp16")
+    rows = {
+        line.split()[0]: [cell.strip() for cell in re.split(r"\s{2,}", line.strip())[1:]]
+        for line in page.splitlines()
+        if line.split()[:1] in (["fp32"], ["bf16"], ["fp16"], ["deepspeed_bf16"])
+    }
+    assert {name: len(cells) for name, cells in rows.items()} == dict.fromkeys(rows, 4)
+    assert rows["fp32"] == rows["bf16"] == ["yes", *["yes, offload"] * 3]
+    assert rows["fp16"][3] == "[yes, offload]"
+    assert rows["deepspeed_bf16"][0] == "no"
+    assert "take precision: bf16, or zero_stage 1, 2 or 3" in " ".join(page.split())
+
+
+def test_the_plan_says_what_a_merge_sends(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "nothing but counts is sent" in page_of(capsys, str(config))
+    page = page_of(capsys, str(config), "deepspeed.zero_stage=3")
+    assert re.search(r"A and B are gathered, \S+B in \d+ collectives", page)
+    assert "merges       none" in page_of(capsys, str(config), "relora=null")

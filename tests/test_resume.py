@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +99,7 @@ def test_stops_one_after_the_other_leave_no_trace(undisturbed: Path, tmp_path: P
         (1, {"deepspeed__precision": "bf16", "lora__dropout": 0.1}),
         (3, {"deepspeed__precision": "bf16", "model__gradient_checkpointing": True}),
         (0, {"lora__dropout": 0.3, "relora__reset": {"mode": "random", "adam_step": True}}),
+        (2, {"lora__decay": "merged"}),  # 15 is inside a cycle: the frozen weights have decayed
     ],
     ids=lambda value: str(value).replace("__", "."),
 )
@@ -163,8 +166,8 @@ def test_a_killed_run_goes_on_from_its_newest_checkpoint(undisturbed: Path, tmp_
     [
         ("_evaluate", 8, signal.SIGTERM),
         ("_restart", 12, signal.SIGTERM),
-        ("_save", 10, signal.SIGTERM),
-        ("_give_birth", 6, signal.SIGTERM),
+        ("save", 10, signal.SIGTERM),
+        ("give_birth", 6, signal.SIGTERM),
         ("_log", 9, signal.SIGTERM),
         ("_log", 9, signal.SIGINT),
         ("_log", 9, signal.SIGUSR1),
@@ -179,7 +182,7 @@ def test_a_signal_in_any_phase_stops_at_the_end_of_a_step_and_leaves_no_trace(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from relora import run as loop
+    from relora import loop
 
     real = getattr(loop, phase)
 
@@ -204,6 +207,149 @@ def test_a_signal_in_any_phase_stops_at_the_end_of_a_step_and_leaves_no_trace(
     monkeypatch.undo()
     assert train(run_dir) == 0
     assert_same_run(run_dir, undisturbed)
+
+
+# --- going back -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with checkpoints of 6, 12, 18 and 24."""
+    run_dir = tmp_path_factory.mktemp("finished") / "run"
+    assert train(run_dir, train__save_every=6, train__keep_checkpoints=9) == 0
+    return run_dir
+
+
+@pytest.fixture
+def back(finished: Path, tmp_path: Path) -> Path:
+    """A copy of it that a test may change."""
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def test_an_older_checkpoint_is_gone_on_from(
+    back: Path, undisturbed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a finished run, too; what came later goes, and comes again the same."""
+    wanted = checkpoint(back, 12)
+    assert train(back, "--resume", str(wanted), "train.stop_after=13") == 75
+    output = capsys.readouterr().out
+    assert "going on from step 12" in output
+    assert "going back: step_00000018, step_00000024 will go once" in output
+    assert checkpoints(back) == ["step_00000006", "step_00000012", "step_00000013"]
+    assert trajectory(back) == [line for line in trajectory(undisturbed) if line["step"] <= 13]
+    assert run_state(back)["status"] == "preempted"
+    assert train(back) == 0
+    assert "going back" not in capsys.readouterr().out
+    assert_same_run(back, undisturbed)
+
+
+def test_going_back_loses_nothing_before_a_new_checkpoint_is_complete(
+    back: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from relora.runtime import saving
+
+    def failing(*args: Any, **options: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(saving, "save_file", failing)
+        assert train(back, "--resume", str(checkpoint(back, 12)), train__save_every=6) == 4
+    assert checkpoints(back) == [f"step_{step:08d}" for step in (6, 12, 18, 24)]
+    assert relora("verify", back) == 0
+    # The step that is saved first may be one that was there before.
+    changes = {"train__save_every": 6, "train__keep_checkpoints": 9}
+    stop = ("--resume", str(checkpoint(back, 12)), "train.stop_after=18")
+    assert train(back, *stop, **changes) == 75
+    assert checkpoints(back) == [f"step_{step:08d}" for step in (6, 12, 18)]
+
+
+def test_a_run_past_a_shorter_length_is_gone_on_with_from_before_it(back: Path) -> None:
+    assert train(back, "train.steps=20") == 2
+    assert train(back, "train.steps=20", "--resume", str(checkpoint(back, 24))) == 2
+    assert train(back, "train.steps=20", "--resume", str(checkpoint(back, 18))) == 0
+    assert checkpoints(back)[-1] == "step_00000020"
+
+
+def test_a_damaged_checkpoint_that_was_asked_for_is_refused(
+    back: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = checkpoint(back, 12) / "rank_00000.safetensors"
+    content = bytearray(path.read_bytes())
+    content[5000] ^= 1
+    path.write_bytes(content)
+    assert train(back, "--resume", str(path.parent)) == 4
+    assert capsys.readouterr().err.startswith(f"relora: {path}: its content changed")
+    (path.parent / "manifest.json").unlink()
+    assert train(back, "--resume", str(path.parent)) == 4
+    assert capsys.readouterr().err.startswith(
+        f"relora: {path.parent / 'manifest.json'}: is missing"
+    )
+    assert checkpoints(back) == [f"step_{step:08d}" for step in (6, 12, 18, 24)]
+    assert max(series(back, "train/loss")) == LAST
+
+
+def test_what_is_no_checkpoint_of_this_run_is_refused(
+    back: Path, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    has = f"{back / 'checkpoints'} has step_00000006, step_00000012, step_00000018, step_00000024"
+    (back / "checkpoints" / "step_00000020.tmp").mkdir()
+    for path, message in {
+        checkpoint(back, 13): f"no such checkpoint; {has}",
+        checkpoint(finished, 12): f"is no checkpoint of this run; {has}. To start another run",
+        back: "is no checkpoint of this run",
+        back / "checkpoints" / "step_00000020.tmp": "is no checkpoint of this run",
+        checkpoint(back, 12) / "..": "is no checkpoint of this run",
+    }.items():
+        assert train(back, "--resume", str(path)) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"relora: --resume: {path}")
+        assert message in error
+    assert f"set model.pretrained={checkpoint(finished, 12)}" in _refused(finished, back, capsys)
+    # Another way to write the same place is no other place.
+    link = back.with_name("link")
+    link.symlink_to(back)
+    wanted = checkpoint(link, 12) / ".." / "step_00000012"
+    assert train(back, "--resume", str(wanted), "train.stop_after=13") == 75
+
+
+def _refused(other: Path, run_dir: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    assert train(run_dir, "--resume", str(checkpoint(other, 12))) == 2
+    return capsys.readouterr().err
+
+
+def test_auto_is_what_comes_without_asking(back: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(back, "--resume", "auto") == 0
+    assert "is finished (24 steps); nothing to do" in capsys.readouterr().out
+
+
+def test_launch_passes_on_where_to_resume(back: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from relora.commands import launch
+
+    commands: list[list[str]] = []
+    monkeypatch.setattr(
+        launch, "_run", lambda command, _: (commands.append(list(command)) or 0, None)
+    )
+    config, wanted = make_config(back), checkpoint(back, 12)
+    for asked in ([], ["--resume", "auto"], ["--resume", str(wanted)]):
+        assert relora("launch", "--devices", "1", config, *asked, "train.log_every=2") == 0
+    rest = ["train", str(config), "train.log_every=2"]
+    assert [command[-len(rest) :] for command in commands[:2]] == [rest, rest]
+    assert commands[2][-5:] == [*rest, "--resume", str(wanted)]
+
+
+@pytest.mark.slow
+def test_both_launchers_go_back(back: Path, undisturbed: Path, tmp_path: Path) -> None:
+    wanted, config = checkpoint(back, 12), make_config(back, train__keep_checkpoints=9)
+    process = Process(tmp_path / "launch.txt", "launch", "--devices", 1, config, "--resume", wanted)
+    assert process.wait() == 0, process.text
+    assert "going back: step_00000018, step_00000024" in process.text
+    assert checkpoints(back) == [f"step_{step:08d}" for step in (6, 12, 24)]
+    program = (str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "1")
+    arguments = ("--module", "relora", "train", config, "--resume", checkpoint(back, 6))
+    process = Process(tmp_path / "deepspeed.txt", *arguments, program=program)
+    assert process.wait() == 0, process.text
+    assert "going back: step_00000012, step_00000024" in process.text
+    assert_same_run(back, undisturbed)
 
 
 def test_tensorboard_has_the_figures_and_the_merges(undisturbed: Path, tmp_path: Path) -> None:
@@ -238,14 +384,14 @@ def legs(ranks: Any, config: str, *stops: int | None) -> list[int]:
     """Exit codes of `relora train`, once for each stop, on ranks that have a group already."""
     from pathlib import Path
 
-    from relora.commands.train import _guarded
     from relora.config import load_config
     from relora.data.shards import open_shards
+    from relora.guard import guarded
 
     codes = []
     for stop in stops:
         settings = load_config(Path(config), [f"train.stop_after={stop}"] if stop else [])
-        codes.append(_guarded(settings, open_shards(settings.data), ranks))
+        codes.append(guarded(settings, open_shards(settings.data), ranks))
     return codes
 
 
@@ -265,11 +411,20 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ]
     fewer = make_config(directory / "fewer", deepspeed__zero_stage=2)
     scenarios.append(Scenario("fewer", legs, (str(fewer), 14)))
+    more = make_config(directory / "more", deepspeed__zero_stage=2)
+    assert relora("train", more, "train.stop_after=14") == 75
+    scenarios.append(Scenario("more", legs, (str(more), None)))
     outcomes = run_ranks(2, scenarios, timeout=280)
     for name, function, _ in scenarios:
         assert function is legs
         codes = outcomes[name]
-        expected = [0] if "whole" in name else [75] if "fewer" in name else [75, 75, 75, 0]
+        expected = (
+            [0]
+            if name in ("whole_1", "whole_3", "more")
+            else [75]
+            if "fewer" in name
+            else [75, 75, 75, 0]
+        )
         assert codes == [expected] * 2, name
     return directory
 
@@ -285,6 +440,51 @@ def test_two_ranks_to_one_gives_the_same_losses_to_rounding(
     run_dir = two_ranks / "fewer"
     assert relora("train", make_config(run_dir, deepspeed__zero_stage=2)) == 0
     assert_close(run_dir, undisturbed)
+
+
+def test_one_rank_to_two_gives_the_same_losses_to_rounding(
+    two_ranks: Path, undisturbed: Path
+) -> None:
+    assert (checkpoint(two_ranks / "more", LAST) / "rank_00001.safetensors").is_file()
+    assert_close(two_ranks / "more", undisturbed)
+
+
+# What changes at step 9, in the middle of a cycle: ranks, ZeRO stage and micro-batch, then and now.
+CHANGES = {
+    "2 → 1 ranks": ((2, 2, 4), (1, 2, 4)),
+    "1 → 2 ranks": ((1, 2, 4), (2, 2, 4)),
+    "2 → 4 ranks": ((2, 2, 4), (4, 2, 2)),
+    "stage 0 → 3": ((2, 0, 4), (2, 3, 4)),
+    "stage 3 → 1": ((2, 3, 4), (2, 1, 4)),
+    "micro-batch 4 → 1": ((2, 2, 4), (2, 2, 1)),
+    "all at once": ((4, 3, 1), (1, 0, 8)),
+}
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_elsewhere_with_the_same_losses(undisturbed: Path, tmp_path: Path) -> None:
+    """Each row against the run that was never stopped, on one rank and stage 1, in fp32."""
+    workshop()
+    for leg, stop in enumerate((9, None)):
+        scenarios: dict[int, list[Scenario]] = {}
+        for name, settings in CHANGES.items():
+            ranks, stage, micro_batch = settings[leg]
+            changes = {"deepspeed__zero_stage": stage, "batch__micro_batch_size": micro_batch}
+            config = make_config(tmp_path / name, **changes)
+            scenarios.setdefault(ranks, []).append(Scenario(name, legs, (str(config), stop)))
+        for ranks, rows in scenarios.items():
+            outcomes = run_ranks(ranks, rows, timeout=250)
+            for row in rows:
+                assert outcomes[row.name] == [[75 if stop else 0]] * ranks, row.name
+    print(f"\n{'ranks, ZeRO, micro-batch':<38} train/loss   eval/loss (largest relative deviation)")
+    for name, (then, now) in CHANGES.items():
+        deviations = []
+        for key in ("train/loss", "eval/loss"):
+            mine, theirs = series(tmp_path / name, key), series(undisturbed, key)
+            assert mine.keys() == theirs.keys()
+            deviations.append(max(abs(mine[s] / theirs[s] - 1) for s in mine if s > 9))
+        print(f"{name:<19} {then} → {now}   {deviations[0]:.1e}      {deviations[1]:.1e}")
+        assert max(deviations) <= 1e-5, name
 
 
 def test_a_checkpoint_does_not_depend_on_how_it_was_made(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from ranks import Scenario, run_ranks
 from reference import lr_factor
 from runs import (
     MODELS,
@@ -284,7 +286,7 @@ def test_a_boundary_at_the_former_end_is_made_up_for(tmp_path: Path) -> None:
     # Killed before the next checkpoint, it makes up for it again, and says so once.
     assert train(tmp_path / "killed", **changes) == 0
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("relora.run.train_run", kill)
+        patch.setattr("relora.loop._train", kill)
         with pytest.raises(Killed):
             train(tmp_path / "killed", train__steps=31, **changes)
     assert series(tmp_path / "killed", "relora/merge") == {12: 1, 18: 2, 24: 3}
@@ -396,10 +398,95 @@ def test_missing_and_broken_shards_are_named(
     assert not (tmp_path / "run").exists()
 
 
+def test_shards_that_changed_places_with_their_index_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are what their index says, and not what the run was trained on."""
+    config = own_data(tmp_path)
+    assert relora("prepare", config) == 0
+    assert relora("train", config, "train.stop_after=4") == 75
+    (index,) = (tmp_path / "own" / "data").rglob("index.json")
+    values = json.loads(index.read_text())
+    splits = values["splits"]
+    splits["train"], splits["validation"] = splits["validation"], splits["train"]
+    index.write_text(json.dumps(values))
+    train_bin, validation_bin = (index.with_name(f"{x}.bin") for x in ("train", "validation"))
+    train_bin.rename(index.with_name("aside"))
+    validation_bin.rename(train_bin)
+    index.with_name("aside").rename(validation_bin)
+    assert relora("train", config) == 3
+    assert "holds other tokens" in capsys.readouterr().err
+    assert run_state(tmp_path / "run")["code"] == 3
+
+
+def train_apart(ranks: Any, config: str, data: list[str]) -> tuple[int, str]:
+    """(exit code, message) of `relora train` on a rank with a data directory of its own."""
+    from relora.commands.train import train as command
+    from relora.errors import UserError
+    from relora.runtime import zero
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(zero, "init_distributed", lambda *_: None)  # this group is there already
+        patch.setattr(zero, "leave", lambda **_: None)
+        patch.setenv("LOCAL_RANK", "0")  # each on a machine of its own
+        try:
+            return command(Path(config), [f"data.dir={data[ranks.rank]}"]), ""
+        except UserError as error:
+            return error.code, str(error)
+
+
+def test_shards_that_are_bad_on_one_machine_stop_all_ranks(tmp_path: Path) -> None:
+    """Whatever it is, and whichever machine: exit 3 (not prepared there: 2), the file named."""
+    config = own_data(tmp_path)
+    assert relora("prepare", config) == 0
+    good = tmp_path / "own" / "data"
+
+    def damaged(name: str, file: str, change: Any) -> str:
+        (path,) = shutil.copytree(good, tmp_path / name).rglob(file)
+        change(path)
+        return str(tmp_path / name)
+
+    def flip(path: Path) -> None:
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+
+    def cut(path: Path) -> None:
+        path.write_bytes(path.read_bytes()[:-2])
+
+    def exchange(path: Path) -> None:
+        """Other tokens, with an index that fits them."""
+        flip(path)
+        index = path.with_name("index.json")
+        values = json.loads(index.read_text())
+        values["splits"]["train"]["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+        index.write_text(json.dumps(values))
+
+    cases = {
+        "train.bin: has sha256": damaged("flipped", "train.bin", flip),
+        "validation.bin: has sha256": damaged("flipped_too", "validation.bin", flip),
+        "train.bin: has ": damaged("cut", "train.bin", cut),
+        "holds other tokens on the machine of rank 1": damaged("other", "train.bin", exchange),
+        "there are no token shards": damaged("none", "index.json", Path.unlink),
+    }
+    scenarios = [
+        Scenario(f"{message} {bad}", train_apart, (str(config), pair))
+        for message, directory in cases.items()
+        for bad, pair in enumerate(([directory, str(good)], [str(good), directory]))
+    ]
+    outcomes = run_ranks(2, scenarios, timeout=120)
+    for message in cases:
+        for bad in range(2):
+            for code, said in outcomes[f"{message} {bad}"]:
+                assert code == (2 if "no token shards" in message else 3), said
+                assert message in said
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_bug_is_kept_in_the_state_and_not_swallowed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from relora import run as loop
+    from relora import loop
 
     def broken(run: Any) -> None:
         raise RuntimeError("something is off")
