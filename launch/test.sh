@@ -17,4 +17,5 @@ shellcheck launch/*.sh launch/slurm.sbatch
 if (($# > 0)); then
     exec pytest "$@"
 fi
-exec pytest --cov=relora --cov-report=term:skip-covered --cov-fail-under=85
+# Each test keeps to one thread; those of a file share what they make, so a file stays together.
+exec pytest -n auto --maxprocesses=4 --dist=loadfile --cov=relora --cov-report=term:skip-covered --cov-fail-under=85

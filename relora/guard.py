@@ -137,7 +137,8 @@ def _open_run_dir(config: Config, shards: TokenShards, ranks: Ranks) -> Any:
     write_atomically(run_dir / "config.yaml", dump_config(config))
     environment = json.dumps(describe_environment(ranks), indent=1)
     write_atomically(run_dir / "environment.json", environment + "\n")
-    _make_once(run_dir / "model", load_model_config(config.model).save_pretrained)
+    # Read only if it is to be written: what the run started from may be gone by now.
+    _make_once(run_dir / "model", lambda to: load_model_config(config.model).save_pretrained(to))
     _make_once(run_dir / "tokenizer", lambda path: shutil.copytree(shards.tokenizer_dir, path))
     return claim
 
