@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError
 
+from relora.checks import cross_checks
 from relora.data.config import DataConfig
 from relora.errors import ConfigError
 from relora.lora.config import LoRAConfig
-from relora.model import ModelConfig, read_model_json
+from relora.model import ModelConfig
 from relora.restart.config import ReLoRAConfig, WarmStartConfig
 from relora.restart.schedule import Clock, ScheduleConfig
 from relora.runtime.config import (
@@ -26,7 +27,6 @@ from relora.runtime.config import (
     DeepSpeedConfig,
     OptimizerConfig,
     TrainConfig,
-    refusal,
 )
 from relora.section import Section
 
@@ -45,30 +45,6 @@ MAY_CHANGE = (
     "deepspeed.timeout_minutes",
     "relora.remainder",
 )
-
-
-# Options of DeepSpeed's zero_optimization under which a merge would be wrong, and why.
-UNSAFE_ZERO = {
-    "round_robin_gradients": "DeepSpeed maps fp32 masters to the wrong parameters with it",
-    "offload_param": "merges do not reach weights that were moved off the device",
-    "mics_shard_size": "merges count on each entry having one owner among all ranks",
-    "zero_quantized_weights": "a merge into quantised weights loses most of the update",
-    "zero_quantized_nontrainable_weights": "a merge into quantised weights loses most of it",
-}
-
-
-REFUSED_EXTRA = {
-    "fp16": "DeepSpeed's fp16 engine never scales the loss under ZeRO 0, and 16 bits more do not "
-    "complete its fp16 weights to fp32, so merges would lose updates; take deepspeed.precision: "
-    "fp16",
-    "amp": "the model's arithmetic is chosen by deepspeed.precision; remove it",
-    "data_types": "DeepSpeed wraps Adam in another class for it, whose state merges do not reach; "
-    "remove it",
-    "checkpoint": "checkpoints are relora's own: those of DeepSpeed lose frozen weights when the "
-    "ranks change; remove it",
-    "elasticity": "the global batch is fixed, and a run goes on with any number of ranks that "
-    "divides it; remove it",
-}
 
 
 class Config(Section):
@@ -217,7 +193,7 @@ def build_config(values: dict[str, Any], where: str, read_model: bool = True) ->
         config = Config.model_validate(values)
     except ValidationError as error:
         raise _report(where, [_explain(e) for e in error.errors(include_url=False)]) from None
-    problems = list(_cross_checks(config, read_model))
+    problems = list(cross_checks(config, read_model))
     if problems:
         raise _report(where, problems)
     return config
@@ -357,134 +333,3 @@ def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
-
-
-def _cross_checks(config: Config, read_model: bool) -> Iterator[str]:
-    """What one section alone cannot know."""
-    yield from _check_method(config)
-    yield from _check_lengths(config)
-    yield from _check_saving(config)
-    yield from _check_deepspeed(config)
-    if read_model and config.model.config is not None:
-        try:
-            model = read_model_json(config.model.config)
-        except ConfigError as error:
-            yield str(error)
-        else:
-            yield from _check_model_json(config, model)
-
-
-def _check_method(config: Config) -> Iterator[str]:
-    if config.lora is None:
-        for name in ("relora", "warm_start"):
-            if getattr(config, name) is not None:
-                yield f"{name}: would do nothing without lora; set lora, or {name}: null"
-    relora = config.relora
-    if relora and config.deepspeed.precision == "fp32":
-        for key in ("precision", "remainder"):
-            if relora.changed(key):
-                value = getattr(relora, key)
-                yield f"relora.{key}: {value} would do nothing with deepspeed.precision: fp32"
-    if relora and relora.precision == "rounded" and relora.changed("remainder"):
-        yield f"relora.remainder: {relora.remainder} would do nothing with precision: rounded"
-    if config.lora and config.lora.decay == "merged" and not config.optimizer.weight_decay:
-        yield "lora.decay: merged would do nothing with optimizer.weight_decay: 0"
-    if config.schedule.base == "constant" and config.schedule.changed("min_lr_ratio"):
-        yield "schedule.min_lr_ratio: would do nothing with base: constant; remove it"
-
-
-def _check_lengths(config: Config) -> Iterator[str]:
-    clock = config.clock
-    birth = clock.birth or 0
-    if clock.warmup >= clock.total:
-        yield f"schedule.warmup_steps: {clock.warmup} must be below the run's {clock.total} steps"
-    if birth >= clock.total:
-        yield f"warm_start.steps: {birth} must be below the run's {clock.total} steps"
-    if clock.birth is None:
-        return
-    if clock.cycle is not None:
-        longest = clock.total - birth - 1
-        way_out = f"take at most {longest}" if longest > 0 else "raise train.steps"
-        warm = f" with {birth} of warm start" if birth else ""
-        if birth < clock.total <= birth + clock.cycle:
-            yield (
-                f"relora.cycle_steps: {clock.cycle} leaves no merge in a run of {clock.total} "
-                f"steps{warm}; {way_out}, or relora: null for plain LoRA"
-            )
-        if clock.rewarm >= clock.cycle:
-            yield (
-                f"relora.rewarm_steps: {clock.rewarm} must be below cycle_steps {clock.cycle}, "
-                "or the learning rate never arrives"
-            )
-    first = birth or clock.cycle
-    if first is not None and first < clock.warmup < clock.total:
-        yield (
-            f"schedule.warmup_steps: {clock.warmup} must not outlast the first restart at step "
-            f"{first}, or that restart would not restart the learning rate"
-        )
-
-
-def _check_saving(config: Config) -> Iterator[str]:
-    train, total = config.train, config.total_steps
-    every = train.keep_every
-    if every == "cycle" and config.relora is None:
-        yield "train.keep_every: cycle would do nothing without relora; give a number of steps"
-    if isinstance(every, int) and every > total:
-        yield f"train.keep_every: {every} would do nothing in a run of {total} steps; take less"
-    if train.background_save and train.save_every is None and every is None:
-        yield (
-            "train.background_save: would do nothing without train.save_every or keep_every: the "
-            "last checkpoint is waited for"
-        )
-
-
-def _check_deepspeed(config: Config) -> Iterator[str]:
-    section = config.deepspeed
-    refused = refusal(section.zero_stage, section.precision, section.offload_optimizer)
-    if refused:
-        why, way_out = refused
-        yield (
-            f"deepspeed: zero_stage {section.zero_stage}, precision {section.precision}, "
-            f"offload_optimizer {_shown(section.offload_optimizer)}: {why}; take {way_out}"
-        )
-    ours = {
-        "train_batch_size": "batch.global_batch_size",
-        "train_micro_batch_size_per_gpu": "batch.micro_batch_size",
-        "gradient_accumulation_steps": "batch",
-        "gradient_clipping": "optimizer.grad_clip",
-        "optimizer": "optimizer",
-        "scheduler": "schedule",
-        "torch_autocast": "deepspeed.precision",
-        "bf16": "deepspeed.precision, where deepspeed_bf16 is DeepSpeed's own engine",
-    }
-    for key in section.extra:
-        if key in ours:
-            yield f"deepspeed.extra.{key}: is decided by {ours[key]}; set it there"
-        elif key in REFUSED_EXTRA:
-            yield f"deepspeed.extra.{key}: {REFUSED_EXTRA[key]}"
-    zero = section.extra.get("zero_optimization", {})
-    if not isinstance(zero, dict):
-        yield f"deepspeed.extra.zero_optimization: {zero!r}: is a mapping"
-        return
-    for key, where in {"stage": "zero_stage", "offload_optimizer": "offload_optimizer"}.items():
-        if key in zero:
-            yield f"deepspeed.extra.zero_optimization.{key}: is decided by deepspeed.{where}"
-    for key, why in UNSAFE_ZERO.items():
-        if zero.get(key):
-            yield f"deepspeed.extra.zero_optimization.{key}: {why}; remove it"
-
-
-def _check_model_json(config: Config, model: dict[str, Any]) -> Iterator[str]:
-    context = model.get("max_position_embeddings", model.get("n_positions"))
-    length = config.data.sequence_length
-    if isinstance(context, int) and length > context:
-        yield (
-            f"data.sequence_length: {length} is longer than the model's context of {context} "
-            f"({config.model.config}); take at most {context}"
-        )
-    vocab, wanted = model.get("vocab_size"), config.data.tokenizer.vocab_size
-    if isinstance(vocab, int) and wanted is not None and wanted > vocab:
-        yield (
-            f"data.tokenizer.vocab_size: {wanted} does not fit the model's vocabulary of {vocab} "
-            f"({config.model.config}); make them equal"
-        )

@@ -27,9 +27,10 @@ from relora.runtime.checkpoint import (
 from relora.runtime.distributed import Ranks
 from relora.runtime.manifest import step_of
 from relora.runtime.metrics import Metrics
-from relora.runtime.places import Layered, Places, Source, capture, weights_of
+from relora.runtime.places import Places, capture
 from relora.runtime.rundir import installed_versions, write_run_state
 from relora.runtime.saving import Saving
+from relora.runtime.sources import Layered, Source, weights_of
 from relora.runtime.spikes import Rollback, read_rollbacks
 from relora.subject import is_subject, merged_model, open_subject, structure_of
 

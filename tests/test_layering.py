@@ -29,6 +29,7 @@ LEVELS = {
     "relora.data": 1,
     "relora.restart": 2,
     "relora.config": 2,
+    "relora.checks": 2,
     "relora.console": 2,
     "relora.subject": 2,
     "relora.run": 2,
