@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from merge_cost import Meter
 from ranks import Outcomes, Scenario, run_ranks
 from relora.errors import NumericsError
 from relora.restart.config import ResetConfig
@@ -321,9 +322,10 @@ def restart_every_way(ranks: Any, model: Path, root: Path, stage: int) -> dict[s
     for merge, (name, reset) in enumerate(RESETS.items(), 1):
         before = state_of(run)
         config = run.config.relora.model_copy(update={"reset": ResetConfig(**reset)})
-        report = restart_(run.engine.module, run.places, config, seed=5, merge=merge)
+        with Meter() as meter:
+            report = restart_(run.engine.module, run.places, config, seed=5, merge=merge)
         check_copies(run.places, merge)
-        found[name] = (before, state_of(run), report, merge)
+        found[name] = (before, state_of(run), report, merge, meter.received)
     return found
 
 
@@ -377,7 +379,7 @@ def two(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
 def test_a_restart_zeroes_its_share_and_touches_no_other_moment(
     mode: str, stage: int, two: Outcomes
 ) -> None:
-    before, after, report, merge = two[f"restart {stage}"][0][mode]
+    before, after, report, merge, _ = two[f"restart {stage}"][0][mode]
     share = {"magnitude": 0.75, "random": 0.5, "zero": 1.0, "none": 0.0}[mode]
     zeroed = total = 0
     for (name, kind), old in before.items():
@@ -408,6 +410,16 @@ def test_a_restart_zeroes_its_share_and_touches_no_other_moment(
                 assert kept.min() >= np.abs(old)[new == 0].max()
     assert report.zeroed_share == pytest.approx(zeroed / total, abs=1e-12)
     assert report.layers == 14
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_merge_sends_a_and_b_under_zero_3_and_counts_else(stage: int, two: Outcomes) -> None:
+    before, *_, received = two[f"restart {stage}"][0]["zero"]
+    factors = [o.size for (name, kind), o in before.items() if "lora_" in name and kind == "value"]
+    counts = 64  # bytes: two sums of squares, one number of zeroed entries
+    padding = 4 * len(factors) if stage == 3 else 0
+    sent = 4 * sum(factors) if stage == 3 else 0
+    assert sent <= received <= sent + padding + counts
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
