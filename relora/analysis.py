@@ -196,12 +196,13 @@ def amplification(weight: Tensor, update: Spectrum) -> float:
     """‖ΔW‖_F / ‖UᵀWV‖_F: how much an update amplifies directions that W hardly has.
 
     LoRA, arXiv 2106.09685, §7.3 and table 7, where U and V are all r directions of ΔW; here they
-    are those that `update` has. `weight` is (m, n), as the update is. 0 for a zero update, else
-    inf if W has nothing in these directions.
+    are those that `update` has, without any of singular value 0, which are arbitrary. `weight` is
+    (m, n), as the update is. 0 for a zero update, else inf if W has nothing in these directions.
     """
     if not update.norm:
         return 0.0
-    projected = projection_norm(weight, update.left, update.right)
+    count = numerical_rank(update, 1e-5)
+    projected = projection_norm(weight, update.left[:, :count], update.right[:, :count])
     return update.norm / projected if projected else math.inf
 
 

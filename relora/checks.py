@@ -12,6 +12,7 @@ from relora.runtime.config import refusal
 
 if TYPE_CHECKING:
     from relora.config import Config
+    from relora.restart.config import ReLoRAConfig
 
 # Options of DeepSpeed's zero_optimization under which a merge would be wrong, and why.
 UNSAFE_ZERO = {
@@ -46,6 +47,7 @@ def cross_checks(config: Config, read_model: bool) -> Iterator[str]:
     yield from _check_method(config)
     yield from _check_lengths(config)
     yield from _check_saving(config)
+    yield from _check_spectra(config)
     yield from _check_deepspeed(config)
     if read_model and config.model.config is not None:
         try:
@@ -62,17 +64,44 @@ def _check_method(config: Config) -> Iterator[str]:
             if getattr(config, name) is not None:
                 yield f"{name}: would do nothing without lora; set lora, or {name}: null"
     relora = config.relora
-    if relora and config.deepspeed.precision == "fp32":
-        for key in ("precision", "remainder"):
-            if relora.changed(key):
-                value = getattr(relora, key)
-                yield f"relora.{key}: {value} would do nothing with deepspeed.precision: fp32"
-    if relora and relora.precision == "rounded" and relora.changed("remainder"):
-        yield f"relora.remainder: {relora.remainder} would do nothing with precision: rounded"
+    if relora:
+        yield from _check_relora(config, relora)
     if config.lora and config.lora.decay == "merged" and not config.optimizer.weight_decay:
         yield "lora.decay: merged would do nothing with optimizer.weight_decay: 0"
     if config.schedule.base == "constant" and config.schedule.changed("min_lr_ratio"):
         yield "schedule.min_lr_ratio: would do nothing with base: constant; remove it"
+
+
+def _check_relora(config: Config, relora: ReLoRAConfig) -> Iterator[str]:
+    if config.deepspeed.precision == "fp32":
+        for key in ("precision", "remainder"):
+            if relora.changed(key):
+                value = getattr(relora, key)
+                yield f"relora.{key}: {value} would do nothing with deepspeed.precision: fp32"
+    if relora.precision == "rounded" and relora.changed("remainder"):
+        yield f"relora.remainder: {relora.remainder} would do nothing with precision: rounded"
+    if relora.lr and config.lora and config.lora.lr:
+        yield (
+            f"lora.lr: {config.lora.lr:g} would do nothing beside relora.lr {relora.lr:g}: they "
+            "are the same rate; remove one"
+        )
+
+
+def _check_spectra(config: Config) -> Iterator[str]:
+    spectra, total = config.spectra, config.total_steps
+    if spectra is None:
+        return
+    if spectra.start is not None and config.lora is not None:
+        yield (
+            f"spectra.start: {spectra.start} would do nothing with lora: updates are counted from "
+            "the birth of the adapters; remove it"
+        )
+    elif spectra.start is not None and spectra.start >= total:
+        yield f"spectra.start: {spectra.start} must be below the run's {total} steps"
+    if spectra.every is not None and spectra.every > total:
+        yield (
+            f"spectra.every: {spectra.every} would do nothing in a run of {total} steps; take less"
+        )
 
 
 def _check_lengths(config: Config) -> Iterator[str]:

@@ -26,6 +26,7 @@ from relora.runtime.config import (
     BatchConfig,
     DeepSpeedConfig,
     OptimizerConfig,
+    SpectraConfig,
     TrainConfig,
 )
 from relora.section import Section
@@ -62,6 +63,7 @@ class Config(Section):
     relora: ReLoRAConfig | None = None
     warm_start: WarmStartConfig | None = None
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+    spectra: SpectraConfig | None = SpectraConfig()
 
     @property
     def tokens_per_step(self) -> int:
@@ -103,11 +105,30 @@ class Config(Section):
         every = self.train.keep_every
         return self.clock.is_merge(step) if every == "cycle" else bool(every and step % every == 0)
 
+    @property
+    def spectra_start(self) -> int | None:
+        """The step whose weights cumulative updates are counted from; None if none are measured."""
+        if self.spectra is None:
+            return None
+        return self.clock.birth or self.spectra.start or 0
+
+    def measures_spectra(self, step: int) -> bool:
+        """Whether updates are measured once `step` updates are done."""
+        if self.spectra is None or step <= (self.spectra_start or 0):
+            return False
+        every = self.spectra.every
+        return (
+            step == self.clock.total
+            or self.clock.is_merge(step)
+            or (every is not None and step % every == 0)
+        )
+
     def learning_rate(self, step: int) -> float:
         """The learning rate of the update that follows `step` finished ones."""
         base = self.optimizer.lr
-        if self.relora and self.relora.lr and self.clock.has_adapters(step):
-            base = self.relora.lr
+        if self.clock.has_adapters(step):
+            assert self.lora is not None
+            base = (self.relora and self.relora.lr) or self.lora.lr or base
         return base * self.clock.lr_factor(step)
 
 
@@ -207,7 +228,7 @@ def dump_config(config: Config) -> str:
 
 def differences(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
     """(path, old value, new value) of every leaf in which two configs differ."""
-    a, b = _leaves(old.model_dump(mode="json")), _leaves(new.model_dump(mode="json"))
+    a, b = leaves(old.model_dump(mode="json")), leaves(new.model_dump(mode="json"))
     return [(k, a.get(k), b.get(k)) for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
 
 
@@ -325,11 +346,12 @@ def _report(where: str, problems: list[str]) -> ConfigError:
     return ConfigError("\n  ".join([f"{where}: {len(problems)} problems", *problems]))
 
 
-def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A tree of sections as {dotted path: value}."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
-            flat |= _leaves(value, f"{prefix}{key}.")
+            flat |= leaves(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value
     return flat

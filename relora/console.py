@@ -112,6 +112,16 @@ def merge_line(step: int, layers: int, values: Mapping[str, float]) -> str:
     )
 
 
+def spectra_line(step: int, values: Mapping[str, float]) -> str:
+    """What the weights have gained: medians over the layers."""
+    parts = [f"effective rank {values['spectra/total_effective_rank']:.1f} since the start"]
+    if "spectra/cycle_effective_rank" in values:
+        parts.append(f"{values['spectra/cycle_effective_rank']:.1f} in this cycle")
+    if "spectra/overlap" in values:
+        parts.append(f"{values['spectra/overlap']:.0%} shared with the last")
+    return f"SPECTRA at step {step}: {', '.join(parts)} ({values['time/spectra_s']:.1f} s)"
+
+
 def eval_line(step: int, values: Mapping[str, float]) -> str:
     """An evaluation."""
     return (

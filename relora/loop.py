@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from relora import console
+from relora.config import leaves
 from relora.data.loader import eval_batches, train_batches
+from relora.data.tokenizer import load_tokenizer
 from relora.errors import NumericsError
 from relora.restart import invariants
 from relora.restart.merge import restart_, shrink_
@@ -18,7 +20,12 @@ from relora.run import Run, find_checkpoint, finish_save, give_birth, save, star
 from relora.runtime import zero
 from relora.runtime.config import SpikeConfig
 from relora.runtime.distributed import memory_gib, seed_dropout
-from relora.runtime.evaluation import evaluate_loss, loss_of, perplexity
+from relora.runtime.evaluation import (
+    continue_greedily,
+    evaluate_loss,
+    loss_of,
+    perplexity,
+)
 from relora.runtime.signals import StopRequest
 from relora.runtime.spikes import (
     Rollback,
@@ -27,18 +34,24 @@ from relora.runtime.spikes import (
     record_rollbacks,
     threshold_of,
 )
+from relora.spectra import draw, drop_after, keep_start, measure
 
 PROBE_TOKENS = 256
+SAMPLE_TOKENS = 48
 
 
 def train_run(run: Run, stop: StopRequest) -> bool:
     """Train until the end of the run or until asked to stop; True if the run is finished."""
     while True:
+        if run.ranks.is_main:
+            drop_after(run.config.run_dir, run.step)
         if run.owes_merge:
             length = run.config.data.sequence_length
             tokens = torch.from_numpy(run.shards.train[:length].astype("int64"))
             _restart(run, tokens[None].to(run.ranks.device))
             run.owes_merge = False
+        if run.step == run.config.spectra_start:
+            keep_start(run)
         finished = _train(run, stop)
         if finished is not None:
             return finished
@@ -71,11 +84,7 @@ def _train(run: Run, stop: StopRequest) -> bool | None:
             return None
         run.metrics.bar(run.step, clock.total, f"loss {loss:.4f}")
 
-        # What the clock says.
-        if clock.is_birth(run.step):
-            give_birth(run)
-        if clock.is_merge(run.step):
-            _restart(run, micro_batches[0])
+        _follow_clock(run, micro_batches[0])
 
         # What the intervals say.
         last = run.step == clock.total
@@ -90,6 +99,19 @@ def _train(run: Run, stop: StopRequest) -> bool | None:
         if halt and not last:
             return False
     return True
+
+
+def _follow_clock(run: Run, batch: Tensor) -> None:
+    """What the clock says is due after this step, but for what has an interval of its own."""
+    clock = run.config.clock
+    if clock.is_birth(run.step):
+        give_birth(run)
+    if run.step == run.config.spectra_start:
+        keep_start(run)
+    if clock.is_merge(run.step):
+        _restart(run, batch)
+    elif run.config.measures_spectra(run.step):
+        _measure(run, None)
 
 
 def _exchange(run: Run, loss: float, stop: bool) -> tuple[float, bool]:
@@ -151,8 +173,10 @@ def _restart(run: Run, batch: Tensor) -> None:
     """Merge, reinit, reset, and check that the function and all copies are what they must be."""
     config = run.config
     assert config.relora is not None
-    began = time.perf_counter()
     number = config.clock.merges_before(run.step)
+    if config.spectra:
+        _measure(run, number)
+    began = time.perf_counter()
     rows = batch[:1, :PROBE_TOKENS]
     before = invariants.probe(run.engine, rows)
     report = restart_(run.engine.module, run.places, config.relora, config.seed, number)
@@ -163,12 +187,22 @@ def _restart(run: Run, batch: Tensor) -> None:
     values = {
         "relora/merge": number,
         "relora/update_ratio": report.update_ratio,
+        "relora/rounding_loss": report.rounding_loss,
         "relora/zeroed_share": report.zeroed_share,
         "relora/probe_deviation": deviation,
         "time/merge_s": time.perf_counter() - began,
     }
     run.metrics.write(run.step, values)
     run.metrics.say(console.merge_line(run.step, report.layers, values))
+
+
+def _measure(run: Run, merge: int | None) -> None:
+    """What the weights did; `merge` is the number of the merge that follows, if one does."""
+    values = measure(run, merge)
+    run.metrics.write(run.step, values)
+    run.metrics.say(console.spectra_line(run.step, values))
+    if run.ranks.is_main:
+        run.metrics.figure(run.step, "spectra/singular_values", draw(run.config.run_dir, run.step))
 
 
 def _note_skipped(run: Run, in_a_row: int) -> None:
@@ -263,3 +297,17 @@ def _evaluate(run: Run) -> None:
     }
     run.metrics.write(run.step, values)
     run.metrics.say(console.eval_line(run.step, values))
+    if run.config.train.sample_prompt is not None:
+        run.metrics.text(run.step, "eval/sample", _sample(run, run.config.train.sample_prompt))
+    if run.step == run.config.clock.total:
+        run.metrics.conclude(leaves(run.config.model_dump(mode="json")), values)
+
+
+def _sample(run: Run, prompt: str) -> str:
+    """A prompt and what the model makes of it."""
+    tokenizer = load_tokenizer(run.shards.tokenizer_dir)
+    count = min(SAMPLE_TOKENS, run.config.data.sequence_length // 2)
+    room = run.config.data.sequence_length - count  # as long as the model is trained on
+    ids = torch.tensor([tokenizer.encode(prompt, add_special_tokens=False)[-room:]])
+    ids = continue_greedily(run.engine, ids.to(run.ranks.device), count)
+    return str(tokenizer.decode(ids[0]))

@@ -72,7 +72,24 @@ IN_THE_FILE = {
     "unknown section": (
         ["optimiser.lr=1e-3"],
         "optimiser: unknown key; did you mean optimizer? allowed here: run_dir, seed, model, data, "
-        "batch, train, optimizer, schedule, lora, relora, warm_start, deepspeed",
+        "batch, train, optimizer, schedule, lora, relora, warm_start, deepspeed, spectra",
+    ),
+    "one rate given twice": (
+        ["lora.lr=1e-3", "relora.lr=2e-3"],
+        "lora.lr: 0.001 would do nothing beside relora.lr 0.002: they are the same rate; remove one",
+    ),
+    "spectra from elsewhere than the birth": (
+        ["spectra.start=3"],
+        "spectra.start: 3 would do nothing with lora: updates are counted from the birth of the "
+        "adapters; remove it",
+    ),
+    "spectra from after the end": (
+        ["lora=null", "relora=null", "warm_start=null", "spectra.start=100000"],
+        "spectra.start: 100000 must be below the run's 100 steps",
+    ),
+    "spectra that are never due": (
+        ["spectra.every=100000"],
+        "spectra.every: 100000 would do nothing in a run of 100 steps; take less",
     ),
     "wrong type": (["lora.rank=many"], "lora.rank: 'many': must be a whole number"),
     "fraction of a step": (["train.steps=1.5"], "train.steps: 1.5: must be a whole number"),

@@ -34,6 +34,7 @@ LEVELS = {
     "relora.subject": 2,
     "relora.run": 2,
     "relora.loop": 2,
+    "relora.spectra": 2,
     "relora.guard": 2,
     "relora.commands": 3,
     "relora.cli": 4,

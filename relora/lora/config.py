@@ -20,6 +20,10 @@ class LoRAConfig(Section):
     # blocks, that is every linear layer but the output head.
     targets: list[str] | None = Field(default=None, min_length=1)
 
+    # Learning rate once there are adapters; null = optimizer.lr. `relora.lr` is the same for runs
+    # that merge.
+    lr: float | None = Field(default=None, gt=0)
+
     # What optimizer.weight_decay acts on: A and B, each by itself, or W + s·B·A as a whole, as in
     # full-rank training. Neither touches norms and biases.
     decay: Literal["factors", "merged"] = "factors"

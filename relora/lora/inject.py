@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -26,8 +27,7 @@ def find_targets(model: PreTrainedModel, config: LoRAConfig) -> list[str]:
         ConfigError: a target that matches no layer, one that is no linear layer, or a rank beyond
             a layer's smaller dimension.
     """
-    head = model.get_output_embeddings()
-    linear = {name: m for name, m in model.named_modules() if type(m) in ADAPTED and m is not head}
+    linear = linear_layers(model)
     wanted = config.targets
     if wanted is None:
         chosen = list(linear)
@@ -48,6 +48,12 @@ def find_targets(model: PreTrainedModel, config: LoRAConfig) -> list[str]:
                 f"{tuple(linear[name].weight.shape)}; take at most {smaller}"
             )
     return chosen
+
+
+def linear_layers(model: PreTrainedModel) -> dict[str, Any]:
+    """Every linear layer but the output head, adapted or not, by name, in the model's order."""
+    head, kinds = model.get_output_embeddings(), (*ADAPTED, *PLAIN)
+    return {name: m for name, m in model.named_modules() if type(m) in kinds and m is not head}
 
 
 def add_adapters(model: PreTrainedModel, config: LoRAConfig) -> list[str]:

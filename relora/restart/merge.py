@@ -30,6 +30,7 @@ class RestartReport(NamedTuple):
     layers: int
     zeroed_share: float  # of the entries of A's and B's moments, as counted afterwards
     update_ratio: float  # ‖s·B·A‖ / ‖W‖ over all adapted weights
+    rounding_loss: float  # share of s·B·A that did not arrive in W; 0 unless it is `rounded`
 
 
 class Adapter(NamedTuple):
@@ -62,7 +63,7 @@ def restart_(
         for n, layer in adapted_layers(model)
     ]
     largest = max(adapter.weight.numel for adapter in adapters)
-    squares = torch.zeros(2, dtype=torch.float64)
+    squares = torch.zeros(3, dtype=torch.float64)
     for part in gather_blocks([x.a.numel + x.b.numel for x in adapters], largest):
         block = adapters[part]
         factors = places.gather_each([p for x in block for p in (x.a, x.b)], "value")
@@ -75,9 +76,10 @@ def restart_(
     if config.reset.adam_step:
         for place in chosen:
             places.set_adam_step_(place, 0)
-    update, weight = places.total(squares, "value").sqrt().tolist()
+    update, weight, lost = places.total(squares, "value").sqrt().tolist()
     share = zeroed / (2 * sum(place.numel for place in chosen))
-    return RestartReport(len(adapters), share, update / max(weight, 1e-30))
+    loss = lost / max(update, 1e-30)
+    return RestartReport(len(adapters), share, update / max(weight, 1e-30), loss)
 
 
 def merge_(adapter: Adapter, a: Tensor, b: Tensor, slice_size: int) -> Tensor:
@@ -88,13 +90,14 @@ def merge_(adapter: Adapter, a: Tensor, b: Tensor, slice_size: int) -> Tensor:
         slice_size: entries of W worked on at a time.
 
     Returns:
-        Two sums of squares in float64: of the part of s·B·A, and of the part of W before.
+        Three sums of squares in float64: of the part of s·B·A, of the part of W before, and of
+        what rounding has kept from W.
     """
     place, layer = adapter.weight, adapter.layer
     place.drop_stale_copies_()
     columns = place.shape[1]
     size = max(1, slice_size // columns) * columns
-    squares = torch.zeros(2, dtype=torch.float64, device=a.device)
+    squares = torch.zeros(3, dtype=torch.float64, device=a.device)
     start = place.live_start
     while start < place.live_stop:
         stop = min(place.live_stop, (start // size + 1) * size)
@@ -102,12 +105,17 @@ def merge_(adapter: Adapter, a: Tensor, b: Tensor, slice_size: int) -> Tensor:
         rows = delta_rows(a, b, layer.scale, layer.transposed, first, last)
         delta = rows.flatten().narrow(0, start - first * columns, stop - start)
         weight = place.value(start, stop)
-        for index, tensor in enumerate((delta, weight)):
-            squares[index] += torch.linalg.vector_norm(tensor, dtype=torch.float64) ** 2
+        squares[:2] += _sums_of_squares(delta, weight)
         place.write_live_(delta.add_(weight, alpha=layer.shrink), start)
+        squares[2:] += _sums_of_squares(delta.sub_(place.value(start, stop)))
         start = stop
     layer.shrink = 1.0
     return squares.cpu()
+
+
+def _sums_of_squares(*tensors: Tensor) -> Tensor:
+    norms = [torch.linalg.vector_norm(tensor, dtype=torch.float64) for tensor in tensors]
+    return torch.stack(norms) ** 2
 
 
 def reset_(

@@ -47,6 +47,8 @@ class TrainConfig(Section):
     log_every: int = Field(default=10, ge=1)
     eval_every: int | None = Field(default=None, ge=1)  # null = at the end only
     eval_sequences: int | None = Field(default=None, ge=1)  # null = the whole validation split
+    # Text that each evaluation continues by the likeliest tokens, for TensorBoard; null = none.
+    sample_prompt: str | None = Field(default=None, min_length=1)
     save_every: int | None = Field(default=None, ge=1)  # null = at the end only
     background_save: bool = False  # write checkpoints beside the training; needs host memory
     keep_checkpoints: int = Field(default=3, ge=1)
@@ -78,6 +80,20 @@ class TrainConfig(Section):
                 "fewer, or spike: null"
             )
         return self
+
+
+class SpectraConfig(Section):
+    """Singular values of what the adapted weights gain, for each cycle and since `start`.
+
+    `relora compare` draws them. They take a copy of those weights on disk (fp32, in the run
+    directory), and well below 1 % of the training time at the default interval.
+    """
+
+    every: int | None = Field(default=None, ge=1)  # steps; null = at each merge, and at the end
+    # Step that the cumulative update is counted from: null = the birth of adapters, or 0. In full
+    # rank it may be set to the step at which the runs to compare with get their adapters.
+    start: int | None = Field(default=None, ge=0)
+    directions: int = Field(default=8, ge=1)  # leading singular vectors kept of each update
 
 
 class OptimizerConfig(Section):

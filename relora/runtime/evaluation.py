@@ -41,6 +41,21 @@ def evaluate_loss(
     return total / tokens, int(tokens)
 
 
+@torch.no_grad()
+def continue_greedily(model: Any, ids: Tensor, count: int) -> Tensor:
+    """`count` times the likeliest next token after ids (1, tokens): (1, tokens + count).
+
+    Without a cache of keys and values, so that an engine of any stage can do it (collective then).
+    """
+    was_training = model.training
+    model.eval()
+    for _ in range(count):
+        following = model(input_ids=ids).logits[:, -1:].argmax(dim=-1)
+        ids = torch.cat([ids, following], dim=1)
+    model.train(was_training)
+    return ids
+
+
 def perplexity(loss: float) -> float:
     """exp(loss), infinite where that overflows."""
     return math.exp(loss) if loss < 700 else math.inf

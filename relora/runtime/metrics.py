@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 from relora.errors import CheckpointError
@@ -82,6 +83,31 @@ class Metrics:
                     self._board.add_text(key, value, step)
                 elif not isinstance(value, bool):
                     self._board.add_scalar(key, value, step)
+
+    def text(self, step: int, key: str, text: str) -> None:
+        """A text for TensorBoard, as it is."""
+        if self.active and not self.problem:
+            with self.noting_trouble():
+                # Indented by four it is code to Markdown, which keeps its lines and signs.
+                self._board.add_text(key, indent(text, "    ", lambda _: True), step)
+
+    def figure(self, step: int, key: str, figure: Any) -> None:
+        """A matplotlib figure for TensorBoard."""
+        if self.active and not self.problem:
+            with self.noting_trouble():
+                self._board.add_figure(key, figure, step)
+
+    def conclude(self, settings: Mapping[str, Any], results: Mapping[str, float]) -> None:
+        """The run's settings and final figures, for TensorBoard's HParams tab."""
+        if not self.active or self.problem:
+            return
+        from torch.utils.tensorboard.summary import hparams
+
+        plain = {k: v if isinstance(v, bool | int | float) else str(v) for k, v in settings.items()}
+        with self.noting_trouble():
+            # SummaryWriter.add_hparams would make a run of its own beside this one.
+            for summary in hparams(plain, dict(results)):
+                self._board._get_file_writer().add_summary(summary)
 
     def say(self, text: str) -> None:
         """A line on the console and in log.txt."""

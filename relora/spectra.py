@@ -1,0 +1,263 @@
+"""What the weights did: singular values of each cycle's update and of all updates together.
+
+Measured while training, at each merge and at the end of the run, for every adapted weight (in full
+rank: for those that would be adapted). W_start, which the cumulative update W + s·B·A − W_start is
+counted from, lies in `RUN/spectra/start/`, a file a layer; each measurement is a file
+`RUN/spectra/step_XXXXXXXX.safetensors`. Ranks share the layers between them.
+
+Orientation is that of the map x ↦ x Wᵀ: `left` directions are in the output's space (out, d),
+`right` ones in the input's (in, d), also where a model keeps its weight transposed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
+
+from relora.analysis import (
+    amplification,
+    effective_rank,
+    factored_spectrum,
+    overlap,
+    spectrum,
+    stable_rank,
+)
+from relora.errors import CheckpointError
+from relora.lora.inject import adapted_layers, linear_layers
+from relora.lora.layers import LoRALayer, delta_rows
+from relora.run import Run
+
+# Smaller dimension up to which all singular values are computed: a second or two a layer.
+EXACT_UP_TO = 2048
+# Figures of a layer whose medians over the layers go into metrics.jsonl.
+MEDIANS = (
+    "cycle_stable_rank",
+    "cycle_effective_rank",
+    "total_stable_rank",
+    "total_effective_rank",
+    "total_ratio",
+    "overlap",
+    "amplification",
+)
+
+
+def measurements(run_dir: Path) -> list[Path]:
+    """The files of a run's measurements, in the order of steps."""
+    return sorted((run_dir / "spectra").glob("step_????????.safetensors"))
+
+
+def drop_after(run_dir: Path, step: int) -> None:
+    """Remove the measurements of later steps; they come again. Rank 0 only."""
+    for path in measurements(run_dir):
+        if int(path.stem.removeprefix("step_")) > step:
+            path.unlink()
+
+
+@torch.no_grad()
+def keep_start(run: Run) -> None:
+    """Write W_start of every layer, to be read at each measurement. Collective.
+
+    Raises:
+        CheckpointError: it cannot be written (every rank raises).
+    """
+    directory = run.config.run_dir / "spectra" / "start"
+    trouble = _Trouble(run)
+    if run.ranks.is_main:
+        with trouble.noted():
+            directory.mkdir(parents=True, exist_ok=True)
+    trouble.tell()
+    for name, mine in _shared_out(run):
+        weight = run.places.gather([run.places[f"{name}.weight"]], "value")[0]
+        if mine:
+            with trouble.noted():
+                _write(directory / f"{name}.safetensors", {"weight": weight})
+    trouble.tell()
+
+
+@torch.no_grad()
+def measure(run: Run, merge: int | None) -> dict[str, float]:
+    """Measure every layer, write the file of this step; returns medians over the layers.
+
+    Collective; after an applied update, and before the merge if one follows it.
+
+    Args:
+        merge: number of the merge that follows; None in between and at the end.
+
+    Raises:
+        CheckpointError: W_start is gone, or nothing can be written (every rank raises).
+    """
+    began = time.perf_counter()
+    directory, ranks = run.config.run_dir / "spectra", run.ranks
+    earlier = _directions_of_cycle(run, run.config.clock.merges_before(run.step - 1))
+    tensors: dict[str, Tensor] = {}
+    figures: dict[str, dict[str, Any]] = {}
+    trouble = _Trouble(run)
+    for name, mine in _shared_out(run):
+        layer = run.engine.module.get_submodule(name)
+        kinds = ("weight", "lora_A", "lora_B") if isinstance(layer, LoRALayer) else ("weight",)
+        held = run.places.gather([run.places[f"{name}.{kind}"] for kind in kinds], "value")
+        if mine:
+            with trouble.noted():
+                start = load_file(directory / "start" / f"{name}.safetensors")["weight"]
+                figures[name], found = _measure_layer(run, layer, held, start, earlier.get(name))
+                tensors |= {f"{name}|{key}": tensor for key, tensor in found.items()}
+    with trouble.noted():
+        _write(directory / f"step_{run.step:08d}.rank_{ranks.rank:04d}", tensors)
+    trouble.tell()
+    everyone = {name: row for rows in ranks.gather(figures) for name, row in rows.items()}
+    layers = [{"name": name, **everyone[name]} for name, _ in _shared_out(run)]
+    if ranks.is_main:
+        with trouble.noted():
+            _join(run, merge, layers)
+    trouble.tell()
+    medians = {}
+    for key in MEDIANS:
+        known = [row[key] for row in layers if row[key] is not None]
+        if known:
+            medians[f"spectra/{key}"] = statistics.median(known)
+    return {**medians, "time/spectra_s": time.perf_counter() - began}
+
+
+def draw(run_dir: Path, step: int) -> Any:
+    """A measurement as a matplotlib figure: singular values of each kind of layer, medians."""
+    from matplotlib.figure import Figure
+
+    tensors = load_file(run_dir / "spectra" / f"step_{step:08d}.safetensors")
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    for axes, what in zip(figure.subplots(1, 2, sharey=True), ("cycle", "total"), strict=True):
+        kinds: dict[str, list[Tensor]] = {}
+        for key, values in tensors.items():
+            name, _, of = key.partition("|")
+            if of == f"{what}_values":
+                kinds.setdefault(name.rpartition(".")[2], []).append(values)
+        for kind, layers in kinds.items():
+            axes.plot(torch.stack(layers).median(dim=0).values.clamp_min(1e-12), label=kind)
+        axes.set_title("since the start" if what == "total" else "this cycle")
+        axes.set_yscale("log")
+        axes.set_xlabel("number of the singular value")
+        axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    return figure
+
+
+class _Trouble:
+    """What kept this rank from its files, kept until all ranks can hear of it."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.problem: CheckpointError | None = None
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Keep the first thing that goes wrong with files."""
+        try:
+            yield
+        except (OSError, SafetensorError, KeyError) as error:
+            self.problem = self.problem or CheckpointError(
+                f"{self.run.config.run_dir / 'spectra'}: {error}; the checkpoints are intact, and "
+                "with spectra: null the run goes on without measuring"
+            )
+
+    def tell(self) -> None:
+        """Raise on every rank what any rank has met."""
+        self.run.ranks.agree(self.problem)
+
+
+def _shared_out(run: Run) -> Iterator[tuple[str, bool]]:
+    """The name of every layer that is measured, and whether this rank is the one to do it."""
+    model = run.engine.module
+    # In full rank nothing names targets; it is compared with runs that have the default ones.
+    names = [name for name, _ in adapted_layers(model)] or list(linear_layers(model))
+    for index, name in enumerate(names):
+        yield name, index % run.ranks.world == run.ranks.rank
+
+
+def _measure_layer(
+    run: Run, layer: Any, held: list[Tensor], start: Tensor, before: Tensor | None
+) -> tuple[dict[str, float | None], dict[str, Tensor]]:
+    """Figures of one layer, and its singular values and directions.
+
+    Args:
+        held: the weight, and A and B if the layer is adapted.
+        start: W_start.
+        before: left directions of the cycle before, if there was one.
+    """
+    assert run.config.spectra is not None
+    count = run.config.spectra.directions
+    weight, *factors = held
+    start = start.to(weight.device)
+    cycle = None
+    if factors:
+        a, b = factors
+        cycle = factored_spectrum(b, a, layer.scale, count)
+        weight = weight * layer.shrink
+        weight += delta_rows(a, b, layer.scale, layer.transposed, 0, weight.shape[0])
+    if isinstance(layer, Conv1D):
+        weight, start = weight.t(), start.t()
+    total = spectrum(weight - start, count, EXACT_UP_TO)
+    start_norm = float(torch.linalg.vector_norm(start))
+    factor = amplification(start, total)
+    figures: dict[str, float | None] = {
+        "start_norm": start_norm,
+        "weight_norm": float(torch.linalg.vector_norm(weight)),
+        "total_ratio": total.norm / start_norm if start_norm else None,
+        "amplification": factor if math.isfinite(factor) else None,
+        "overlap": None,
+    }
+    if cycle is not None and before is not None:
+        figures["overlap"] = overlap(before.to(cycle.left), cycle.left)
+    tensors = {}
+    for kind, one in (("cycle", cycle), ("total", total)):
+        figures[f"{kind}_norm"] = one.norm if one else None
+        figures[f"{kind}_stable_rank"] = stable_rank(one) if one else None
+        figures[f"{kind}_effective_rank"] = effective_rank(one) if one else None
+        if one is not None:
+            tensors[f"{kind}_values"] = one.values
+            tensors[f"{kind}_left"], tensors[f"{kind}_right"] = one.left, one.right
+    return figures, tensors
+
+
+def _directions_of_cycle(run: Run, merge: int) -> dict[str, Tensor]:
+    """Left directions of the cycle that ended in a merge, by layer; empty if there was none."""
+    for path in reversed(measurements(run.config.run_dir)) if merge else ():
+        with safe_open(path, framework="pt") as file:
+            if file.metadata()["merge"] == str(merge):
+                ending = "|cycle_left"
+                names = [key for key in file.keys() if key.endswith(ending)]  # noqa: SIM118
+                return {key.removesuffix(ending): file.get_tensor(key) for key in names}
+    return {}
+
+
+def _join(run: Run, merge: int | None, layers: list[dict[str, Any]]) -> None:
+    """Make one file of those that the ranks have written. Rank 0 only."""
+    parts = sorted((run.config.run_dir / "spectra").glob(f"step_{run.step:08d}.rank_????"))
+    tensors = {name: tensor for part in parts for name, tensor in load_file(part).items()}
+    metadata = {
+        "step": str(run.step),
+        "merge": str(merge or ""),
+        "layers": json.dumps(layers),
+    }
+    path = run.config.run_dir / "spectra" / f"step_{run.step:08d}.safetensors"
+    _write(path, tensors, metadata)
+    for part in parts:
+        part.unlink()
+
+
+def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    plain = {name: t.float().cpu().contiguous() for name, t in tensors.items()}
+    save_file(plain, temporary, metadata=metadata)
+    temporary.replace(path)
