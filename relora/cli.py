@@ -33,6 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     _add_training_verbs(verbs)
+    _add_arms(verbs)
     _add_reading_verbs(verbs)
     return parser
 
@@ -81,6 +82,25 @@ def _add_training_verbs(verbs: Verbs) -> None:
     where.add_argument("--hostfile", type=Path, metavar="F", help="lines of `host slots=N`")
     _config(launch)
     _resume(launch)
+
+
+def _add_arms(verbs: Verbs) -> None:
+    """What `launch/compare.sh` trains."""
+    arms = _verb(
+        verbs,
+        "arms",
+        "train full rank, LoRA, ReLoRA and other arms of a config, one after the other",
+        "relora arms configs/quickstart_relora.yaml --to runs/arms --seeds 3 --devices 2",
+    )
+    _config(arms)
+    arms.add_argument("--to", type=Path, required=True, metavar="DIR", help="where the runs go")
+    arms.add_argument(
+        "--arms", type=Path, metavar="FILE", help="YAML; the paper's arms if not given"
+    )
+    arms.add_argument(
+        "--seeds", type=_positive, metavar="N", help="0 … N − 1 (those of FILE, or 0)"
+    )
+    arms.add_argument("--devices", type=_positive, metavar="N", help="ranks here (all GPUs)")
 
 
 def _add_reading_verbs(verbs: Verbs) -> None:

@@ -76,7 +76,8 @@ IN_THE_FILE = {
     ),
     "one rate given twice": (
         ["lora.lr=1e-3", "relora.lr=2e-3"],
-        "lora.lr: 0.001 would do nothing beside relora.lr 0.002: they are the same rate; remove one",
+        "lora.lr: 0.001 would do nothing beside relora.lr 0.002: they are the same rate; remove "
+        "one",
     ),
     "spectra from elsewhere than the birth": (
         ["spectra.start=3"],

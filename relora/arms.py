@@ -1,0 +1,169 @@
+"""The arms of a comparison: one config, changed by overrides, trained for several seeds.
+
+The standard arms are those of the ReLoRA paper (arXiv 2307.05695, tables 2 and 4); a YAML file can
+name others:
+
+    seeds: [0, 1, 2]
+    tune: {factors: [0.5, 1, 2], seed: 1000}     # null: each arm's learning rate as it is
+    arms:
+      full rank: [lora=null, relora=null, warm_start=null]
+      ReLoRA, no rewarm: [relora.rewarm_steps=0]
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from relora.config import Config, load_config
+from relora.errors import ConfigError
+from relora.reading import read_yaml, validate
+from relora.section import Section
+
+FULL_RANK = ("lora=null", "relora=null", "warm_start=null")
+
+
+class TuneConfig(Section):
+    """Search each arm's learning rate on the same budget: whole runs with a seed of their own."""
+
+    factors: list[float] = Field(min_length=2)  # of the rate that the arm's config has
+    seed: int = Field(ge=0, lt=2**32)  # none of those that are compared
+
+
+class ArmsConfig(Section):
+    """A file of arms."""
+
+    seeds: list[int] = Field(default=[0], min_length=1)
+    tune: TuneConfig | None = None
+    arms: dict[str, list[str]] | None = Field(default=None, min_length=1)  # null: the standard ones
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way to train: a name, and what it changes in the config."""
+
+    name: str
+    overrides: tuple[str, ...]
+
+    @property
+    def slug(self) -> str:
+        """The name as part of a path."""
+        return re.sub(r"[^a-z0-9]+", "_", self.name.lower()).strip("_")
+
+    def run(self, directory: Path, seed: int) -> list[str]:
+        """The overrides of one of its runs."""
+        return [*self.overrides, f"run_dir={json.dumps(str(directory))}", f"seed={seed}"]
+
+
+def read_arms(path: Path) -> ArmsConfig:
+    """The arms that a file names.
+
+    Raises:
+        ConfigError: one message with every problem.
+    """
+    arms = validate(ArmsConfig, read_yaml(path), str(path))
+    if arms.tune and arms.tune.seed in arms.seeds:
+        raise ConfigError(
+            f"{path}: tune.seed: {arms.tune.seed} is one of seeds; a rate chosen on a seed looks "
+            "too good there, take another"
+        )
+    slugs = [Arm(name, ()).slug for name in arms.arms or ()]
+    for slug in slugs:
+        if not slug or slugs.count(slug) > 1:
+            raise ConfigError(f"{path}: arms: two names would share the directory {slug!r}")
+    return arms
+
+
+def standard_arms(path: Path, overrides: Sequence[str], directory: Path) -> list[Arm]:
+    """The paper's arms of a ReLoRA config.
+
+    Args:
+        directory: where the model of the control, full rank with as many parameters as the adapted
+            model trains, may be written.
+
+    Raises:
+        ConfigError: the config has no adapters to compare with full rank.
+    """
+    config = load_config(path, overrides)
+    if config.lora is None or config.relora is None:
+        raise ConfigError(
+            f"{path}: is {config.method}; the standard arms derive from a ReLoRA config. Give one, "
+            "or name the arms in a file (--arms)"
+        )
+    start = f"spectra.start={config.clock.birth}" if config.spectra else ""
+    full = tuple(filter(None, (*FULL_RANK, start)))
+    rate = config.relora.lr or config.lora.lr or config.optimizer.lr
+    lora = ("relora=null", f"lora.lr={rate}")
+    control = json.dumps(str(_write_control(config, directory)))
+    found = [
+        Arm("full rank", full),
+        Arm("control", (*full, f"model={{config: {control}}}")),
+        Arm("LoRA", (*lora, "warm_start=null")),
+        Arm("ReLoRA", ("warm_start=null",)),
+    ]
+    if config.warm_start:
+        found += [Arm("LoRA + warm start", lora), Arm("ReLoRA + warm start", ())]
+    return found
+
+
+def scale_rate(arm: Arm, config: Config, factor: float) -> Arm:
+    """The arm with its learning rate times a factor: the adapters' if it has any.
+
+    Args:
+        config: the arm's own.
+    """
+    key, rate = rate_of(config)
+    return replace(arm, overrides=(*arm.overrides, f"{key}={rate * factor:.6g}"))
+
+
+def rate_of(config: Config) -> tuple[str, float]:
+    """The learning rate that tells a method's arms apart, and the key that sets it."""
+    if config.lora is None:
+        return "optimizer.lr", config.optimizer.lr
+    if config.relora and config.relora.lr:
+        return "relora.lr", config.relora.lr
+    return "lora.lr", config.lora.lr or config.optimizer.lr
+
+
+def _write_control(config: Config, directory: Path) -> Path:
+    """A JSON of the model made narrower, until all of it is as much as the adapted one trains."""
+    from relora.lora.inject import add_adapters
+    from relora.model import build_meta_model, count_parameters, load_model_config
+
+    assert config.lora is not None
+    model = build_meta_model(config.model)
+    add_adapters(model, config.lora)
+    wanted, _ = count_parameters(model)
+    values = load_model_config(config.model).to_dict()
+    width = "n_embd" if "n_embd" in values else "hidden_size"
+    inner = "n_inner" if "n_embd" in values else "intermediate_size"
+    heads = values["n_head" if "n_embd" in values else "num_attention_heads"]
+    sizes: list[tuple[int, dict[str, Any]]] = []
+    for narrower in range(2 * heads, values[width] + 1, 2 * heads):  # rotary wants heads even
+        changed = {**values, width: narrower}
+        if values.get(inner):
+            changed[inner] = max(1, round(values[inner] * narrower / values[width]))
+        if values.get("head_dim"):
+            changed["head_dim"] = narrower // heads
+        sizes.append((_size(changed), changed))
+    _, best = min(sizes, key=lambda one: abs(one[0] - wanted))
+    path = directory / "control_model.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(best, indent=1) + "\n", encoding="utf8")
+    return path
+
+
+def _size(values: dict[str, Any]) -> int:
+    """Number of parameters of a model."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values))
+    return sum(p.numel() for p in model.parameters())

@@ -1,0 +1,226 @@
+"""`relora arms`: train every arm of a comparison, one after the other; goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from relora.arms import Arm, ArmsConfig, rate_of, read_arms, scale_rate, standard_arms
+from relora.config import (
+    MAY_CHANGE,
+    Config,
+    check_world,
+    differences,
+    load_config,
+    load_run_config,
+)
+from relora.errors import PREEMPTED, CheckpointError, ConfigError, NumericsError, UserError
+
+DIVERGED = NumericsError.code  # a result, not a reason to stop
+
+
+def arms(
+    config: Path,
+    overrides: Sequence[str],
+    to: Path,
+    arms: Path | None,
+    seeds: int | None,
+    devices: int | None,
+) -> int:
+    """Train all runs, tune rates first if so asked, and write `runs.txt` and `arms.json` into `to`.
+
+    Returns:
+        0 once every run is finished or has diverged, else the code of the run that stopped.
+
+    Raises:
+        ConfigError: the config, an arm or a run of it is wrong; before anything is trained.
+    """
+    plan = read_arms(arms) if arms else ArmsConfig()
+    if seeds is not None:
+        plan = plan.model_copy(update={"seeds": list(range(seeds))})
+    if plan.arms is None:
+        chosen = standard_arms(config, overrides, to)
+    else:
+        chosen = [Arm(name, tuple(changes)) for name, changes in plan.arms.items()]
+    work = _Work(config, overrides, to, devices)
+    for arm in chosen:  # all of them are sound, before the first is trained
+        work.load(arm, to / "none", 0)
+    to.mkdir(parents=True, exist_ok=True)
+    runs = len(chosen) * len(plan.seeds)
+    work.left = runs + (len(chosen) * len(plan.tune.factors) if plan.tune else 0)
+    try:
+        tuned = _tune(chosen, plan, work) if plan.tune else {}
+        chosen = [tuned[arm.name][0] if tuned else arm for arm in chosen]
+        lines, report = [], {}
+        for arm in chosen:
+            directories = [to / arm.slug / f"seed_{seed}" for seed in plan.seeds]
+            for seed, directory in zip(plan.seeds, directories, strict=True):
+                work.train(arm, directory, seed)
+                lines.append(f"{arm.name}={directory}")
+            report[arm.name] = {
+                "overrides": list(arm.overrides),
+                "runs": list(map(str, directories)),
+                "tried": tuned[arm.name][1] if tuned else None,
+            }
+    except _Stopped as stopped:
+        return stopped.code
+    (to / "runs.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf8")
+    (to / "arms.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf8")
+    print(f"all {runs} runs are done: {to / 'runs.txt'}")
+    return 0
+
+
+class _Stopped(Exception):
+    """A run ended otherwise than by finishing or diverging."""
+
+    def __init__(self, code: int) -> None:
+        self.code = code
+
+
+class _Work:
+    """Trains runs by `relora launch`, passes over what is done, and says how long it will take."""
+
+    def __init__(
+        self, config: Path, overrides: Sequence[str], to: Path, devices: int | None
+    ) -> None:
+        self.config, self.overrides, self.to = config, list(overrides), to
+        self.devices = devices
+        self.model = load_config(config, overrides).model
+        self.left = 0
+        self.seconds: list[float] = []
+
+    def load(self, arm: Arm, directory: Path, seed: int) -> Config:
+        """The config of a run.
+
+        Raises:
+            ConfigError: it is not sound, or does not fit the devices; names the arm.
+        """
+        try:
+            config = load_config(self.config, [*self.overrides, *arm.run(directory, seed)])
+            if self.devices:
+                check_world(config, self.devices)
+        except UserError as error:
+            raise type(error)(f"arm {arm.name!r}: {error}") from None
+        return config
+
+    def train(self, arm: Arm, directory: Path, seed: int) -> float:
+        """Train a run unless it is done; its final validation loss, inf if it diverged.
+
+        Raises:
+            _Stopped: it ended in another way.
+        """
+        config = self.load(arm, directory, seed)
+        self.left -= 1
+        state = _state(directory)
+        if _is_done(state):
+            _check_same(directory, config)
+        else:
+            eta = sum(self.seconds) / len(self.seconds) * (self.left + 1) if self.seconds else None
+            then = "" if eta is None else f", about {eta / 60:.0f} min for all that are left"
+            print(f"── {arm.name}, seed {seed}{then}", flush=True)
+            began = time.monotonic()
+            code = self._launch(arm, directory, seed)
+            self.seconds.append(time.monotonic() - began)
+            state = _state(directory)
+            if not _is_done(state):
+                raise _Stopped(code or PREEMPTED)
+        if state["code"] == DIVERGED:
+            print(f"{arm.name}, seed {seed}: diverged: {state['reason']}")
+            return math.inf
+        return final_loss(directory)
+
+    def _launch(self, arm: Arm, directory: Path, seed: int) -> int:
+        command = [sys.executable, "-m", "relora", "launch"]
+        if self.devices:
+            command += ["--devices", str(self.devices)]
+        command += [str(self.config), *self.overrides, *arm.run(directory, seed)]
+        process = subprocess.Popen(command, env=os.environ)
+        while True:
+            try:
+                return process.wait()
+            except KeyboardInterrupt:  # the terminal has told the launcher too: it saves
+                continue
+
+
+def _tune(
+    chosen: Sequence[Arm], plan: ArmsConfig, work: _Work
+) -> dict[str, tuple[Arm, dict[str, float | None]]]:
+    """Each arm with the best of its rates, and the loss at each rate tried.
+
+    What is found for full rank is the rate of all later arms' warm starts.
+    """
+    assert plan.tune is not None
+    found: dict[str, tuple[Arm, dict[str, float | None]]] = {}
+    warm: tuple[str, ...] = ()
+    for arm in chosen:
+        config = work.load(arm, work.to / "none", plan.tune.seed)
+        if config.lora is not None:
+            arm = Arm(arm.name, (*warm, *arm.overrides))
+        key, rate = rate_of(config)
+        losses = {}
+        for factor in plan.tune.factors:
+            directory = work.to / "tuning" / arm.slug / f"{key}_{rate * factor:.6g}"
+            losses[factor] = work.train(scale_rate(arm, config, factor), directory, plan.tune.seed)
+        best = min(plan.tune.factors, key=lambda factor: losses[factor])
+        edge = best in (min(plan.tune.factors), max(plan.tune.factors))
+        print(
+            f"{arm.name}: {key} {rate * best:.4g} of {', '.join(f'{rate * f:.4g}' for f in losses)}"
+            + (", the edge of what was tried" if edge else "")
+        )
+        best_arm = scale_rate(arm, config, best)
+        if config.lora is None and not warm and config.model == work.model:
+            warm = (f"optimizer.lr={rate * best:.6g}",)
+        tried = {f"{rate * f:.6g}": x if math.isfinite(x) else None for f, x in losses.items()}
+        found[arm.name] = best_arm, tried
+    return found
+
+
+def final_loss(directory: Path) -> float:
+    """The last validation loss of a finished run.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    from relora.runtime.metrics import read_metrics
+
+    losses = [line["eval/loss"] for line in read_metrics(directory) if "eval/loss" in line]
+    if not losses:
+        raise CheckpointError(f"{directory}: is finished and has no evaluation; delete it")
+    return math.inf if losses[-1] is None else losses[-1]
+
+
+def _check_same(directory: Path, config: Config) -> None:
+    """Whether a run that is done is the one that is wanted.
+
+    Raises:
+        ConfigError: it had other settings.
+    """
+    lengths = ("train.steps", "train.tokens")
+    changed = [
+        f"{path}: {old} there, {new} here"
+        for path, old, new in differences(load_run_config(directory), config)
+        if not path.startswith(MAY_CHANGE) or path in lengths
+    ]
+    if changed:
+        raise ConfigError(
+            f"{directory}: is done with other settings ({'; '.join(changed)}); delete it, or take "
+            "another --to"
+        )
+
+
+def _state(directory: Path) -> dict[str, Any]:
+    from relora.runtime.rundir import read_run_state
+
+    return read_run_state(directory) if directory.is_dir() else {}
+
+
+def _is_done(state: dict[str, Any]) -> bool:
+    failed = state.get("status") == "failed" and state.get("code") == DIVERGED
+    return failed or state.get("status") == "finished"
