@@ -198,11 +198,13 @@ def _restart(run: Run, batch: Tensor) -> None:
 
 def _measure(run: Run, merge: int | None) -> None:
     """What the weights did; `merge` is the number of the merge that follows, if one does."""
+    began = time.perf_counter()
     values = measure(run, merge)
-    run.metrics.write(run.step, values)
-    run.metrics.say(console.spectra_line(run.step, values))
     if run.ranks.is_main:
         run.metrics.figure(run.step, "spectra/singular_values", draw(run.config.run_dir, run.step))
+    values["time/spectra_s"] = time.perf_counter() - began
+    run.metrics.write(run.step, values)
+    run.metrics.say(console.spectra_line(run.step, values))
 
 
 def _note_skipped(run: Run, in_a_row: int) -> None:

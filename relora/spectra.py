@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import math
 import statistics
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -98,7 +97,6 @@ def measure(run: Run, merge: int | None) -> dict[str, float]:
     Raises:
         CheckpointError: W_start is gone, or nothing can be written (every rank raises).
     """
-    began = time.perf_counter()
     directory, ranks = run.config.run_dir / "spectra", run.ranks
     earlier = _directions_of_cycle(run, run.config.clock.merges_before(run.step - 1))
     tensors: dict[str, Tensor] = {}
@@ -127,7 +125,7 @@ def measure(run: Run, merge: int | None) -> dict[str, float]:
         known = [row[key] for row in layers if row[key] is not None]
         if known:
             medians[f"spectra/{key}"] = statistics.median(known)
-    return {**medians, "time/spectra_s": time.perf_counter() - began}
+    return medians
 
 
 def draw(run_dir: Path, step: int) -> Any:
@@ -135,7 +133,7 @@ def draw(run_dir: Path, step: int) -> Any:
     from matplotlib.figure import Figure
 
     tensors = load_file(run_dir / "spectra" / f"step_{step:08d}.safetensors")
-    figure = Figure(figsize=(9, 4), layout="constrained")
+    figure = Figure(figsize=(9, 4), dpi=80)
     for axes, what in zip(figure.subplots(1, 2, sharey=True), ("cycle", "total"), strict=True):
         kinds: dict[str, list[Tensor]] = {}
         for key, values in tensors.items():
@@ -143,10 +141,11 @@ def draw(run_dir: Path, step: int) -> Any:
             if of == f"{what}_values":
                 kinds.setdefault(name.rpartition(".")[2], []).append(values)
         for kind, layers in kinds.items():
-            axes.plot(torch.stack(layers).median(dim=0).values.clamp_min(1e-12), label=kind)
+            # A logarithmic axis would take three times as long to draw.
+            axes.plot(torch.stack(layers).median(dim=0).values.clamp_min(1e-12).log10(), label=kind)
         axes.set_title("since the start" if what == "total" else "this cycle")
-        axes.set_yscale("log")
         axes.set_xlabel("number of the singular value")
+        axes.set_ylabel("log₁₀ of it" if what == "cycle" else "")
         axes.grid(alpha=0.25)
     axes.legend(frameon=False)
     return figure

@@ -192,6 +192,7 @@ def main() -> None:
             "lora": {"rank": options.rank},
             "relora": {"cycle_steps": CYCLE},
             "deepspeed": {"zero_stage": options.stage, "precision": options.precision},
+            "spectra": None,
         }
         scenario = Scenario("it", measure, (config, options.repeats))
         results = run_ranks(options.ranks, [scenario], 1800)["it"]

@@ -75,6 +75,7 @@ def settings(model: str, run_dir: str, changes: dict[str, Any]) -> Config:
         "relora": {"cycle_steps": 4, "rewarm_steps": 2, "lr": 1e-2},
         "warm_start": {"steps": 3},
         "deepspeed": {"zero_stage": 1, "precision": "fp32"},
+        "spectra": None,
     }
     for path, value in changes.items():
         *sections, key = path.split(".")

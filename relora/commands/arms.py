@@ -154,13 +154,14 @@ def _tune(
 ) -> dict[str, tuple[Arm, dict[str, float | None]]]:
     """Each arm with the best of its rates, and the loss at each rate tried.
 
-    What is found for full rank is the rate of all later arms' warm starts.
+    What is found for full rank is the rate of the other arms' warm starts.
     """
     assert plan.tune is not None
+    configs = {arm.name: work.load(arm, work.to / "none", plan.tune.seed) for arm in chosen}
     found: dict[str, tuple[Arm, dict[str, float | None]]] = {}
     warm: tuple[str, ...] = ()
-    for arm in chosen:
-        config = work.load(arm, work.to / "none", plan.tune.seed)
+    for arm in sorted(chosen, key=lambda arm: configs[arm.name].lora is not None):
+        config = configs[arm.name]
         if config.lora is not None:
             arm = Arm(arm.name, (*warm, *arm.overrides))
         key, rate = rate_of(config)

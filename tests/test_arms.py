@@ -1,0 +1,220 @@
+"""`relora arms`: what is trained for a comparison, in which order, at which rates."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from relora.arms import Arm, standard_arms
+from relora.commands import arms as command
+from relora.config import Config, dump_config, load_config
+from relora.errors import NumericsError
+from relora.lora.inject import add_adapters
+from relora.model import build_meta_model, build_model, count_parameters
+from runs import make_config, metric_lines, relora
+
+FULL = ["lora=null", "relora=null", "warm_start=null"]
+
+
+def settings(overrides: list[str], config: Path) -> Config:
+    """The config of a run that was asked for."""
+    return load_config(config, overrides)
+
+
+@pytest.mark.parametrize("model", ["llama", "gpt2", "gpt_neox"])
+def test_the_standard_arms_are_the_papers(model: str, tmp_path: Path) -> None:
+    config = make_config(tmp_path / "run")
+    path = json.loads(json.dumps(yaml.safe_load(config.read_text())["model"]["config"]))
+    config = make_config(tmp_path / "run", model={"config": path.replace("llama", model)})
+    arms = standard_arms(config, [], tmp_path / "arms")
+    found = {a.name: settings(a.run(tmp_path / a.slug, 7), config) for a in arms}
+    assert {n: (c.method, bool(c.warm_start)) for n, c in found.items()} == {
+        "full rank": ("full rank", False),
+        "control": ("full rank", False),
+        "LoRA": ("LoRA", False),
+        "ReLoRA": ("ReLoRA", False),
+        "LoRA + warm start": ("LoRA", True),
+        "ReLoRA + warm start": ("ReLoRA", True),
+    }
+    for one in found.values():
+        assert one.seed == 7
+        assert (one.data, one.batch, one.train) == (found["LoRA"].data, one.batch, one.train)
+    # The rate after the birth is the same with and without merges, and full rank has its own.
+    assert {found[n].learning_rate(10) for n in ("LoRA + warm start", "ReLoRA + warm start")} == {
+        found["ReLoRA + warm start"].learning_rate(10)
+    }
+    adapted = build_meta_model(found["ReLoRA"].model)
+    assert found["ReLoRA"].lora is not None
+    add_adapters(adapted, found["ReLoRA"].lora)
+    trainable, _ = count_parameters(adapted)
+    control, _ = count_parameters(build_model(found["control"].model, 0))
+    assert control == pytest.approx(trainable, rel=0.3)  # widths of 16 and 24 lie far apart
+    ids = torch.arange(8)[None]
+    assert build_model(found["control"].model, 0)(input_ids=ids).logits.isfinite().all()
+
+
+def test_the_control_of_a_real_model_is_as_large_as_what_relora_trains(tmp_path: Path) -> None:
+    config = Path("configs/llama_60m_relora.yaml")
+    control = next(a for a in standard_arms(config, [], tmp_path) if a.name == "control")
+    size, _ = count_parameters(build_meta_model(settings(list(control.overrides), config).model))
+    run = load_config(config)
+    model = build_meta_model(run.model)
+    assert run.lora is not None
+    add_adapters(model, run.lora)
+    assert size == pytest.approx(count_parameters(model)[0], rel=0.02)
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
+    """Runs that were asked for; instead of training, a run's loss depends on its rates.
+
+    The best rate is 2e-2 for adapters and 5e-3 for full rank; beyond 0.1 a run diverges.
+    """
+    asked: list[Config] = []
+
+    def launch(work: Any, arm: Arm, directory: Path, seed: int) -> int:
+        config = load_config(work.config, [*work.overrides, *arm.run(directory, seed)])
+        asked.append(config)
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "config.yaml").write_text(dump_config(config))
+        rate = config.learning_rate(10) / config.clock.lr_factor(10)
+        state: dict[str, Any] = {"status": "finished", "reason": "", "step": 24, "code": 0}
+        if rate > 0.1:
+            state |= {"status": "failed", "reason": "not finite", "code": NumericsError.code}
+        loss = 3 + abs(math.log(rate / (2e-2 if config.lora else 5e-3)))
+        (directory / "run_state.json").write_text(json.dumps(state))
+        (directory / "metrics.jsonl").write_text(json.dumps({"step": 24, "eval/loss": loss}) + "\n")
+        return state["code"]
+
+    monkeypatch.setattr(command._Work, "_launch", launch)
+    return asked
+
+
+@pytest.fixture
+def write_arms(tmp_path: Path) -> Callable[..., Path]:
+    """Write a file of arms."""
+
+    def write(**values: Any) -> Path:
+        path = tmp_path / "arms.yaml"
+        path.write_text(yaml.safe_dump(values))
+        return path
+
+    return write
+
+
+def test_rates_are_tuned_on_a_seed_of_their_own_and_the_best_is_used(
+    tmp_path: Path, trained: list[Config], write_arms: Callable[..., Path]
+) -> None:
+    config = make_config(tmp_path / "run", lora={"rank": 4, "lr": 1e-2})
+    values = yaml.safe_load(config.read_text())
+    del values["relora"]["lr"]
+    config.write_text(yaml.safe_dump(values))
+    arms = {"full rank": FULL, "LoRA": ["relora=null"], "ReLoRA": []}
+    file = write_arms(seeds=[3, 4], tune={"factors": [0.5, 1, 2, 20], "seed": 9}, arms=arms)
+    assert relora("arms", config, "--arms", file, "--to", tmp_path / "to") == 0
+    assert [c.seed for c in trained] == [9] * 12 + [3, 4] * 3
+    kept = trained[12:]
+    assert [c.optimizer.lr for c in kept] == [5e-3] * 6  # of full rank, and so of each warm start
+    assert [c.lora.lr for c in kept[2:] if c.lora] == [2e-2] * 4
+    report = json.loads((tmp_path / "to" / "arms.json").read_text())
+    assert report["LoRA"]["tried"]["0.2"] is None  # diverged
+    assert min(report["LoRA"]["tried"].items(), key=lambda x: x[1] or 9)[0] == "0.02"
+    lines = (tmp_path / "to" / "runs.txt").read_text().splitlines()
+    assert lines[-1] == f"ReLoRA={tmp_path / 'to' / 'relora' / 'seed_4'}"
+    # All of it is done: nothing is trained again.
+    trained.clear()
+    assert relora("arms", config, "--arms", file, "--to", tmp_path / "to") == 0
+    assert trained == []
+
+
+def test_a_run_that_diverges_is_a_result_and_one_that_stops_stops_all(
+    tmp_path: Path,
+    trained: list[Config],
+    write_arms: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = make_config(tmp_path / "run")
+    file = write_arms(arms={"wild": ["relora.lr=0.5"], "calm": []})
+    assert relora("arms", config, "--arms", file, "--to", tmp_path / "to") == 0
+    assert len(trained) == 2
+    monkeypatch.setattr(command._Work, "_launch", lambda *_: 75)
+    assert relora("arms", config, "--arms", file, "--to", tmp_path / "again") == 75
+    assert not (tmp_path / "again" / "runs.txt").exists()
+
+
+def test_a_run_with_other_settings_is_not_taken_for_the_one_that_is_wanted(
+    tmp_path: Path,
+    trained: list[Config],
+    write_arms: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = make_config(tmp_path / "run")
+    file = write_arms(arms={"calm": []})
+    assert relora("arms", config, "--arms", file, "--to", tmp_path / "to") == 0
+    trained.clear()
+    for change in ("optimizer.lr=3e-3", "train.steps=30"):
+        assert relora("arms", config, change, "--arms", file, "--to", tmp_path / "to") == 2
+        error = capsys.readouterr().err
+        assert change.split("=")[0] in error
+        assert "delete it" in error
+    assert relora("arms", config, "train.log_every=2", "--arms", file, "--to", tmp_path / "to") == 0
+    assert trained == []
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"arms": {"a b": [], "a-b": []}}, "two names would share the directory 'a_b'"),
+        ({"seeds": [1], "tune": {"factors": [1, 2], "seed": 1}}, "tune.seed: 1 is one of seeds"),
+        ({"arm": {"x": []}}, "arm: unknown key; did you mean arms?"),
+        ({"tune": {"factors": [1], "seed": 5}}, "tune.factors: must have at least 2 of them"),
+        ({"arms": {"x": ["lora.rnk=3"]}}, "arm 'x': "),
+        ({"arms": {"fine": [], "y": ["lora=null"]}}, "arm 'y': "),
+    ],
+)
+def test_a_bad_file_of_arms_is_refused_before_anything_is_trained(
+    values: dict[str, Any],
+    message: str,
+    tmp_path: Path,
+    trained: list[Config],
+    write_arms: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = ("--arms", write_arms(**values), "--to", tmp_path / "to")
+    assert relora("arms", make_config(tmp_path / "run"), *arguments) == 2
+    assert message in capsys.readouterr().err
+    assert trained == []
+
+
+def test_a_full_rank_config_has_no_standard_arms(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = make_config(tmp_path / "run", lora=None, relora=None, warm_start=None)
+    assert relora("arms", config, "--to", tmp_path / "to") == 2
+    assert "the standard arms derive from a ReLoRA config" in capsys.readouterr().err
+
+
+def test_arms_are_trained_under_the_launcher_on_the_same_batches(
+    tmp_path: Path, write_arms: Callable[..., Path]
+) -> None:
+    config = make_config(tmp_path / "run", train__steps=14)
+    file = write_arms(seeds=[5], arms={"full rank": FULL, "ReLoRA": []})
+    to = tmp_path / "to"
+    assert relora("arms", config, "--arms", file, "--to", to, "--devices", 2) == 0
+    first, second = (
+        {x["step"]: x["train/loss"] for x in metric_lines(to / a / "seed_5") if "train/loss" in x}
+        for a in ("full_rank", "relora")
+    )
+    assert len(first) == len(second) == 14
+    # The same weights and data until the adapters come, after 6 steps of warm start.
+    assert [first[s] for s in range(1, 7)] == [second[s] for s in range(1, 7)]
+    assert first[14] != second[14]
+    environment = json.loads((to / "relora" / "seed_5" / "environment.json").read_text())
+    assert environment["world_size"] == 2
