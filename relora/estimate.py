@@ -14,7 +14,8 @@ from relora.dryrun import Matrix, Shape, dry_run, shape_of
 
 # DeepSpeed's defaults, in entries, where `deepspeed.extra` says nothing else.
 REDUCE_BUCKET = 5e8
-LIVE_PARAMETERS = 1e9
+REUSE_DISTANCE = 1e9
+PREFETCH_BUCKET = 5e7
 PERSISTENT = 1e5  # under ZeRO 3, smaller parameters are whole on every rank
 # At the peak of the loss, in bytes a logit: log-probabilities, their gradient, that of the logits,
 # all fp32, when transformers' copies of the logits are gone again.
@@ -144,7 +145,7 @@ def bytes_per_step(config: Config, world: int, adapters: bool) -> float:
     bytes_of = [size * (width if trainable else frozen_width) for size, trainable in sizes]
     whole = [size <= _option(config, "stage3_param_persistence_threshold") for size, _ in sizes]
     kept = sum(b for b, w in zip(bytes_of, whole, strict=True) if w)
-    gathers = 1 + _released(config, sizes)
+    gathers = 1 + _released(config)
     micro_batches = config.batch.global_batch_size // (config.batch.micro_batch_size * world)
     return share * (trained + kept + micro_batches * gathers * (sum(bytes_of) - kept))
 
@@ -219,26 +220,27 @@ def _option(config: Config, name: str) -> float:
     """One of DeepSpeed's options of zero_optimization."""
     defaults = {
         "reduce_bucket_size": REDUCE_BUCKET,
-        "stage3_max_live_parameters": LIVE_PARAMETERS,
-        "stage3_max_reuse_distance": LIVE_PARAMETERS,
+        "stage3_prefetch_bucket_size": PREFETCH_BUCKET,
+        "stage3_max_reuse_distance": REUSE_DISTANCE,
         "stage3_param_persistence_threshold": PERSISTENT,
     }
     given = config.deepspeed.extra.get("zero_optimization", {})
     return float(given.get(name, defaults[name]))
 
 
-def _released(config: Config, sizes: list[tuple[int, bool]]) -> float:
+def _released(config: Config) -> float:
     """Share of the weights that ZeRO 3 lets go of between forward and backward pass.
 
-    A weight stays if it is used again within so many entries' worth of layers; from the last layer
-    back, that is the half of them.
+    A weight stays if no more entries than the reuse distance lie between its two uses: those of the
+    layers behind it, there and back.
     """
-    total = sum(size for size, _ in sizes)
-    reach = min(
-        _option(config, "stage3_max_reuse_distance") / 2,
-        _option(config, "stage3_max_live_parameters"),
-    )
-    return max(0.0, 1 - reach / total)
+    sizes = [size for size, _ in shape_of(config).parameters]
+    reach, behind, released = _option(config, "stage3_max_reuse_distance"), 0, 0
+    for size in reversed(sizes):
+        if 2 * behind >= reach:
+            released += size
+        behind += size
+    return released / behind
 
 
 def _larger_phase(config: Config, world: int) -> bool:
@@ -262,13 +264,11 @@ def _held(config: Config, world: int, adapters: bool) -> dict[str, float]:
     if relora and relora.precision == "rounded":
         completes = 0.0
     on_device = relora is not None and relora.remainder == "device"
-    # ZeRO 3 updates its fp32 shards themselves unless they lie on the host.
-    aliased = stage == 0 or (stage == 3 and width == 4 and not section.offload_optimizer)
     parts = {
         "weights": weights,
         "remainder": completes if on_device else 0.0,
         "gradients": width * mine,
-        "masters": 0.0 if aliased else 4 * mine,
+        "masters": 4 * mine if stage else 0.0,  # a second copy even of fp32 weights
         "moments": 8 * mine,
         "host": 0.0 if on_device else completes,
     }
@@ -308,7 +308,8 @@ def _gathered(config: Config, sizes: list[tuple[int, bool]]) -> float:
     width, frozen_width = _widths(config)
     total = sum(size for size, _ in sizes)
     whole = sum(size * (width if trainable else frozen_width) for size, trainable in sizes)
-    return whole * min(1.0, _option(config, "stage3_max_live_parameters") / total)
+    ahead = _option(config, "stage3_prefetch_bucket_size") / total
+    return whole * min(1.0, 1 - _released(config) + ahead)
 
 
 def _peaks(config: Config, world: int, adapters: bool) -> dict[str, float]:

@@ -33,6 +33,8 @@ LEVELS = {
     "relora.subject": 2,
     "relora.dryrun": 2,
     "relora.estimate": 2,
+    "relora.timeline": 2,
+    "relora.advice": 2,
     "relora.run": 2,
     "relora.loop": 2,
     "relora.guard": 2,
