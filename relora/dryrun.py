@@ -147,12 +147,19 @@ def _dry_run(
 
 def _fake_model(model_config: ModelConfig, lora: str, precision: str) -> Any:
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     from relora.lora.inject import adapted_layers, add_adapters
 
     model = AutoModelForCausalLM.from_config(load_model_config(model_config))
     model.config.use_cache = False
+    if model.config._attn_implementation == "sdpa":
+        # As in training, where transformers sees that the mask is causal and no more; it will not
+        # look at tensors that hold nothing, and would make masks of all of them.
+        AttentionInterface.register("causal", sdpa_attention_forward)
+        AttentionMaskInterface.register("causal", lambda *_, **__: None)
+        model.set_attn_implementation("causal")
     if lora:
         add_adapters(model, LoRAConfig.model_validate_json(lora))
     for _, layer in adapted_layers(model):

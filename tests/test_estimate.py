@@ -253,6 +253,7 @@ ENGINES = [
 # ZeRO 3 as it is with a model of billions: little stays, weights go between forward and backward.
 LARGE = {"zero_optimization": {
     "stage3_param_persistence_threshold": 0,
+    "stage3_max_live_parameters": 3000,  # or all would be fetched ahead, and stay
     "stage3_max_reuse_distance": 3000,
 }}  # fmt: skip
 
