@@ -43,11 +43,19 @@ def _add_training_verbs(verbs: Verbs) -> None:
     plan = _verb(
         verbs,
         "plan",
-        "show a run before spending on it: timeline, parameters, tokens",
-        "relora plan configs/llama_60m_relora.yaml relora.cycle_steps=2500",
+        "show a run before spending on it: timeline, parameters, memory, FLOPs, hours, warnings",
+        "relora plan configs/llama_60m_relora.yaml --devices 4 --tokens-per-s 400000 "
+        "--png plan.png relora.cycle_steps=2500",
     )
     _config(plan)
     plan.add_argument("--devices", type=_positive, default=1, metavar="N", help="ranks to plan for")
+    plan.add_argument("--png", type=Path, metavar="FILE", help="draw the timeline there too")
+    plan.add_argument(
+        "--tokens-per-s",
+        type=_above_0,
+        metavar="X",
+        help="of the whole job, all ranks together: gives hours and GPU-hours",
+    )
 
     prepare = _verb(
         verbs,
@@ -195,6 +203,13 @@ def _at_least_0(text: str) -> float:
     value = float(text)
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"{value:g}: must be at least 0")
+    return value
+
+
+def _above_0(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text}: must be a number above 0")
     return value
 
 

@@ -15,14 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from relora.cli import main
-from relora.commands.plan import count_by_group, phases
+from relora.commands.plan import count_by_group
 from relora.config import build_config, load_config
 from relora.data.prepare import prepare
+from relora.estimate import full_rank_twin, memory_by_part, peak_memory, training_flops
 from relora.lora.config import LoRAConfig
 from relora.lora.inject import add_adapters
 from relora.model import ModelConfig, build_meta_model, count_parameters
 from relora.runtime.config import parse_count
-from relora.runtime.metrics import format_count
+from relora.runtime.metrics import format_bytes, format_count
+from relora.timeline import phases
 
 ROOT = Path(__file__).parent.parent
 LLAMA = {
@@ -250,6 +252,8 @@ WARNINGS = {
     "relora.reset.masks=independent": "relora.reset.masks independent: updates of first moment",
     "relora.lr=null": "relora.lr null: 1.0e-03 as in full rank; the paper doubles it",
     "schedule.warmup_steps=0": "schedule.warmup_steps 0: full learning rate on random weights",
+    "lora.rank=24": "lora.rank 24: 3 cycles add up to rank 72, and no adapted weight goes beyond",
+    "lora.rank=30": "a step with adapters takes 1.",
     "train.eval_every=null": "train.eval_every null: one validation loss at the end, no curve",
     "train.steps=2000": "train.save_every null: a crash loses the whole run",
 }
@@ -326,3 +330,84 @@ def test_the_plan_says_what_a_merge_sends(config: Path, capsys: pytest.CaptureFi
     page = page_of(capsys, str(config), "deepspeed.zero_stage=3")
     assert re.search(r"A and B are gathered, \S+B in \d+ collectives", page)
     assert "merges       none" in page_of(capsys, str(config), "relora=null")
+
+
+def test_memory_stands_beside_that_of_full_rank(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = ["deepspeed.precision=bf16", "deepspeed.zero_stage=1"]
+    page = page_of(capsys, str(config), "--devices", "2", *overrides)
+    table = page[page.index("memory per rank") :].split("\n\n")[0]
+    cells = [re.split(r"\s{2,}", line.strip()) for line in table.splitlines()[1:]]
+    rows = {name: both[:2] for name, *both in cells}
+    run = load_config(config, overrides)
+    twin = full_rank_twin(run)
+    for part, both in {
+        **{p: [memory_by_part(r, 2, r is run)[p] for r in (run, twin)]
+           for p in ("weights", "gradients", "masters", "moments", "activations", "logits",
+                     "buffers")},
+        "in host memory": [memory_by_part(run, 2, True)["host"], 0],
+        "peak": [peak_memory(run, 2, True), peak_memory(twin, 2, False)],
+    }.items():  # fmt: skip
+        assert rows[part] == [format_bytes(size) for size in both], part
+    assert "remainder" not in rows  # it lies in host memory
+    assert "the warm start is full rank and needs its memory" in table
+    alone = page_of(capsys, str(config), "lora=null", "relora=null", "warm_start=null")
+    assert "memory per rank       full rank\n" in alone
+    assert "with adapters" not in alone
+
+
+def test_hours_follow_from_the_throughput_of_the_whole_job(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # 25,600 tokens at 10 a second.
+    page = page_of(capsys, str(config), "--devices", "4", "--tokens-per-s", "10")
+    assert "time         0.711 hours, 2.84 GPU-hours on 4 at 10 tokens/s together" in page
+    run = load_config(config)
+    ratio = training_flops(run, 100) / training_flops(full_rank_twin(run), 100)
+    assert f"in the whole run, {ratio:.3g} of full rank's over the same tokens" in page
+    assert f"full rank at the same FLOPs per second: {25_600 / 36_000 / ratio:.3g} hours" in page
+    assert "give --tokens-per-s for hours" in page_of(capsys, str(config))
+    for wrong in ("0", "-1", "inf", "nan", "x"):
+        with pytest.raises(SystemExit, match="2"):
+            main(["plan", str(config), f"--tokens-per-s={wrong}"])
+
+
+def test_traffic_is_shown_for_several_ranks(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "traffic" not in page_of(capsys, str(config))
+    assert re.search(
+        r"traffic      \S+B received per rank and step in full rank, \S+B with adapters",
+        page_of(capsys, str(config), "--devices", "2"),
+    )
+
+
+@pytest.mark.parametrize("overrides", [[], ["lora=null", "relora=null", "warm_start=null"]])
+def test_the_timeline_is_drawn_as_a_picture(
+    overrides: list[str], config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = page_of(capsys, str(config), "--png", "plan.png", *overrides)
+    assert "picture      plan.png\n" in page
+    assert Path("plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("where", ["nowhere/plan.png", "."])
+def test_a_picture_without_a_place_is_refused_before_any_work(
+    where: str, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", str(config), "--png", where]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.count("\n") == 1
+    assert f"--png {where}" in said.err
+
+
+def test_ranks_without_work_are_warned_of(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def said(*arguments: str) -> str:
+        return " ".join(page_of(capsys, str(config), *arguments).split())
+
+    assert "with micro-batch 2 any more would stay unused" in said("--devices", "4")
+    assert "stay unused" not in said("--devices", "2")
+    assert "one rank has nothing to share" in said()
+    assert "nothing to share" not in said("deepspeed.zero_stage=0")

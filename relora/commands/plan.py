@@ -2,48 +2,49 @@
 
 from __future__ import annotations
 
-import itertools
 import shlex
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from relora.config import Config, check_world, load_config
+from relora.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import nn
 
 WIDTH = 100  # columns of the page
-CURVE_WIDTH, CURVE_HEIGHT = 80, 8
-MAX_CYCLES = 12  # more cycles than this are cut out of the middle of the timeline
-# Compute-optimal training sees about 20 tokens a parameter (arXiv 2203.15556, table 3).
-TOKENS_PER_PARAMETER = 20
-BARS = " ▁▂▃▄▅▆▇█"
 
 
-class Phase(NamedTuple):
-    """Updates start + 1 … stop, between two events of the clock."""
+def plan(
+    config: Path,
+    overrides: Sequence[str],
+    devices: int,
+    png: Path | None = None,
+    tokens_per_s: float | None = None,
+) -> int:
+    """Print model, method, timeline, parameters, memory, arithmetic, batch geometry and warnings.
 
-    name: str
-    start: int
-    stop: int
-    ends_in: str
-
-
-def plan(config: Path, overrides: Sequence[str], devices: int) -> int:
-    """Print model, method, timeline, parameters, tokens, batch geometry and warnings.
+    Args:
+        png: also draw the timeline there.
+        tokens_per_s: of the whole job, over all devices; then hours are printed too.
 
     Raises:
-        ConfigError: the config is wrong in itself, or does not fit its model or `devices` ranks.
+        ConfigError: the config is wrong in itself, or does not fit its model or `devices` ranks;
+            or there is no directory for the picture.
     """
     run = load_config(config, overrides)
     check_world(run, devices)
+    if png is not None and (not png.parent.is_dir() or png.is_dir()):
+        raise ConfigError(f"--png {png}: {png.parent} is no directory, or {png.name} is one")
     # Imported after the config is known to be sound, since torch takes seconds.
     from relora.lora.inject import adapted_layers, add_adapters
     from relora.model import build_meta_model
+    from relora.subject import structure_of
+    from relora.timeline import curve, draw, timeline
 
-    model = build_meta_model(run.model)
+    model = build_meta_model(structure_of(run))
     parameters = sum(p.numel() for p in model.parameters())
     shapes = {}
     if run.lora is not None:
@@ -52,16 +53,21 @@ def plan(config: Path, overrides: Sequence[str], devices: int) -> int:
     corpus = _corpus_tokens(run)
     for lines in (
         _header(run, model, str(config)),
-        _timeline(run),
-        _curve(run),
+        timeline(run),
+        curve(run),
         _parameters(run, model, shapes),
+        _memory(run, devices),
+        _arithmetic(run, devices, tokens_per_s),
         _budget(run, parameters, devices, corpus),
         _disk(run, model, parameters),
         _merges(run, shapes),
         _engines(run),
-        _warnings(run, parameters, shapes, corpus),
+        _warnings(run, parameters, shapes, corpus, devices),
     ):
         print("\n".join(lines), end="\n\n")
+    if png is not None:
+        draw(run, png)
+        print(f"picture      {png}")
     print(f"next         relora prepare {shlex.join([str(config), *overrides])}")
     print(f"             relora launch --devices {devices} {shlex.join([str(config), *overrides])}")
     return 0
@@ -92,22 +98,6 @@ def count_by_group(model: nn.Module) -> dict[str, tuple[int, int]]:
     return {group: counts for group, counts in groups.items() if any(counts)}
 
 
-def phases(config: Config) -> list[Phase]:
-    """The run cut at every birth and merge."""
-    clock = config.clock
-    if clock.birth is None:
-        return [Phase("full rank", 0, clock.total, "end")]
-    cut = []
-    if clock.birth > 0:
-        cut.append(Phase("warm start", 0, clock.birth, "adapters are born"))
-    starts = [clock.birth, *clock.merge_steps()]
-    name = "cycle" if clock.cycle else "LoRA"
-    for number, (start, stop) in enumerate(zip(starts, [*starts[1:], clock.total], strict=True), 1):
-        ends_in = "end" if stop == clock.total else f"merge {number}"
-        cut.append(Phase(f"{name} {number}" if clock.cycle else name, start, stop, ends_in))
-    return cut
-
-
 def _header(config: Config, model: nn.Module, path: str) -> list[str]:
     shape = model.config
     layers, width = shape.num_hidden_layers, shape.hidden_size  # type: ignore[union-attr]
@@ -133,51 +123,6 @@ def _header(config: Config, model: nn.Module, path: str) -> list[str]:
     return lines
 
 
-def _timeline(config: Config) -> list[str]:
-    from relora.runtime.metrics import format_count
-
-    lines = ["timeline             steps                 tokens    peak LR   then"]
-    cut = phases(config)
-    left_out = len(cut) - MAX_CYCLES
-    for number, phase in enumerate(cut):
-        if left_out > 1 and MAX_CYCLES - 3 <= number < len(cut) - 3:
-            if number == MAX_CYCLES - 3:
-                lines.append(f"  … {left_out} more cycles …")
-            continue
-        peak = max(config.learning_rate(step) for step in range(phase.start, phase.stop))
-        tokens = format_count(phase.stop * config.tokens_per_step)
-        lines.append(
-            f"  {phase.name:<12} {phase.start:>9,} – {phase.stop:<9,} {tokens:>12} {peak:>10.2e}   "
-            f"{phase.ends_in}"
-        )
-    return lines
-
-
-def _curve(config: Config) -> list[str]:
-    """The learning rate as a bar chart; a column with a restart in it shows its lowest rate."""
-    clock = config.clock
-    columns = min(CURVE_WIDTH, clock.total)
-    edges = [round(n * clock.total / columns) for n in range(columns + 1)]
-    marks = dict.fromkeys(clock.merge_steps(), "▲") | ({clock.birth: "△"} if clock.birth else {})
-    bars, under = [], ""
-    for start, stop in itertools.pairwise(edges):
-        rates = [config.learning_rate(step) for step in range(start, stop)]
-        events = [marks[step] for step in range(start, stop) if step in marks]
-        bars.append(min(rates) if events else max(rates))
-        under += events[-1] if events else "─"
-    # No column shows the highest rate if every peak shares one with a restart.
-    peak = max(config.learning_rate(step) for step in range(clock.total))
-    lines = [f"learning rate, {columns} columns of {clock.total / columns:,.4g} steps"]
-    for row in reversed(range(CURVE_HEIGHT)):
-        eighths = [max(0, min(8, round(8 * (r / peak * CURVE_HEIGHT - row)))) for r in bars]
-        label = f"{peak:.1e}" if row == CURVE_HEIGHT - 1 else ""
-        lines.append(f"{label:>11} │" + "".join(BARS[n] for n in eighths).rstrip())
-    lines.append(f"{'0':>11} └{under}")
-    if marks:
-        lines.append(" " * 13 + ("△ adapters are born   " if clock.birth else "") + "▲ merge")
-    return lines
-
-
 def _parameters(config: Config, model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> list[str]:
     lines = [f"parameters {'trainable':>20} {'frozen':>18} {'together':>18}"]
     groups = count_by_group(model)
@@ -191,6 +136,76 @@ def _parameters(config: Config, model: nn.Module, shapes: dict[str, tuple[int, .
             f"  {total[0] / sum(total):.1%} is trained once adapters are born; their updates sum "
             f"to rank {min(full, cycles * rank)} of {full} at most",
         ]
+    return lines
+
+
+def _memory(config: Config, devices: int) -> list[str]:
+    """Memory per device by part, with adapters beside full rank."""
+    from relora.estimate import PARTS, full_rank_twin, memory_by_part, peak_memory
+    from relora.runtime.metrics import format_bytes
+
+    columns = {"full rank": (full_rank_twin(config), False)}
+    if config.lora is not None:
+        columns = {"with adapters": (config, True), **columns}
+    found = {name: memory_by_part(run, devices, on) for name, (run, on) in columns.items()}
+    peaks = {name: peak_memory(run, devices, on) for name, (run, on) in columns.items()}
+    lines = ["memory per rank" + "".join(f"{name:>16}" for name in columns)]
+    for part in (*PARTS, "host"):
+        if any(parts[part] for parts in found.values()):
+            row = "".join(f"{format_bytes(found[name][part]):>16}" for name in columns)
+            label = "in host memory" if part == "host" else part
+            lines.append(f"  {label:<13}{row}")
+    row = "".join(f"{format_bytes(peaks[name]):>16}" for name in columns)
+    lines.append(f"  {'peak':<13}{row}   the largest parts do not all meet")
+    if config.warm_start:
+        lines.append("  the warm start is full rank and needs its memory until adapters are born")
+    return lines
+
+
+def _arithmetic(config: Config, devices: int, tokens_per_s: float | None) -> list[str]:
+    """FLOPs, traffic, and time at a given throughput; all beside full rank."""
+    from relora.estimate import (
+        break_even,
+        bytes_per_step,
+        flops_per_token,
+        speedup_ceiling,
+        training_flops,
+    )
+    from relora.runtime.metrics import format_bytes, format_count
+
+    full, even = flops_per_token(config, False), break_even(config)
+    whole = training_flops(config, config.total_steps)
+    a_token = f"FLOPs        {format_count(full.total)} a token in full rank"
+    a_run = f"             {whole:.3g} in the whole run"
+    lines = [a_token, a_run]
+    adapters = config.lora is not None
+    if adapters:
+        with_adapters = flops_per_token(config, True).total
+        lines = [
+            f"{a_token}, {format_count(with_adapters)} with adapters: {1 / even.step:.3g} times as "
+            "fast",
+            f"             at best {speedup_ceiling(config):.3g} times, the ceiling by arithmetic",
+            f"{a_run}, {even.flops:.3g} of full rank's over the same tokens",
+            "break-even   done before full rank if a step with adapters takes less than "
+            f"{100 * even.time_limit:.4g} % of its time",
+        ]
+    if devices > 1:
+        traffic = f"traffic      {format_bytes(bytes_per_step(config, devices, False))} "
+        traffic += "received per rank and step in full rank"
+        if adapters:
+            traffic += f", {format_bytes(bytes_per_step(config, devices, True))} with adapters"
+        lines.append(traffic)
+    if tokens_per_s is None:
+        return [*lines, "time         give --tokens-per-s for hours and GPU-hours"]
+    hours = config.total_steps * config.tokens_per_step / tokens_per_s / 3600
+    lines.append(
+        f"time         {hours:,.3g} hours, {hours * devices:,.3g} GPU-hours on {devices} at "
+        f"{format_count(tokens_per_s)} tokens/s together"
+    )
+    if adapters:
+        lines.append(
+            f"             full rank at the same FLOPs per second: {hours / even.flops:,.3g} hours"
+        )
     return lines
 
 
@@ -274,71 +289,17 @@ def _disk(config: Config, model: nn.Module, parameters: int) -> list[str]:
 
 
 def _warnings(
-    config: Config, parameters: int, shapes: dict[str, tuple[int, ...]], corpus: int | None
+    config: Config,
+    parameters: int,
+    shapes: dict[str, tuple[int, ...]],
+    corpus: int | None,
+    devices: int,
 ) -> list[str]:
-    found = [
-        *_warn_adapters(config, shapes),
-        *_warn_restarts(config),
-        *_warn_budget(config, parameters, corpus),
-    ]
+    from relora.advice import doubts
+
+    found = doubts(config, parameters, shapes, corpus, devices)
     wrap = textwrap.TextWrapper(WIDTH, initial_indent="! ", subsequent_indent="  ")
     return [wrap.fill(line) for line in found] or ["no warnings"]
-
-
-def _warn_adapters(config: Config, shapes: dict[str, tuple[int, ...]]) -> Iterator[str]:
-    if config.lora is None:
-        return
-    rank = config.lora.rank
-    large = [name for name, (m, n) in shapes.items() if rank * (m + n) >= m * n]
-    if large:
-        yield (
-            f"lora.rank {rank}: A and B hold as many numbers as the weight itself in {len(large)} "
-            f"of {len(shapes)} layers ({large[0]})"
-        )
-    if config.model.config and not config.warm_start:
-        yield (
-            "no warm_start: from random weights, low rank from the first step on costs much "
-            "(130M: perplexity 29.8, and 25.0 with it; arXiv 2307.05695)"
-        )
-
-
-def _warn_restarts(config: Config) -> Iterator[str]:
-    relora, clock = config.relora, config.clock
-    if relora is None or clock.birth is None:
-        return
-    if 5 * relora.rewarm_steps > relora.cycle_steps:
-        share = relora.rewarm_steps / relora.cycle_steps
-        yield f"relora.rewarm_steps {relora.rewarm_steps}: {share:.0%} of every cycle is warm-up"
-    last = clock.total - clock.merge_steps()[-1]
-    if 2 * last < relora.cycle_steps:
-        yield f"the last cycle has only {last:,} of {relora.cycle_steps:,} steps"
-    if relora.reset.mode == "none":
-        yield "relora.reset.mode none: old moments steer the new A and B (diverged in the paper)"
-    elif relora.rewarm_steps == 0:
-        yield "relora.rewarm_steps 0: full learning rate on moments just reset"
-    if relora.reset.masks == "independent":
-        yield "relora.reset.masks independent: updates of first moment / eps, far too large"
-    if relora.lr is None:
-        yield f"relora.lr null: {config.optimizer.lr:.1e} as in full rank; the paper doubles it"
-    if relora.precision == "rounded":
-        yield "relora.precision rounded: bf16 weights drop most of a small update at each merge"
-
-
-def _warn_budget(config: Config, parameters: int, corpus: int | None) -> Iterator[str]:
-    tokens = config.total_steps * config.tokens_per_step
-    if config.model.config and tokens < TOKENS_PER_PARAMETER / 2 * parameters:
-        yield (
-            f"{tokens / parameters:.2g} tokens a parameter; about {TOKENS_PER_PARAMETER} are "
-            "compute-optimal"
-        )
-    if corpus is not None and tokens > corpus:
-        yield f"the corpus is read {tokens / corpus:.2g} times; beyond 4 times repetition costs"
-    if config.schedule.warmup_steps == 0 and config.model.config:
-        yield "schedule.warmup_steps 0: full learning rate on random weights"
-    if config.train.save_every is None and config.total_steps > 1000:
-        yield "train.save_every null: a crash loses the whole run"
-    if config.train.eval_every is None:
-        yield "train.eval_every null: one validation loss at the end, no curve"
 
 
 def _corpus_tokens(config: Config) -> int | None:

@@ -1,0 +1,121 @@
+"""What a careful colleague would say about a config before it costs anything."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from relora.config import Config
+from relora.estimate import break_even, peak_memory
+
+# Compute-optimal training sees about 20 tokens a parameter (arXiv 2203.15556, table 3).
+TOKENS_PER_PARAMETER = 20
+
+
+def doubts(
+    config: Config,
+    parameters: int,
+    shapes: dict[str, tuple[int, ...]],
+    corpus: int | None,
+    devices: int,
+) -> list[str]:
+    """One sentence about each doubtful setting.
+
+    Args:
+        parameters: of the model in full rank.
+        shapes: of the adapted weights, by layer.
+        corpus: training tokens; None = not prepared yet.
+        devices: ranks.
+    """
+    return [
+        *_adapters(config, shapes),
+        *_restarts(config),
+        *_budget(config, parameters, corpus),
+        *_ranks(config, devices),
+    ]
+
+
+def _adapters(config: Config, shapes: dict[str, tuple[int, ...]]) -> Iterator[str]:
+    if config.lora is None:
+        return
+    rank = config.lora.rank
+    large = [name for name, (m, n) in shapes.items() if rank * (m + n) >= m * n]
+    if large:
+        yield (
+            f"lora.rank {rank}: A and B hold as many numbers as the weight itself in {len(large)} "
+            f"of {len(shapes)} layers ({large[0]})"
+        )
+    cycles, full = len(config.clock.merge_steps()) + 1, max(map(min, shapes.values()))
+    if cycles * rank > 2 * full:
+        yield (
+            f"lora.rank {rank}: {cycles} cycles add up to rank {cycles * rank}, and no adapted "
+            f"weight goes beyond {full}: the rest stays unused; take fewer or a lower rank"
+        )
+    if config.model.config and not config.warm_start:
+        yield (
+            "no warm_start: from random weights, low rank from the first step on costs much "
+            "(130M: perplexity 29.8, and 25.0 with it; arXiv 2307.05695)"
+        )
+
+
+def _restarts(config: Config) -> Iterator[str]:
+    relora, clock = config.relora, config.clock
+    if relora is None or clock.birth is None:
+        return
+    if 5 * relora.rewarm_steps > relora.cycle_steps:
+        share = relora.rewarm_steps / relora.cycle_steps
+        yield f"relora.rewarm_steps {relora.rewarm_steps}: {share:.0%} of every cycle is warm-up"
+    last = clock.total - clock.merge_steps()[-1]
+    if 2 * last < relora.cycle_steps:
+        yield f"the last cycle has only {last:,} of {relora.cycle_steps:,} steps"
+    if relora.reset.mode == "none":
+        yield "relora.reset.mode none: old moments steer the new A and B (diverged in the paper)"
+    elif relora.rewarm_steps == 0:
+        yield "relora.rewarm_steps 0: full learning rate on moments just reset"
+    if relora.reset.masks == "independent":
+        yield "relora.reset.masks independent: updates of first moment / eps, far too large"
+    if relora.lr is None:
+        yield f"relora.lr null: {config.optimizer.lr:.1e} as in full rank; the paper doubles it"
+    if relora.precision == "rounded":
+        yield "relora.precision rounded: bf16 weights drop most of a small update at each merge"
+
+
+def _budget(config: Config, parameters: int, corpus: int | None) -> Iterator[str]:
+    tokens = config.total_steps * config.tokens_per_step
+    if config.model.config and tokens < TOKENS_PER_PARAMETER / 2 * parameters:
+        yield (
+            f"{tokens / parameters:.2g} tokens a parameter; about {TOKENS_PER_PARAMETER} are "
+            "compute-optimal"
+        )
+    if corpus is not None and tokens > corpus:
+        yield f"the corpus is read {tokens / corpus:.2g} times; beyond 4 times repetition costs"
+    if config.schedule.warmup_steps == 0 and config.model.config:
+        yield "schedule.warmup_steps 0: full learning rate on random weights"
+    if config.train.save_every is None and config.total_steps > 1000:
+        yield "train.save_every null: a crash loses the whole run"
+    if config.train.eval_every is None:
+        yield "train.eval_every null: one validation loss at the end, no curve"
+
+
+def _ranks(config: Config, devices: int) -> Iterator[str]:
+    """Of arithmetic that does not pay, and of ranks that have nothing to do."""
+    step = break_even(config).step
+    if step > 1:
+        yield (
+            f"a step with adapters takes {step:.3g} of a full-rank one's arithmetic at this size; "
+            "what is left to gain is memory"
+        )
+    batch, section = config.batch, config.deepspeed
+    if devices > 1 and devices == batch.global_batch_size // batch.micro_batch_size:
+        yield (
+            f"batch: {devices} ranks share {batch.global_batch_size} sequences without "
+            f"accumulation; with micro-batch {batch.micro_batch_size} any more would stay unused"
+        )
+    if devices == 1 and section.zero_stage and section.precision != "deepspeed_bf16":
+        alone = section.model_copy(update={"zero_stage": 0, "offload_optimizer": False})
+        least = peak_memory(config.model_copy(update={"deepspeed": alone}), 1)
+        share = 1 - least / peak_memory(config, 1)
+        if share > 0.02:
+            yield (
+                f"deepspeed.zero_stage {section.zero_stage}: one rank has nothing to share, and "
+                f"zero_stage 0 takes {share:.0%} less of a GPU's memory"
+            )

@@ -1,0 +1,453 @@
+"""Estimates are what real models and engines do: counted by torch, tensor by tensor, by message."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from ranks import Outcomes, Scenario, on_ranks, run_ranks
+from relora.config import Config, build_config, load_config
+from relora.dryrun import dry_run
+from relora.estimate import (
+    PARTS,
+    break_even,
+    bytes_per_step,
+    flops_per_token,
+    full_rank_twin,
+    memory_by_part,
+    merge_flops,
+    peak_memory,
+    speedup_ceiling,
+    training_flops,
+)
+from relora.lora.inject import add_adapters
+from relora.model import build_model
+
+ROOT = Path(__file__).parent.parent
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 512,
+    "hidden_size": 32,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+}
+NO_TOKENS = {"bos_token_id": None, "eos_token_id": None}
+GPT2 = {"model_type": "gpt2", "vocab_size": 512, "n_embd": 32, "n_layer": 3, "n_head": 2,
+        "n_positions": 64, **NO_TOKENS}  # fmt: skip
+MODELS = {
+    "llama": LLAMA,
+    "gpt2": GPT2,
+    "gpt2 without dropout": {**GPT2, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    "gpt_neox": {
+        **LLAMA, "model_type": "gpt_neox", "num_key_value_heads": 4, **NO_TOKENS
+    },
+}  # fmt: skip
+
+
+def config_of(directory: Path, model: dict[str, Any], **changes: Any) -> Config:
+    """A ReLoRA run of a model: 100 steps of 8 × 32 tokens, 20 of them in full rank."""
+    path = directory / "model.json"
+    path.write_text(json.dumps(model))
+    values = {
+        "run_dir": str(directory / "run"),
+        "model": {"config": str(path), "gradient_checkpointing": changes.pop("again", False)},
+        "data": {"source": "python", "tokenizer": {"path": "none"}, "sequence_length": 32},
+        "batch": {"global_batch_size": 8, "micro_batch_size": 2},
+        "train": {"steps": 100},
+        "optimizer": {"lr": 0.001},
+        "lora": {"rank": 4},
+        "relora": {"cycle_steps": 30, "rewarm_steps": 5},
+        "warm_start": {"steps": 20},
+        "deepspeed": {"precision": "fp32"},
+        **changes,
+    }
+    return build_config(values, "test")
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("adapters", [False, True], ids=["full rank", "adapters"])
+@pytest.mark.parametrize("name", MODELS)
+def test_flops_are_those_that_torch_counts(
+    name: str, adapters: bool, again: bool, tmp_path: Path
+) -> None:
+    config = config_of(tmp_path, MODELS[name], again=again)
+    model = build_model(config.model, 0)
+    model.set_attn_implementation("eager")  # torch does not count the fused kernel of CPUs
+    if adapters:
+        assert config.lora is not None
+        add_adapters(model, config.lora)
+    model.train()
+    tokens = torch.zeros(2, 32, dtype=torch.long)
+    with FlopCounterMode(display=False) as forward:
+        loss = model(input_ids=tokens, labels=tokens).loss
+    with FlopCounterMode(display=False) as backward:
+        loss.backward()
+    flops = flops_per_token(config, adapters)
+    assert flops.forward == pytest.approx(forward.get_total_flops() / tokens.numel(), rel=0.01)
+    assert flops.backward == pytest.approx(backward.get_total_flops() / tokens.numel(), rel=0.01)
+    assert flops.total == flops.forward + flops.backward
+
+
+@pytest.mark.parametrize(
+    ("name", "ceiling", "published"),
+    [
+        ("60m", 1.04, 0.97),
+        ("130m", 1.13, 1.05),
+        ("250m", 1.16, 1.08),
+        ("350m", 1.21, 1.13),
+        ("1b3", 1.33, 1.28),
+        ("7b", 1.41, 1.38),
+    ],
+)
+def test_the_ceiling_is_that_of_the_design(
+    name: str, ceiling: float, published: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """r = 128, 512 tokens a sequence; the second number is for the layers as the paper has them."""
+    monkeypatch.chdir(ROOT)
+    overrides = ["data.sequence_length=512", "model.gradient_checkpointing=false"]
+    config = load_config(Path(f"configs/llama_{name}_relora.yaml"), overrides)
+    assert speedup_ceiling(config) == pytest.approx(ceiling, abs=0.015)
+    assert 1 / break_even(config).step == pytest.approx(published, abs=0.015)
+    assert speedup_ceiling(full_rank_twin(config)) == 1
+
+
+def test_training_flops_add_up_over_phases_and_merges(tmp_path: Path) -> None:
+    config = config_of(tmp_path, LLAMA)  # merges after 50 and 80
+    full = flops_per_token(config, False).total * 256
+    step = flops_per_token(config, True).total * 256
+    merge = merge_flops(config)
+    # 3 blocks of q, o: 32 × 32, k, v: 32 × 16, gate, up, down: 32 × 80.
+    weights = 3 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 80)
+    assert merge == (2 * 4 + 1) * weights
+    for steps, expected in {
+        0: 0,
+        20: 20 * full,
+        49: 20 * full + 29 * step,
+        50: 20 * full + 30 * step + merge,
+        100: 20 * full + 80 * step + 2 * merge,
+    }.items():
+        assert training_flops(config, steps) == pytest.approx(expected, rel=1e-12)
+    twin = full_rank_twin(config)
+    assert training_flops(twin, 100) == pytest.approx(100 * full, rel=1e-12)
+    even = break_even(config)
+    assert even.flops == pytest.approx(training_flops(config, 100) / (100 * full))
+    assert even.step == pytest.approx(step / full)
+    # At that share of a full-rank step's time, both are through at once.
+    time = 20 * full + 80 * even.time_limit * full + 2 * merge
+    assert time == pytest.approx(100 * full)
+    assert break_even(twin) == (1, 1, 1)
+
+
+def test_a_model_file_that_changes_is_read_again(tmp_path: Path) -> None:
+    before = flops_per_token(config_of(tmp_path, LLAMA), False).forward
+    after = flops_per_token(config_of(tmp_path, {**LLAMA, "num_hidden_layers": 6}), False).forward
+    head, blocks = 2 * 512 * 32, before - 2 * 512 * 32
+    assert after == head + 2 * blocks
+
+
+class Ring(TorchDispatchMode):
+    """Bytes that this rank receives in collectives if they go round in a ring."""
+
+    def __init__(self, world: int) -> None:
+        super().__init__()
+        self.world, self.received = world, 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.namespace == "c10d" and "barrier" not in str(func):
+            # The first argument holds what arrives.
+            size = sum(t.nbytes for t in tree_leaves(args[0]) if isinstance(t, Tensor))
+            name = str(func)
+            if "reduce_scatter" in name:
+                self.received += size * (self.world - 1)
+            else:
+                times = 2 if "allreduce" in name else 1
+                self.received += times * size * (self.world - 1) / self.world
+        return result
+
+
+def bytes_of(tensors: Iterable[Tensor], seen: set[int]) -> int:
+    """Bytes of the storages behind some tensors, those seen before not again."""
+    size = 0
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        if storage.nbytes() and storage.data_ptr() not in seen:
+            seen.add(storage.data_ptr())
+            size += storage.nbytes()
+    return size
+
+
+def gradients_of(engine: Any) -> list[Tensor]:
+    """What waits for the optimizer after the backward pass."""
+    if engine.zero_optimization_stage() == 0:
+        return [p.grad for p in engine.module.parameters() if p.grad is not None]
+    return [g for group in engine.optimizer.averaged_gradients.values() for g in group]
+
+
+def measure(ranks: Any, config: Config) -> dict[str, float]:
+    """Each part of a real engine on this rank, in bytes, and what a step of it receives."""
+    from relora.run import start_run
+    from relora.runtime import zero
+    from relora.runtime.evaluation import loss_of
+
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    tokens = np.random.default_rng(0).integers(0, 500, 4000).astype(np.uint16)
+    shards: Any = SimpleNamespace(
+        train=tokens, validation=tokens, vocab_size=500, fingerprint="", directory=Path()
+    )
+    run = start_run(config, shards, ranks)
+    accumulation = 8 // (2 * ranks.world)
+    batches = [torch.from_numpy(tokens[:64].astype("int64")).view(2, 32)] * accumulation
+    stage = config.deepspeed.zero_stage
+    for _ in range(3 if stage == 3 else 0):  # it learns the order of the layers
+        zero.train_step(run.engine, batches, loss_of, 1e-4, 1.0)
+    with Ring(ranks.world) as ring:
+        zero.train_step(run.engine, batches, loss_of, 1e-4, 1.0)
+    with run.engine.coalesce_grad_reduction() if stage else contextlib.nullcontext():
+        for batch in batches:
+            run.engine.backward(loss_of(run.engine, batch))
+    seen: set[int] = set()
+    places = list(run.places)
+    remainders = [p.remainder for p in places if p.remainder is not None]
+    moments = [
+        run.places.moment(p, k) for p in places if p.count for k in ("exp_avg", "exp_avg_sq")
+    ]
+    found = {
+        "weights": bytes_of((p.live for p in places), seen),
+        "masters": bytes_of((p.master for p in places if p.master is not None), seen),
+        "moments": bytes_of(moments, seen),
+        # Not their storages: a parameter whose gradient two ranks share lies there on both.
+        "gradients": sum(gradient.nbytes for gradient in gradients_of(run.engine)),
+        "remainder or host": bytes_of(remainders, seen),
+        "received": ring.received,
+    }
+    run.places.release_()
+    zero.destroy(run.engine)
+    return found
+
+
+ENGINES = [
+    *itertools.product((0, 1, 2, 3), ("fp32", "bf16"), (False, True)),
+    (1, "deepspeed_bf16", True),
+    (2, "deepspeed_bf16", True),
+    (3, "deepspeed_bf16", True),
+]
+# ZeRO 3 as it is with a model of billions: little stays, weights go between forward and backward.
+LARGE = {"zero_optimization": {
+    "stage3_param_persistence_threshold": 0,
+    "stage3_max_live_parameters": 3000,  # or all would be fetched ahead, and stay
+    "stage3_max_reuse_distance": 3000,
+}}  # fmt: skip
+
+
+def engine_config(
+    directory: Path, stage: int, precision: str, adapters: bool, extra: Any = None
+) -> Config:
+    """A run that is in one phase from its first step on."""
+    changes: dict[str, Any] = {"warm_start": None}
+    if not adapters:
+        changes |= {"lora": None, "relora": None}
+    section = {"zero_stage": stage, "precision": precision, "extra": extra or {}}
+    return config_of(directory, LLAMA, deepspeed=section, **changes)
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """world → outcomes of `measure` for every engine."""
+
+    @cache
+    def launch(world: int) -> Outcomes:
+        directory = tmp_path_factory.mktemp("engines")
+        cells = [(cell, engine_config(directory, *cell)) for cell in ENGINES]
+        if world > 1:
+            cells += [
+                ((3, "large", adapters), engine_config(directory, 3, "bf16", adapters, LARGE))
+                for adapters in (False, True)
+            ]
+        scenarios = [Scenario(str(cell), measure, (config,)) for cell, config in cells]
+        return run_ranks(world, scenarios, 280)
+
+    return launch
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize(("stage", "precision", "adapters"), ENGINES)
+def test_each_part_is_that_of_a_real_engine(
+    stage: int, precision: str, adapters: bool, world: int, measured: Any, tmp_path: Path
+) -> None:
+    parts = memory_by_part(engine_config(tmp_path, stage, precision, adapters), world, adapters)
+    parts["remainder or host"] = parts["remainder"] + parts["host"]
+    ranks = measured(world)[str((stage, precision, adapters))]
+    for part in ("weights", "masters", "moments", "gradients", "remainder or host"):
+        for found in ranks:
+            assert found[part] == pytest.approx(parts[part], rel=0.05), part
+
+
+@pytest.mark.parametrize(("stage", "precision", "adapters"), ENGINES)
+def test_traffic_is_that_of_two_ranks(
+    stage: int, precision: str, adapters: bool, measured: Any, tmp_path: Path
+) -> None:
+    config = engine_config(tmp_path, stage, precision, adapters)
+    expected = bytes_per_step(config, 2, adapters)
+    for found in measured(2)[str((stage, precision, adapters))]:
+        assert found["received"] == pytest.approx(expected, rel=0.05)
+    assert bytes_per_step(config, 1, adapters) == 0
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_traffic_of_a_large_model_is_that_of_two_ranks(
+    adapters: bool, measured: Any, tmp_path: Path
+) -> None:
+    config = engine_config(tmp_path, 3, "bf16", adapters, LARGE)
+    expected = bytes_per_step(config, 2, adapters)
+    for found in measured(2)[str((3, "large", adapters))]:
+        assert found["received"] == pytest.approx(expected, rel=0.05)
+
+
+class Saved:
+    """Bytes that autograd saves, each storage once, parameters and logits apart."""
+
+    def __init__(self, model: Any, logits: int) -> None:
+        self.seen = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        self.kept: list[Tensor] = []  # or another one could get the same address
+        self.logits, self.size = logits, 0
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        """What autograd calls for every tensor it saves."""
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self.seen:
+            self.seen.add(storage.data_ptr())
+            self.kept.append(tensor)
+            self.size += 0 if tensor.numel() == self.logits else storage.nbytes()
+        return tensor
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("adapters", [False, True], ids=["full rank", "adapters"])
+@pytest.mark.parametrize("name", MODELS)
+def test_activations_are_what_autograd_saves(
+    name: str, adapters: bool, precision: str, tmp_path: Path
+) -> None:
+    config = config_of(tmp_path, MODELS[name], deepspeed={"precision": precision})
+    model = build_model(config.model, 0)
+    if adapters:
+        assert config.lora is not None
+        for layer in map(model.get_submodule, add_adapters(model, config.lora)):
+            if precision == "bf16":
+                layer.weight.data = layer.weight.data.to(torch.bfloat16)  # type: ignore[union-attr,operator]
+    model.train()
+    tokens = torch.zeros(2, 32, dtype=torch.long)
+    saved = Saved(model, tokens.numel() * 512)
+    half = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+    with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor), half:
+        model(input_ids=tokens, labels=tokens)
+    kept = dry_run(config, adapters)
+    assert kept.activations + kept.weight_copies == pytest.approx(saved.size, rel=0.02)
+    assert kept.logits == saved.logits
+
+
+def test_checkpointing_keeps_inputs_of_blocks_and_one_block(tmp_path: Path) -> None:
+    plain = dry_run(config_of(tmp_path, LLAMA), False)
+    again = dry_run(config_of(tmp_path, LLAMA, again=True), False)
+    more = dry_run(config_of(tmp_path, {**LLAMA, "num_hidden_layers": 5}, again=True), False)
+    # Two blocks more cost two inputs of 2 × 32 tokens of 32 fp32 numbers.
+    assert more.activations - again.activations == 2 * (2 * 32 * 32 * 4)
+    assert again.activations < plain.activations
+
+
+def test_what_is_offloaded_leaves_the_device(tmp_path: Path) -> None:
+    section = {"zero_stage": 2, "precision": "bf16"}
+    config = config_of(tmp_path, LLAMA, deepspeed=section)
+    here = memory_by_part(config, 2, True)
+    there = memory_by_part(
+        config_of(tmp_path, LLAMA, deepspeed={**section, "offload_optimizer": True}), 2, True
+    )
+    moved = ("gradients", "masters", "moments")
+    assert [there[part] for part in moved] == [0, 0, 0]
+    assert there["host"] - here["host"] == sum(here[part] for part in moved)
+    relora = {"cycle_steps": 30, "rewarm_steps": 5, "remainder": "device"}
+    config = config_of(tmp_path, LLAMA, deepspeed=section, relora=relora)
+    assert memory_by_part(config, 2, True)["remainder"] == here["host"]
+
+
+def test_the_larger_phase_is_shown_and_peaks_below_the_sum(tmp_path: Path) -> None:
+    config = config_of(tmp_path, LLAMA)
+    phases = [peak_memory(config, 1, adapters) for adapters in (False, True)]
+    assert peak_memory(config, 1) == max(phases)
+    larger = phases[1] > phases[0]
+    parts = memory_by_part(config, 1)
+    assert parts == memory_by_part(config, 1, larger)
+    assert peak_memory(config, 1) <= sum(parts[part] for part in PARTS)
+    assert peak_memory(full_rank_twin(config), 1) == phases[0]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("adapters", [False, True], ids=["full rank", "adapters"])
+@pytest.mark.parametrize("again", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_the_peak_is_that_of_the_device(
+    stage: int, precision: str, again: bool, adapters: bool, tmp_path: Path
+) -> None:
+    """A 60M Llama, 8 × 512 tokens a micro-batch, accumulated twice, on one rank."""
+    found = on_ranks(1, device_peak, gpu_config(tmp_path, stage, precision, again, adapters))[0]
+    expected = peak_memory(gpu_config(tmp_path, stage, precision, again, adapters), 1, adapters)
+    assert found == pytest.approx(expected, rel=0.1)
+
+
+def gpu_config(directory: Path, stage: int, precision: str, again: bool, adapters: bool) -> Config:
+    """The 60M model in one phase from its first step on."""
+    model = json.loads((ROOT / "configs/models/llama_60m.json").read_text())
+    changes: dict[str, Any] = {"warm_start": None, "lora": {"rank": 128}}
+    if not adapters:
+        changes |= {"lora": None, "relora": None}
+    return config_of(
+        directory,
+        model,
+        again=again,
+        data={"source": "python", "tokenizer": {"path": "none"}, "sequence_length": 512},
+        batch={"global_batch_size": 16, "micro_batch_size": 8},
+        deepspeed={"zero_stage": stage, "precision": precision},
+        **changes,
+    )
+
+
+def device_peak(ranks: Any, config: Config) -> int:
+    """Most bytes that two steps of a real engine have allocated on the device."""
+    from relora.run import start_run
+    from relora.runtime import zero
+    from relora.runtime.evaluation import loss_of
+
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    tokens = np.random.default_rng(0).integers(0, 32000, 20_000).astype(np.uint16)
+    shards: Any = SimpleNamespace(
+        train=tokens, validation=tokens, vocab_size=32100, fingerprint="", directory=Path()
+    )
+    run = start_run(config, shards, ranks)
+    batch = torch.from_numpy(tokens[: 8 * 512].astype("int64")).view(8, 512).to(ranks.device)
+    zero.train_step(run.engine, [batch] * 2, loss_of, 1e-4, 1.0)  # Adam makes its state
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(2):
+        zero.train_step(run.engine, [batch] * 2, loss_of, 1e-4, 1.0)
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated()
