@@ -31,6 +31,8 @@ LEVELS = {
     "relora.config": 2,
     "relora.console": 2,
     "relora.subject": 2,
+    "relora.dryrun": 2,
+    "relora.estimate": 2,
     "relora.run": 2,
     "relora.loop": 2,
     "relora.guard": 2,

@@ -1,0 +1,326 @@
+"""What a run will cost, from its config alone: arithmetic, traffic, memory. Needs no GPU, no data.
+
+A product of matrices counts 2 FLOPs a multiplication and addition; all else (norms, softmax, the
+optimizer) is left out. Attention counts every score, also those a causal mask throws away, and its
+backward pass twice its forward pass, though fused kernels compute the scores once more.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from relora.config import Config
+from relora.dryrun import Matrix, Shape, dry_run, shape_of
+
+# DeepSpeed's defaults, in entries, where `deepspeed.extra` says nothing else.
+REDUCE_BUCKET = 5e8
+LIVE_PARAMETERS = 1e9
+PERSISTENT = 1e5  # under ZeRO 3, smaller parameters are whole on every rank
+# At the peak of the loss, in bytes a logit: log-probabilities, their gradient, that of the logits,
+# all fp32, when transformers' copies of the logits are gone again.
+LOGIT_BYTES = 12
+
+PARTS = (
+    "weights",
+    "remainder",
+    "gradients",
+    "masters",
+    "moments",
+    "activations",
+    "logits",
+    "buffers",
+)
+
+
+class Flops(NamedTuple):
+    """Of one trained token."""
+
+    forward: float
+    backward: float
+
+    @property
+    def total(self) -> float:
+        """Both together."""
+        return self.forward + self.backward
+
+
+class BreakEven(NamedTuple):
+    """A run beside full rank over the same tokens. Until adapters are born they cost the same."""
+
+    flops: float  # of the whole run, merges among them, as a share of full rank's
+    step: float  # of a step with adapters, as a share of a full-rank one's
+    # The run is through earlier than full rank if a step with adapters takes less than this share
+    # of a full-rank one's time: 1 less what merges take, at the same FLOPs per second.
+    time_limit: float
+
+
+def full_rank_twin(config: Config) -> Config:
+    """The same run in full rank."""
+    return config.model_copy(update=dict.fromkeys(("lora", "relora", "warm_start")))
+
+
+def flops_per_token(config: Config, adapters: bool) -> Flops:
+    """FLOPs of a trained token in the full-rank phase or with adapters, as the layers compute them.
+
+    Every layer passes a gradient on to its input, the first ones too, since embeddings train. A
+    frozen weight gets no gradient of its own.
+    """
+    shape, rank = shape_of(config), _rank(config, adapters)
+    forward = sum(_forward(matrix, rank) for matrix in shape.matrices)
+    backward = sum(_backward(matrix, rank) for matrix in shape.matrices)
+    scores = _attention(config, shape)
+    if config.model.gradient_checkpointing:
+        backward += _recomputed(shape, rank) + scores
+    return Flops(forward + scores, backward + 2 * scores)
+
+
+def speedup_ceiling(config: Config) -> float:
+    """How much faster than in full rank a step with adapters can be at best, by arithmetic.
+
+    At best one product with W + s·B·A, formed once a micro-batch, serves the forward pass and one
+    the gradient of the input; A and B then take 4r(m + n) a token, where a full-rank weight's own
+    gradient takes 2mn.
+    """
+    rank = _rank(config, True)
+    if rank is None:
+        return 1.0
+    adapted = shape_of(config).adapted()
+    full = flops_per_token(config, False).total
+    saved = sum(2 * m * n - 4 * rank * (m + n) for m, n, *_ in adapted)
+    return full / (full - saved)
+
+
+def training_flops(config: Config, steps: int) -> float:
+    """FLOPs of the first `steps` updates and the merges that follow them, over all ranks."""
+    clock = config.clock
+    birth = clock.total if clock.birth is None else clock.birth
+    full = min(steps, birth)
+    per_token = full * flops_per_token(config, False).total
+    if steps > full:
+        per_token += (steps - full) * flops_per_token(config, True).total
+    return per_token * config.tokens_per_step + clock.merges_before(steps) * merge_flops(config)
+
+
+def merge_flops(config: Config) -> float:
+    """FLOPs of one merge: W += s·B·A on every adapted weight."""
+    rank = _rank(config, True)
+    if rank is None:
+        return 0.0
+    sizes = ((m.inputs, m.outputs) for m in shape_of(config).adapted())
+    return float(sum(2 * rank * m * n + m * n for m, n in sizes))
+
+
+def break_even(config: Config) -> BreakEven:
+    """What the run saves against full rank over the same tokens."""
+    clock = config.clock
+    full = flops_per_token(config, False).total * config.tokens_per_step
+    if clock.birth is None:
+        return BreakEven(1.0, 1.0, 1.0)
+    merges = clock.merges_before(clock.total) * merge_flops(config)
+    return BreakEven(
+        training_flops(config, clock.total) / (clock.total * full),
+        flops_per_token(config, True).total * config.tokens_per_step / full,
+        1 - merges / ((clock.total - clock.birth) * full),
+    )
+
+
+def bytes_per_step(config: Config, world: int, adapters: bool) -> float:
+    """Bytes each of `world` ranks receives in one optimizer step, by ring collectives.
+
+    An all-reduce of n bytes brings 2n(world − 1)/world, a gather or scatter of them half of that.
+    ZeRO 0–2 sum all gradients on all ranks: DeepSpeed's stages 1 and 2 all-reduce as well. Stages
+    1–2 then gather what each rank updated. Stage 3 scatters gradients, and gathers all weights,
+    frozen ones too, once a micro-batch, or twice where it lets go of them before the backward pass.
+    """
+    section = config.deepspeed
+    width, frozen_width = _widths(config)
+    sizes = shape_of(config).sizes(_rank(config, adapters))
+    trained = width * sum(size for size, trainable in sizes if trainable)
+    share = (world - 1) / world
+    if section.zero_stage == 0:
+        return 2 * share * trained
+    if section.zero_stage < 3:
+        return 3 * share * trained
+    bytes_of = [size * (width if trainable else frozen_width) for size, trainable in sizes]
+    whole = [size <= _option(config, "stage3_param_persistence_threshold") for size, _ in sizes]
+    kept = sum(b for b, w in zip(bytes_of, whole, strict=True) if w)
+    gathers = 1 + _released(config, sizes)
+    micro_batches = config.batch.global_batch_size // (config.batch.micro_batch_size * world)
+    return share * (trained + kept + micro_batches * gathers * (sum(bytes_of) - kept))
+
+
+def memory_by_part(config: Config, world: int, adapters: bool | None = None) -> dict[str, float]:
+    """Bytes on a rank's device by part, each at its largest, and on the host under `host`.
+
+    `gradients` are those that wait for the optimizer; those not yet reduced are in `buffers`, with
+    DeepSpeed's buckets, weights gathered by ZeRO 3 and autocast's copies of weights.
+
+    Args:
+        adapters: the phase; None = the one with the higher peak.
+    """
+    if adapters is None:
+        adapters = _larger_phase(config, world)
+    parts = _held(config, world, adapters)
+    kept = dry_run(config, adapters)
+    parts["activations"] = kept.activations
+    parts["logits"] = float(LOGIT_BYTES * kept.logits)
+    parts["buffers"] = max(_beside(config, world, adapters).values())
+    return parts
+
+
+def peak_memory(config: Config, world: int, adapters: bool | None = None) -> float:
+    """Most bytes that a rank's device holds at once; its parts do not all peak together."""
+    if adapters is None:
+        adapters = _larger_phase(config, world)
+    return max(_peaks(config, world, adapters).values())
+
+
+def _rank(config: Config, adapters: bool) -> int | None:
+    return config.lora.rank if adapters and config.lora else None
+
+
+def _forward(matrix: Matrix, rank: int | None) -> float:
+    m, n = matrix.inputs, matrix.outputs
+    return 2.0 * m * n + (2 * rank * (m + n) if rank and matrix.adapted else 0)
+
+
+def _backward(matrix: Matrix, rank: int | None) -> float:
+    m, n = matrix.inputs, matrix.outputs
+    if rank and matrix.adapted:
+        return 2.0 * m * n + 4 * rank * (m + n)
+    return 4.0 * m * n
+
+
+def _attention(config: Config, shape: Shape) -> float:
+    """Forward FLOPs of a token's scores and of what they weigh."""
+    return 4.0 * config.data.sequence_length * shape.attention_width * shape.layers
+
+
+def _recomputed(shape: Shape, rank: int | None) -> float:
+    """Linear layers that gradient checkpointing runs again: it stops before a block's last product,
+    which nothing is saved after, unless dropout follows."""
+    again = 0.0
+    for matrix in shape.matrices:
+        if matrix.checkpointed:
+            again += _forward(matrix, rank)
+            if matrix.last and not shape.block_dropout:
+                factor = rank if rank and matrix.adapted else matrix.inputs
+                again -= 2 * factor * matrix.outputs
+    return again
+
+
+def _widths(config: Config) -> tuple[int, int]:
+    """Bytes of an entry that trains, and of a frozen one, as the forward pass reads it."""
+    precision = config.deepspeed.precision
+    return 2 if precision == "deepspeed_bf16" else 4, 4 if precision == "fp32" else 2
+
+
+def _option(config: Config, name: str) -> float:
+    """One of DeepSpeed's options of zero_optimization."""
+    defaults = {
+        "reduce_bucket_size": REDUCE_BUCKET,
+        "stage3_max_live_parameters": LIVE_PARAMETERS,
+        "stage3_max_reuse_distance": LIVE_PARAMETERS,
+        "stage3_param_persistence_threshold": PERSISTENT,
+    }
+    given = config.deepspeed.extra.get("zero_optimization", {})
+    return float(given.get(name, defaults[name]))
+
+
+def _released(config: Config, sizes: list[tuple[int, bool]]) -> float:
+    """Share of the weights that ZeRO 3 lets go of between forward and backward pass.
+
+    A weight stays if it is used again within so many entries' worth of layers; from the last layer
+    back, that is the half of them.
+    """
+    total = sum(size for size, _ in sizes)
+    reach = min(
+        _option(config, "stage3_max_reuse_distance") / 2,
+        _option(config, "stage3_max_live_parameters"),
+    )
+    return max(0.0, 1 - reach / total)
+
+
+def _larger_phase(config: Config, world: int) -> bool:
+    birth = config.clock.birth
+    phases = [False] if birth is None else [True] if birth == 0 else [False, True]
+    return max(phases, key=lambda adapters: max(_peaks(config, world, adapters).values()))
+
+
+def _held(config: Config, world: int, adapters: bool) -> dict[str, float]:
+    """Bytes that stay from step to step, and the gradients that wait for the optimizer."""
+    section, relora = config.deepspeed, config.relora
+    stage, width, frozen_width = section.zero_stage, *_widths(config)
+    sizes = shape_of(config).sizes(_rank(config, adapters))
+    trained = float(sum(size for size, trainable in sizes if trainable))
+    frozen = float(sum(size for size, trainable in sizes if not trainable))
+    mine = trained / world if stage else trained  # of gradients and of what Adam holds
+    weights = width * trained + frozen_width * frozen
+    if stage == 3:
+        weights /= world
+    completes = 2 * frozen / (world if stage == 3 else 1) if frozen_width == 2 else 0.0
+    if relora and relora.precision == "rounded":
+        completes = 0.0
+    on_device = relora is not None and relora.remainder == "device"
+    # ZeRO 3 updates its fp32 shards themselves unless they lie on the host.
+    aliased = stage == 0 or (stage == 3 and width == 4 and not section.offload_optimizer)
+    parts = {
+        "weights": weights,
+        "remainder": completes if on_device else 0.0,
+        "gradients": width * mine,
+        "masters": 0.0 if aliased else 4 * mine,
+        "moments": 8 * mine,
+        "host": 0.0 if on_device else completes,
+    }
+    if section.offload_optimizer:
+        for part in ("gradients", "masters", "moments"):
+            parts["host"] += 4 * mine * (2 if part == "moments" else 1)
+            parts[part] = 0.0
+    return {part: parts.get(part, 0.0) for part in (*PARTS, "host")}
+
+
+def _beside(config: Config, world: int, adapters: bool) -> dict[str, float]:
+    """What is in `buffers` at three moments: the loss, the backward pass's start, its end."""
+    section, width = config.deepspeed, _widths(config)[0]
+    sizes = shape_of(config).sizes(_rank(config, adapters))
+    trained = float(width * sum(size for size, trainable in sizes if trainable))
+    zero = section.extra.get("zero_optimization", {})
+    bucket = width * _option(config, "reduce_bucket_size") if section.zero_stage else 0.0
+    flat = min(trained, width * _option(config, "reduce_bucket_size"))
+    copies = dry_run(config, adapters).weight_copies
+    micro_batches = config.batch.global_batch_size // (config.batch.micro_batch_size * world)
+    carried = trained if micro_batches > 1 else 0.0
+    if section.zero_stage == 3:
+        gathered = _gathered(config, sizes) if world > 1 else 0.0
+        always = bucket + gathered + carried
+        return {"loss": always + copies, "backward": always + copies, "end": always}
+    if section.zero_stage == 0:
+        return {"loss": carried + copies, "backward": carried + copies, "end": flat}
+    twice = 2 if zero.get("overlap_comm") else 1
+    backward = carried if micro_batches > 1 else twice * bucket
+    local = trained if micro_batches > 1 or section.zero_stage == 1 else 0.0
+    end = twice * bucket + max(local, flat if world > 1 else 0.0)
+    return {"loss": carried + copies, "backward": backward + copies, "end": end}
+
+
+def _gathered(config: Config, sizes: list[tuple[int, bool]]) -> float:
+    """Bytes of whole weights that ZeRO 3 holds at most."""
+    width, frozen_width = _widths(config)
+    total = sum(size for size, _ in sizes)
+    whole = sum(size * (width if trainable else frozen_width) for size, trainable in sizes)
+    return whole * min(1.0, _option(config, "stage3_max_live_parameters") / total)
+
+
+def _peaks(config: Config, world: int, adapters: bool) -> dict[str, float]:
+    """Bytes on the device at each of those moments."""
+    held, kept = _held(config, world, adapters), dry_run(config, adapters)
+    waiting = held["gradients"]
+    stays = sum(held[part] for part in ("weights", "remainder", "masters", "moments"))
+    stage, beside = config.deepspeed.zero_stage, _beside(config, world, adapters)
+    flat = waiting if stage == 3 else 0.0  # lies there all the time
+    half = 4 if config.deepspeed.precision == "fp32" else 2
+    return {
+        "loss": stays + flat + beside["loss"] + kept.activations + LOGIT_BYTES * kept.logits,
+        "backward": stays + flat + beside["backward"] + kept.activations + half * kept.logits,
+        "end": stays + waiting + beside["end"],
+    }
