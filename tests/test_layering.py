@@ -28,6 +28,7 @@ LEVELS = {
     "relora.runtime": 1,
     "relora.data": 1,
     "relora.restart": 2,
+    "relora.report": 2,
     "relora.config": 2,
     "relora.console": 2,
     "relora.subject": 2,

@@ -1,4 +1,4 @@
-"""`relora compare`: one report on runs that are finished, stopped or under way, from their files."""
+"""`relora compare`: one report on runs that are finished, stopped or under way."""
 
 from __future__ import annotations
 

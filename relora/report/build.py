@@ -23,7 +23,7 @@ FORMAT = 1
 CPUS = ("x86_64", "aarch64", "arm64", "AMD64")  # what environment.json calls a device without GPU
 RULES = {
     "spread": "mean ± sample standard deviation (n − 1) over the seeds of an arm; without ± there "
-    "is one seed",
+    "is one seed, or all are equal",
     "tokens": "at the smallest number of tokens at which every run has an evaluation; each run's "
     "last evaluation at or before it",
     "seconds": "at the smallest last elapsed time of all runs; the loss is interpolated linearly "

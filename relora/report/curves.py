@@ -92,8 +92,8 @@ def _marks(run: RunFiles) -> dict[str, list[dict[str, float | None]]]:
 
 def _places(run: RunFiles, steps: list[float]) -> list[dict[str, float | None]]:
     tokens, seconds = place(run, np.array(steps, np.float64))
-    columns = (plain_list(steps), plain_list(tokens), plain_list(seconds))
-    return [dict(zip(("step", "tokens", "seconds"), c, strict=True)) for c in zip(*columns)]
+    rows = zip(plain_list(steps), plain_list(tokens), plain_list(seconds), strict=True)
+    return [{"step": step, "tokens": t, "seconds": s} for step, t, s in rows]
 
 
 def place(run: RunFiles, steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

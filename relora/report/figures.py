@@ -7,6 +7,7 @@ are drawn, so that no spike is lost.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -136,7 +137,7 @@ def thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     kept = {0, len(x) - 1}
     edges = np.linspace(0, len(x), DRAWN + 1).astype(int)
     filled = np.nan_to_num(y, nan=float(np.nanmedian(y)) if np.isfinite(y).any() else 0.0)
-    for start, stop in zip(edges[:-1], edges[1:], strict=True):
+    for start, stop in itertools.pairwise(edges):
         kept |= {start + int(filled[start:stop].argmin()), start + int(filled[start:stop].argmax())}
     order = np.array(sorted(kept))
     return x[order], y[order]

@@ -1,7 +1,7 @@
 """The report as one HTML file that needs nothing else: no script, no font, no network.
 
-Light and dark follow the reader's setting; log and linear are radio buttons and CSS. A policy in the
-head forbids the page to load or run anything, whatever a run is called.
+Light and dark follow the reader's setting; log and linear are radio buttons and CSS. A policy in
+the head forbids the page to load or run anything, whatever a run is called.
 """
 
 from __future__ import annotations
@@ -13,19 +13,18 @@ from relora.report.svg import CSS_DASHES, DARK, LIGHT
 from relora.report.text import PLACES, Table, tables
 
 CAPTIONS = {
-    "curves_tokens": "Validation perplexity over tokens. Points are evaluations, of every seed; the "
-    "band is ± one standard deviation over seeds.",
+    "curves_tokens": "Validation perplexity over tokens. Points are evaluations, of every seed; "
+    "the band is ± one standard deviation over seeds.",
     "curves_time": "The same over wall-clock.",
     "memory": "Whiskers are ± one standard deviation. The grey line is the best perplexity within "
     "a given memory. Hollow: what the planner predicts, on GPUs.",
-    "training_loss": "Pale: every logged loss. Strong: its centred mean over a fiftieth of the run.",
-    "spectra": "Singular values of all updates together (W − W at the start), layers of one kind "
-    "pooled, largest first. Values below 1/10,000 of the largest lie on the lower edge.",
+    "training_loss": "Pale: every logged loss. Strong: its centred mean over 1/50 of the run.",
+    "spectra": "Singular values of W − W₀, all updates together since the start W₀; layers of one "
+    "kind pooled, largest first. Values below 1/10,000 of the largest lie on the lower edge.",
     "ranks": "Medians over layers, by cycle. A level line is an arm without cycles, at its end.",
     "layers": "Effective rank of each cycle's update, layer by layer.",
     "similarity": "Mean over layers: 1 means that one subspace lies in the other.",
 }
-SCALED = ("curves_tokens", "curves_time", "training_loss")
 MARKED = ("curves_tokens", "curves_time")
 DRAWN_NOTE = (
     "Long curves are thinned for drawing: of each of 240 stretches the lowest and the highest "
@@ -66,9 +65,8 @@ def to_html(report: dict[str, Any], svgs: dict[str, str], refresh_s: float | Non
 def _header(report: dict[str, Any]) -> str:
     runs = [seed for arm in report["arms"] for seed in arm["seeds"]]
     finished = sum(seed["status"] == "finished" for seed in runs)
-    arms = len(report["arms"])
     facts = [
-        f"{arms} {'arm' if arms == 1 else 'arms'}, {len(runs)} {'run' if len(runs) == 1 else 'runs'}",
+        f"{_count(len(report['arms']), 'arm')}, {_count(len(runs), 'run')}",
         f"{finished} of {len(runs)} finished",
         f"baseline {report['baseline']}",
         f"written {report['written'].replace('T', ' ')}",
@@ -76,6 +74,10 @@ def _header(report: dict[str, Any]) -> str:
     ]
     listed = "".join(f"<li>{html.escape(fact)}</li>" for fact in facts)
     return f'<header><h1>Comparison</h1><ul class="facts">{listed}</ul></header>'
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _warnings(report: dict[str, Any]) -> str:
@@ -94,11 +96,18 @@ def _section(name: str, table: Table, arms: dict[str, int], pictures: str) -> st
 
 
 def _table(table: Table, arms: dict[str, int]) -> str:
-    head = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in table.columns)
+    words = [' class="w"' if each else "" for each in table.text_columns]
+    head = "".join(
+        f'<th scope="col"{kind}>{html.escape(cell)}</th>'
+        for cell, kind in zip(table.columns, words, strict=True)
+    )
     rows = []
     for first, *others in table.rows:
         swatch = _swatch(arms[first]) if table.arms and first in arms else ""
-        cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in others)
+        cells = "".join(
+            f"<td{kind}>{html.escape(cell)}</td>"
+            for cell, kind in zip(others, words[1:], strict=True)
+        )
         rows.append(f'<tr><th scope="row">{swatch}{html.escape(first)}</th>{cells}</tr>')
     return (
         f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead>'
@@ -138,10 +147,13 @@ def _picture(name: str, svgs: dict[str, str], report: dict[str, Any]) -> str:
 
 
 def _legend(name: str, report: dict[str, Any]) -> str:
+    there = {arm["name"] for arm in report["arms"] if name == "training_loss" or arm["evaluated"]}
+    if name in ("spectra", "ranks"):
+        there = {arm["arm"] for arm in report["spectra"]["arms"]}
     entries = [
         f"<li>{_swatch(n)}{html.escape(arm['name'])}</li>"
         for n, arm in enumerate(report["arms"])
-        if name == "training_loss" or arm["evaluated"]
+        if arm["name"] in there
     ]
     if name in MARKED:
         marks = [arm["curves"]["marks"] for arm in report["arms"]]
@@ -185,7 +197,8 @@ section{margin:34px 0 0}
  border-radius:6px}
 .scroll:focus-visible{outline:2px solid var(--c0)}
 table{border-collapse:collapse;width:100%;font-size:13.5px;font-variant-numeric:tabular-nums}
-th,td{padding:6px 12px;text-align:right;white-space:nowrap;border-top:1px solid var(--grid)}
+th,td{padding:6px 10px;text-align:right;white-space:nowrap;border-top:1px solid var(--grid)}
+th.w,td.w{text-align:left}
 thead th{border-top:0;background:var(--card);color:var(--muted);font-weight:600;
  vertical-align:bottom}
 th:first-child{text-align:left;position:sticky;left:0;background:var(--bg);font-weight:600;

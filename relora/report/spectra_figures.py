@@ -43,7 +43,7 @@ def draw_spectra(report: dict[str, Any], look: Look) -> Any:
         axes.xaxis.set_major_locator(FixedLocator([0, 50, 100]))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}%"))
     figure.supxlabel("share of singular values", fontsize=9)
-    figure.supylabel("singular value of W − W at the start", fontsize=9)
+    figure.supylabel("singular value of W − W₀", fontsize=9)
     legend(figure, report, look)
     return figure
 
@@ -186,7 +186,7 @@ def _decades(axes: Any) -> None:
     low, high = axes.get_ylim()
     exponents = range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1)
     axes.yaxis.set_major_locator(FixedLocator([10.0**e for e in exponents]))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0e}"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def _some(count: int, most: int) -> list[int]:

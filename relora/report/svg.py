@@ -66,6 +66,7 @@ def drawing(look: Look) -> Iterator[None]:
         "font.size": 9,
         "axes.titlesize": 9.5,
         "axes.labelsize": 9,
+        "axes.labelpad": 6,
         "xtick.labelsize": 8.5,
         "ytick.labelsize": 8.5,
         "text.color": look.fg,

@@ -22,6 +22,14 @@ class Table:
     rows: list[list[str]]
     arms: bool = True
 
+    @property
+    def text_columns(self) -> list[bool]:
+        """Which columns hold words and not numbers."""
+        return [
+            n == 0 or any(cell[:1].isalpha() and cell != "not reached" for cell in column)
+            for n, column in enumerate(zip(*self.rows, strict=True))
+        ]
+
 
 def tables(report: dict[str, Any]) -> dict[str, Table]:
     """Every table of the report, by the name that pages know it by."""
@@ -31,6 +39,7 @@ def tables(report: dict[str, Any]) -> dict[str, Table]:
         "seconds": _seconds(report),
         "memory": _memory(report),
         "target": _target(report),
+        "speed": _speed(report),
         "cost": _cost(report),
     }
     if any(len(arm["seeds"]) > 1 for arm in report["arms"]):
@@ -55,15 +64,16 @@ def to_markdown(report: dict[str, Any], pictures: dict[str, str]) -> str:
     parts = ["# Comparison", f"Written {report['written']}, baseline: {md(report['baseline'])}."]
     if report["warnings"]:
         parts.append("Read this first:\n\n" + "\n".join(f"- {md(w)}" for w in report["warnings"]))
-    shown = dict(pictures)
     for name, table in tables(report).items():
         parts.append(f"## {table.title}")
         parts.append("\n".join(_md_rows(table)))
         if table.note:
             parts.append(table.note)
-        for picture in PLACES.get(name, ()):
-            if picture in shown:
-                parts.append(f"![{table.title}]({shown.pop(picture)})")
+        parts += [
+            f"![{table.title}]({pictures[picture]})"
+            for picture in PLACES.get(name, ())
+            if picture in pictures
+        ]
     return "\n\n".join(parts) + "\n"
 
 
@@ -84,11 +94,9 @@ def md(text: str) -> str:
 
 
 def _md_rows(table: Table) -> list[str]:
-    lines = [table.columns, ["---", *["---:"] * (len(table.columns) - 1)], *table.rows]
-    return [
-        f"| {' | '.join(cell if n == 1 else md(cell) for cell in row)} |"
-        for n, row in enumerate(lines)
-    ]
+    rule = ["---" if words else "---:" for words in table.text_columns]
+    lines = [[md(cell) for cell in row] for row in (table.columns, *table.rows)]
+    return [f"| {' | '.join(row)} |" for row in (lines[0], rule, *lines[1:])]
 
 
 def shown(value: float | None, form: Format) -> str:
@@ -97,9 +105,9 @@ def shown(value: float | None, form: Format) -> str:
 
 
 def pm(spread: dict[str, Any], form: Format) -> str:
-    """mean ± sd, or the mean alone."""
+    """mean ± sd, or the mean alone where there is no spread."""
     text = shown(spread["mean"], form)
-    if spread["sd"] is not None:
+    if spread["sd"]:
         text += f" ± {form(spread['sd'])}"
     seeds = len(spread["values"])
     return text if spread["n"] in (0, seeds) else f"{text} ({spread['n']} of {seeds} seeds)"
@@ -222,19 +230,12 @@ def _target(report: dict[str, Any]) -> Table:
     return Table(title, note, columns, rows)
 
 
-def _cost(report: dict[str, Any]) -> Table:
+def _speed(report: dict[str, Any]) -> Table:
     columns = ["arm", "tokens/s", "ms/step", "peak GiB per rank", "predicted", "trainable"]
-    columns += ["FLOPs", "bytes/step per rank", "checkpoint", "predicted", "merge"]
-    columns += ["all merges", "warm start"]
+    columns += ["parameters", "bytes/step per rank"]
     rows = []
     for arm in report["arms"]:
         figures, predicted = arm["figures"], arm["predicted"]
-        trainable = shown(predicted["trainable"], format_count)
-        if predicted["trainable"] is not None:
-            trainable += f" of {format_count(predicted['parameters'])}"
-        warm = pm(arm["warm_start"], format_count)
-        if arm["warm_start"]["mean"] is not None:
-            warm += f" in {pm(arm['warm_start_seconds'], format_duration)}"
         rows.append(
             [
                 arm["name"],
@@ -242,25 +243,46 @@ def _cost(report: dict[str, Any]) -> Table:
                 pm(figures["step_ms"], number(1)),
                 pm(figures["memory_gib"], gib),
                 shown(predicted["memory_gib"], gib),
-                trainable,
-                pm(figures["flops"], flops),
+                shown(predicted["trainable"], format_count),
+                shown(predicted["parameters"], format_count),
                 shown(predicted["bytes_per_step"], format_bytes),
-                pm(figures["checkpoint_bytes"], format_bytes),
-                shown(predicted["checkpoint_bytes"], format_bytes),
-                pm(figures["merge_s"], _seconds_text),
-                pm(figures["merges_s"], _seconds_text),
-                warm,
             ]
         )
-    note = "tokens/s, ms/step and the time of a merge are medians of a run. Bytes a step, " + (
-        f"FLOPs and what is called predicted are computed {report['rules']['predicted']}. "
+    note = "tokens/s and ms/step are medians of a run. Trainable: in the run's last phase. Bytes a "
+    note += f"step and what is called predicted are computed {report['rules']['predicted']}."
+    return Table("Speed and memory", note, columns, rows)
+
+
+def _cost(report: dict[str, Any]) -> Table:
+    columns = ["arm", "FLOPs", "time", "of it warm start", "all merges", "one merge"]
+    columns += ["checkpoint", "predicted"]
+    rows = []
+    for arm in report["arms"]:
+        figures, predicted = arm["figures"], arm["predicted"]
+        warm = pm(arm["warm_start_seconds"], format_duration)
+        if arm["warm_start"]["mean"] is not None:
+            warm += f" for {pm(arm['warm_start'], format_count)} tokens"
+        rows.append(
+            [
+                arm["name"],
+                pm(figures["flops"], flops),
+                pm(figures["seconds"], format_duration),
+                warm,
+                pm(figures["merges_s"], _seconds_text),
+                pm(figures["merge_s"], _seconds_text),
+                pm(figures["checkpoint_bytes"], format_bytes),
+                shown(predicted["checkpoint_bytes"], format_bytes),
+            ]
+        )
+    note = (
+        f"{_sentence(report, 'warm_start')} {_sentence(report, 'flops')} One merge is the median "
     )
-    note += _sentence(report, "warm_start")
-    return Table("Speed, memory, cost", note, columns, rows)
+    note += "of a run's. A checkpoint is the newest on disk; predicted: its tensors alone."
+    return Table("Cost", note, columns, rows)
 
 
 def _seeds(report: dict[str, Any]) -> Table:
-    columns = ["run", "arm", "seed", "status", "step", "tokens", "time", "validation loss"]
+    columns = ["run", "arm", "seed", "status", "step", "time", "validation loss"]
     columns += ["perplexity", "tokens/s", "peak GiB per rank"]
     rows = [
         [
@@ -269,7 +291,6 @@ def _seeds(report: dict[str, Any]) -> Table:
             str(seed["seed"]),
             seed["status"],
             f"{seed['step']}/{seed['of']}",
-            shown(seed["tokens"], format_count),
             shown(seed["seconds"], format_duration),
             shown(seed["loss"], number(4)),
             shown(seed["perplexity"], number(2)),
