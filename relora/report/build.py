@@ -35,7 +35,7 @@ RULES = {
     "warm_start": "a warm start counts: its tokens, time and FLOPs are part of its arm's",
     "flops": "from the config: 2 a multiplication and addition of every matrix product, forward, "
     "backward, recomputation and merges",
-    "predicted": "from config, model and number of ranks alone, by `relora plan`",
+    "predicted": "from config, model and number of ranks alone, as relora plan does",
 }
 
 

@@ -200,7 +200,7 @@ table{border-collapse:collapse;width:100%;font-size:13.5px;font-variant-numeric:
 th,td{padding:6px 10px;text-align:right;white-space:nowrap;border-top:1px solid var(--grid)}
 th.w,td.w{text-align:left}
 thead th{border-top:0;background:var(--card);color:var(--muted);font-weight:600;
- vertical-align:bottom}
+ vertical-align:bottom;white-space:normal}
 th:first-child{text-align:left;position:sticky;left:0;background:var(--bg);font-weight:600;
  max-width:44vw;overflow:hidden;text-overflow:ellipsis}
 thead th:first-child{background:var(--card)}

@@ -9,6 +9,7 @@ from typing import Any
 
 from relora.runtime.metrics import format_bytes, format_count, format_duration
 
+MISSING = ("not reached", "no evaluation yet")
 Format = Callable[[float], str]
 
 
@@ -26,7 +27,7 @@ class Table:
     def text_columns(self) -> list[bool]:
         """Which columns hold words and not numbers."""
         return [
-            n == 0 or any(cell[:1].isalpha() and cell != "not reached" for cell in column)
+            n == 0 or any(cell[:1].isalpha() and cell not in MISSING for cell in column)
             for n, column in enumerate(zip(*self.rows, strict=True))
         ]
 
@@ -144,27 +145,25 @@ def flops(value: float) -> str:
 
 
 def _arms(report: dict[str, Any]) -> Table:
-    columns = ["arm", "method", "seeds", "status", "step", "tokens", "time", "merges"]
-    columns += ["validation loss", "perplexity"]
+    columns = ["arm", "perplexity", "validation loss", "tokens", "time", "step", "status"]
+    columns += ["merges", "seeds", "method"]
     rows = []
     for arm in report["arms"]:
         figures = arm["figures"]
-        row = [arm["name"], arm["method"], _listed(s["seed"] for s in arm["seeds"])]
-        row += [arm["status"], arm["progress"], pm(figures["tokens"], format_count)]
-        row += [pm(figures["seconds"], format_duration), pm(figures["merges"], number(0))]
+        row = [arm["name"], "no evaluation yet", "–"]
         if arm["evaluated"]:
-            row += [pm(figures["loss"], number(4)), pm(figures["perplexity"], number(2))]
-        else:
-            row += ["no evaluation yet", "–"]
-        rows.append(row)
-    return Table("Arms", f"{_sentence(report, 'spread')}", columns, rows)
+            row[1:] = [pm(figures["perplexity"], number(2)), pm(figures["loss"], number(4))]
+        row += [pm(figures["tokens"], format_count), pm(figures["seconds"], format_duration)]
+        row += [arm["progress"], arm["status"], pm(figures["merges"], number(0))]
+        rows.append([*row, _listed(s["seed"] for s in arm["seeds"]), arm["method"]])
+    return Table("Arms", _sentence(report, "spread"), columns, rows)
 
 
 def _tokens(report: dict[str, Any]) -> Table:
     question = report["questions"]["tokens"]
-    columns = ["arm", "tokens", "validation loss", "perplexity", "difference", "relative"]
+    columns = ["arm", "perplexity", "difference", "relative", "validation loss", "tokens"]
     rows = [
-        [row["arm"], pm(row["tokens"], format_count), *_perplexity(row)] for row in question["rows"]
+        [row["arm"], *_perplexity(row), pm(row["tokens"], format_count)] for row in question["rows"]
     ]
     title = f"At equal tokens: {format_count(question['at'])}"
     return Table(
@@ -174,9 +173,9 @@ def _tokens(report: dict[str, Any]) -> Table:
 
 def _seconds(report: dict[str, Any]) -> Table:
     question = report["questions"]["seconds"]
-    columns = ["arm", "tokens", "validation loss", "perplexity", "difference", "relative"]
+    columns = ["arm", "perplexity", "difference", "relative", "validation loss", "tokens"]
     rows = [
-        [row["arm"], pm(row["tokens"], format_count), *_perplexity(row)] for row in question["rows"]
+        [row["arm"], *_perplexity(row), pm(row["tokens"], format_count)] for row in question["rows"]
     ]
     title = f"At equal wall-clock: {format_duration(question['at'])}"
     return Table(title, _sentence(report, "seconds"), columns, rows)
@@ -184,10 +183,10 @@ def _seconds(report: dict[str, Any]) -> Table:
 
 def _perplexity(row: dict[str, Any]) -> list[str]:
     return [
-        pm(row["loss"], number(4)),
         pm(row["perplexity"], number(2)),
         shown(row["difference"], signed(2)),
         shown(row["ratio"], percent),
+        pm(row["loss"], number(4)),
     ]
 
 
@@ -309,7 +308,7 @@ def _spectra(report: dict[str, Any]) -> Table:
         "cycle_stable_rank": "stable rank, cycle",
         "total_effective_rank": "effective rank, all",
         "total_stable_rank": "stable rank, all",
-        "overlap": "overlap with the cycle before",
+        "overlap": "overlap",
         "amplification": "amplification",
     }
     columns = ["arm", "measured at step", *titles.values()]
@@ -319,8 +318,8 @@ def _spectra(report: dict[str, Any]) -> Table:
     ]
     note = (
         "Medians over layers, at the last measurement. cycle: s·B·A of one cycle; all: W + s·B·A "
-        "minus the weights at the start. Amplification: ‖ΔW‖ over how much of W lies in ΔW's "
-        "leading directions (LoRA, arXiv 2106.09685, §7.3)."
+        "minus the weights at the start. Overlap: with the cycle before. Amplification: ‖ΔW‖ over "
+        "how much of W lies in ΔW's leading directions (LoRA, arXiv 2106.09685, §7.3)."
     )
     return Table("What the updates are made of", note, columns, rows)
 
