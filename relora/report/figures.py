@@ -17,10 +17,12 @@ import numpy as np
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from relora.report.svg import Look
+from relora.report.svg import POINT, Look
 from relora.runtime.metrics import format_count
 
 DRAWN = 240  # stretches of a curve, each with its lowest and its highest point
+SHARED = 2000  # stretches of all curves of a picture together, where there are many
+FEWEST = 30
 MARKED = 80  # merges that are marked one by one
 SMOOTHED = 50  # the running mean is over this share of a curve: one fiftieth
 UNITS = ((86400 * 3, "days", 86400.0), (7200, "hours", 3600.0), (180, "minutes", 60.0))
@@ -31,19 +33,20 @@ def draw_curves(report: dict[str, Any], look: Look, axis: str) -> Any:
     figure, (top, bottom) = _two_panels(look)
     arms = [(n, arm) for n, arm in enumerate(report["arms"]) if arm["evaluated"]]
     unit, scale = _axis(axis, [arm["curves"]["mean"][axis] for _, arm in arms])
+    many = sum(len(arm["curves"]["seeds"]) for _, arm in arms)
     shown: list[tuple[float, float]] = []
     for number, arm in arms:
         colour, curves = look.colour(number), arm["curves"]
         mean, several = curves["mean"], len(curves["seeds"]) > 1
         x, y = _column(mean[axis]) / scale, _column(mean["perplexity"])
         for seed in curves["seeds"]:
-            points = thin(_column(seed[axis]) / scale, _column(seed["perplexity"]))
-            top.plot(*points, "o", color=colour, markersize=2.2, alpha=0.55, markeredgewidth=0)
+            points = thin(_column(seed[axis]) / scale, _column(seed["perplexity"]), many)
+            top.plot(*points, "o", color=colour, markersize=POINT, alpha=0.55, markeredgewidth=0)
             shown += zip(*points, strict=True)
         if several:
             sd = _column(mean["sd"])
             top.fill_between(x, y - sd, y + sd, color=colour, alpha=0.18, linewidth=0)
-        top.plot(*thin(x, y), color=colour, linestyle=look.dash(number), linewidth=1.6)
+        top.plot(*thin(x, y, many), color=colour, linestyle=look.dash(number), linewidth=1.6)
         _mark(top, bottom, curves["marks"], axis, scale, colour)
         rates = curves["lr"]
         bottom.plot(
@@ -67,15 +70,16 @@ def draw_training(report: dict[str, Any], look: Look, axis: str = "tokens") -> A
     )
     arms = list(enumerate(report["arms"]))
     unit, scale = _axis(axis, [s["training"][axis] for _, a in arms for s in a["curves"]["seeds"]])
+    many = sum(len(arm["curves"]["seeds"]) for _, arm in arms)
     shown: list[tuple[float, float]] = []
     for number, arm in arms:
         for seed in arm["curves"]["seeds"]:
             x, y = (_column(seed["training"][key]) for key in (axis, "loss"))
             there = np.isfinite(x) & np.isfinite(y)
             x, y = x[there] / scale, y[there]
-            raw = thin(x, y)
+            raw = thin(x, y, many)
             axes.plot(*raw, color=look.colour(number), linewidth=0.7, alpha=0.35)
-            smooth = thin(x, running_mean(y))
+            smooth = thin(x, running_mean(y), many)
             axes.plot(
                 *smooth, color=look.colour(number), linestyle=look.dash(number), linewidth=1.6
             )
@@ -130,12 +134,17 @@ def draw_memory(report: dict[str, Any], look: Look) -> Any:
     return figure
 
 
-def thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The lowest and the highest point of each of `DRAWN` stretches, and the last point."""
-    if len(x) <= 2 * DRAWN:
+def thin(x: np.ndarray, y: np.ndarray, curves: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """The lowest and the highest point of each of `DRAWN` stretches, and the last point.
+
+    Args:
+        curves: how many share the picture, and its room.
+    """
+    stretches = max(FEWEST, min(DRAWN, SHARED // curves))
+    if len(x) <= 2 * stretches:
         return x, y
     kept = {0, len(x) - 1}
-    edges = np.linspace(0, len(x), DRAWN + 1).astype(int)
+    edges = np.linspace(0, len(x), stretches + 1).astype(int)
     filled = np.nan_to_num(y, nan=float(np.nanmedian(y)) if np.isfinite(y).any() else 0.0)
     for start, stop in itertools.pairwise(edges):
         kept |= {start + int(filled[start:stop].argmin()), start + int(filled[start:stop].argmax())}

@@ -27,9 +27,9 @@ CAPTIONS = {
 }
 MARKED = ("curves_tokens", "curves_time")
 DRAWN_NOTE = (
-    "Long curves are thinned for drawing: of each of 240 stretches the lowest and the highest "
-    "point are drawn. Tables and report.json hold every figure. Linear axes leave out what lies "
-    "above the last four fifths of a curve."
+    "Long curves are thinned for drawing: of each of 240 stretches (fewer where there are many "
+    "curves) the lowest and the highest point are drawn. Tables and report.json hold every figure. "
+    "Linear axes leave out what lies above the last four fifths of a curve."
 )
 
 

@@ -83,7 +83,7 @@ def until_the_baseline(
     """Tokens, time and FLOPs until the baseline's last loss is reached, by the mean over seeds."""
     means = {arm.name: mean_over_seeds(arm) for arm in arms}
     loss = float(means[baseline.name].loss[-1])
-    rows = []
+    rows: list[dict[str, Any]] = []
     for arm in arms:
         crossing = reached(means[arm.name], loss)
         count = flops[arm.name]

@@ -263,11 +263,11 @@ def _read_start(config: Config) -> tuple[Start | None, list[str]]:
         source = build_config(state["config"], f"{given}: state.json", read_model=False)
     except (ConfigError, KeyError):
         return None, [unknown]
-    sums = [state.get(key) for key in ("consumed", "elapsed_s", "step")]
-    if not all(_is_finite(value) for value in sums):
+    found = [state.get(key) for key in ("step", "consumed", "elapsed_s")]
+    step, consumed, seconds = (float(v) if isinstance(v, int | float) else math.nan for v in found)
+    if not math.isfinite(step + consumed + seconds):
         return None, [unknown]
-    tokens = float(sums[0] * source.data.sequence_length)
-    return Start(str(given), source, int(sums[2]), tokens, float(sums[1])), []
+    return Start(str(given), source, int(step), consumed * source.data.sequence_length, seconds), []
 
 
 def _checkpoints_meant_by(path: Path) -> list[Path]:

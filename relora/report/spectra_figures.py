@@ -33,7 +33,7 @@ def draw_spectra(report: dict[str, Any], look: Look) -> Any:
                 continue
             number = _number(report, arm["arm"])
             share = 100 * (np.arange(len(values)) + 0.5) / len(values)
-            x, y = thin(share, np.maximum(values, floor))
+            x, y = thin(share, np.maximum(values, floor), len(arms) * len(kinds))
             axes.plot(x, y, color=look.colour(number), linestyle=look.dash(number), linewidth=1.5)
         axes.set_yscale("log")
         axes.set_ylim(floor, 2 * (max(tops) or 1.0))
@@ -105,7 +105,7 @@ def draw_heat(report: dict[str, Any], look: Look) -> Any:
         axes.xaxis.set_major_locator(FixedLocator(_some(table.shape[1], 12)))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value + 1:.0f}"))
         names = [_short(name) for name in arm["layers"]["names"]]
-        shown = _some(len(names), LABELLED)
+        shown = _some(len(names), LABELLED if len(arms) < 3 else LABELLED // 3)
         axes.set_yticks(shown, [names[n] for n in shown], fontsize=6.5 if len(names) > 12 else 8)
         bar = figure.colorbar(picture, ax=axes, shrink=0.9, pad=0.02)
         bar.outline.set_visible(False)

@@ -23,6 +23,7 @@ mpl.use("Agg")
 LIGHT = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#1a1a1a")
 DARK = ("#4aa8e0", "#ff8a3d", "#2fc79a", "#e59cc6", "#e6c34a", "#9ad5f7", "#f0f0f0")
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.6)), (0, (1.4, 1.4)), (0, (6, 1.5, 1.4, 1.5)))
+POINT = 2.2  # diameter of the point of an evaluation
 CSS_DASHES = ("solid", "dashed", "dotted", "double")
 
 
@@ -114,6 +115,7 @@ def to_svg(figure: Any, prefix: str, title: str) -> str:
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.S)
     text = re.sub(r"<!--.*?-->\s*", "", text, flags=re.S)
     text = re.sub(r"\n\s*", "\n", text)
+    text = re.sub(rf"(?:{_DOT}\s*){{2,}}", _dots, text)
     used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', text))
     text = re.sub(r' id="([^"]*)"', lambda m: _id(m[1], used, prefix), text)
     text = re.sub(r'(href="#|url\(#)', rf"\g<1>{prefix}-", text)
@@ -136,6 +138,22 @@ def to_svg(figure: Any, prefix: str, title: str) -> str:
 
 def _id(name: str, used: set[str], prefix: str) -> str:
     return f' id="{prefix}-{name}"' if name in used else ""
+
+
+# One of many equal round points, as matplotlib writes it; only points are translucent.
+_DOT = r'<use [^>]*x="[-\d.]+" y="[-\d.]+" style="fill: #\w+; fill-opacity: [\d.]+[^"]*"/>'
+
+
+def _dots(match: re.Match[str]) -> str:
+    """A row of points as one path of dots, a tenth of the size."""
+    style = re.search(r"fill: (#\w+); fill-opacity: ([\d.]+)", match[0])
+    assert style is not None
+    places = re.findall(r'x="([-\d.]+)" y="([-\d.]+)"', match[0])
+    path = "".join(f"M{float(x):.1f} {float(y):.1f}h0" for x, y in places)
+    return (
+        f'<path d="{path}" style="fill: none; stroke: {style[1]}; stroke-opacity: {style[2]}; '
+        f'stroke-width: {POINT}; stroke-linecap: round"/>\n'
+    )
 
 
 def _rounded(match: re.Match[str]) -> str:
