@@ -260,3 +260,10 @@ def test_colours_can_be_read_on_both_grounds() -> None:
         for colour in colours:
             one, other = sorted((light(colour), light(ground)), reverse=True)
             assert (one + 0.05) / (other + 0.05) >= least, colour
+
+
+def test_other_shards_under_equal_settings_are_named(run: RunFiles) -> None:
+    other = replace(run, data="another")
+    assert build_report(group([run, run], ["a", "b"]))["warnings"] == []
+    report = build_report(group([run, other], ["a", "b"]))
+    assert report["warnings"] == ["data: b was trained on other token shards than a"]

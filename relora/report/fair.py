@@ -43,6 +43,7 @@ def warnings_about(arms: Sequence[Arm], baseline: Arm) -> list[str]:
     return [
         *_unlike(arms, baseline),
         *_other_seeds(arms, baseline),
+        *_other_data(arms, baseline),
         *_other_machines(arms, baseline),
         *(line for arm in arms for run in arm.runs for line in _state_of(arm, run)),
     ]
@@ -117,6 +118,16 @@ def _other_seeds(arms: Sequence[Arm], baseline: Arm) -> Iterator[str]:
             )
         for seed in sorted({seed for seed in theirs if theirs.count(seed) > 1}):
             yield f"seed: {arm.name} has seed {seed} {theirs.count(seed)} times: no other draw"
+
+
+def _other_data(arms: Sequence[Arm], baseline: Arm) -> Iterator[str]:
+    """Equal settings may name files whose content is not."""
+    ours = baseline.runs[0].data
+    for arm in arms:
+        for run in arm.runs:
+            if None not in (ours, run.data) and run.data != ours:
+                title = title_of(arm, run)
+                yield f"data: {title} was trained on other token shards than {baseline.name}"
 
 
 def _other_machines(arms: Sequence[Arm], baseline: Arm) -> Iterator[str]:

@@ -23,7 +23,7 @@ from relora.runtime.metrics import format_count
 DRAWN = 240  # stretches of a curve, each with its lowest and its highest point
 SHARED = 2000  # stretches of all curves of a picture together, where there are many
 FEWEST = 30
-MARKED = 80  # merges that are marked one by one
+MARKED = 200  # marks of an arm; more would hide its curve
 SMOOTHED = 50  # the running mean is over this share of a curve: one fiftieth
 UNITS = ((86400 * 3, "days", 86400.0), (7200, "hours", 3600.0), (180, "minutes", 60.0))
 
@@ -33,6 +33,7 @@ def draw_curves(report: dict[str, Any], look: Look, axis: str) -> Any:
     figure, (top, bottom) = _two_panels(look)
     arms = [(n, arm) for n, arm in enumerate(report["arms"]) if arm["evaluated"]]
     unit, scale = _axis(axis, [arm["curves"]["mean"][axis] for _, arm in arms])
+    marked: set[tuple[object, ...]] = set()
     many = sum(len(arm["curves"]["seeds"]) for _, arm in arms)
     shown: list[tuple[float, float]] = []
     for number, arm in arms:
@@ -47,7 +48,7 @@ def draw_curves(report: dict[str, Any], look: Look, axis: str) -> Any:
             sd = _column(mean["sd"])
             top.fill_between(x, y - sd, y + sd, color=colour, alpha=0.18, linewidth=0)
         top.plot(*thin(x, y, many), color=colour, linestyle=look.dash(number), linewidth=1.6)
-        _mark(top, bottom, curves["marks"], axis, scale, colour)
+        _mark((top, bottom), curves["marks"], axis, scale, colour, marked)
         rates = curves["lr"]
         bottom.plot(
             _column(rates[axis]) / scale,
@@ -191,20 +192,34 @@ def _format_x(axes: Any, unit: str) -> None:
 
 
 def _mark(
-    top: Any, bottom: Any, marks: dict[str, Any], axis: str, scale: float, colour: str
+    panels: Sequence[Any],
+    marks: dict[str, Any],
+    axis: str,
+    scale: float,
+    colour: str,
+    marked: set[tuple[object, ...]],
 ) -> None:
-    """Merges dotted, births dashed, over both panels; rewarms shaded."""
+    """Merges dotted, births dashed, over both panels; rewarms shaded.
+
+    Args:
+        marked: what other arms have marked, which is not marked again.
+    """
+    found: list[tuple[str, tuple[float, ...]]] = []
     for key, style in (("merges", ":"), ("births", "--")):
-        places = [mark[axis] / scale for mark in marks[key] if mark[axis] is not None]
-        for at in places if len(places) <= MARKED else ():
-            for axes in (top, bottom):
-                axes.axvline(at, color=colour, linewidth=0.8, linestyle=style, alpha=0.75, zorder=1)
-    pairs = list(zip(marks["rewarm_from"], marks["rewarm_to"], strict=True))
-    for start, stop in pairs if len(pairs) <= MARKED else ():
-        for axes in (top, bottom):
-            axes.axvspan(
-                start[axis] / scale, stop[axis] / scale, color=colour, alpha=0.1, linewidth=0
-            )
+        found += [(style, (mark[axis] / scale,)) for mark in marks[key]]
+    ends = zip(marks["rewarm_from"], marks["rewarm_to"], strict=True)
+    found += [("", (start[axis] / scale, stop[axis] / scale)) for start, stop in ends]
+    for style, place in found if len(found) <= MARKED else ():
+        if (style, *place) in marked:
+            continue
+        marked.add((style, *place))
+        for axes in panels:
+            if style:
+                axes.axvline(
+                    *place, color=colour, linewidth=0.8, linestyle=style, alpha=0.75, zorder=1
+                )
+            else:
+                axes.axvspan(*place, color=colour, alpha=0.1, linewidth=0)
 
 
 def _finish_rates(bottom: Any, unit: str) -> None:

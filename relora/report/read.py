@@ -72,6 +72,7 @@ class RunFiles:
     evaluations: Evaluations
     events: list[dict[str, Any]]  # all lines that are neither training figures nor evaluations
     checkpoint_bytes: int | None
+    data: str | None  # fingerprint of the token shards, by the newest checkpoint
     start: Start | None = None
     silent_s: float | None = None  # since the newest line; of a run that says it is running
     complaints: list[str] = field(default_factory=list)
@@ -130,7 +131,7 @@ def read_run(run_dir: Path) -> RunFiles:
         log=log,
         evaluations=evaluations,
         events=events,
-        checkpoint_bytes=_newest_checkpoint_bytes(run_dir),
+        **_newest_checkpoint(run_dir),
         start=start,
         silent_s=max(0.0, time.time() - last) if status == "running" and last else None,
         complaints=complaints,
@@ -234,16 +235,16 @@ def _is_finite(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def _newest_checkpoint_bytes(run_dir: Path) -> int | None:
-    """Bytes on disk of the newest complete checkpoint, or None if there is none."""
-    found = [p for p in (run_dir / "checkpoints").glob("step_*") if is_checkpoint_name(p.name)]
-    complete = sorted((p for p in found if (p / "manifest.json").is_file()), key=step_of)
-    for checkpoint in reversed(complete):
+def _newest_checkpoint(run_dir: Path) -> dict[str, Any]:
+    """Bytes on disk of the newest complete checkpoint, and the data it was trained on."""
+    for checkpoint in _checkpoints_meant_by(run_dir):
         try:
-            return sum(p.stat().st_size for p in checkpoint.iterdir())
+            size = sum(p.stat().st_size for p in checkpoint.iterdir())
+            data = (read_json(checkpoint / "state.json") or {}).get("data")
         except OSError:  # retired by its run in this moment
             continue
-    return None
+        return {"checkpoint_bytes": size, "data": None if data is None else str(data)}
+    return {"checkpoint_bytes": None, "data": None}
 
 
 def _read_start(config: Config) -> tuple[Start | None, list[str]]:

@@ -26,6 +26,7 @@ FIGURES = (
     "amplification",
     "rounding_loss",
 )
+PAIRED = 5  # arms of which every pair is compared
 _FILE = re.compile(r"step_(\d{8,})\.safetensors")
 
 
@@ -68,7 +69,7 @@ def read_measurements(run_dir: Path) -> tuple[list[Measurement], list[str]]:
     return sorted(found, key=lambda measurement: measurement.step), complaints
 
 
-def spectra_of_arms(arms: Sequence[Arm]) -> tuple[dict[str, Any] | None, list[str]]:
+def spectra_of_arms(arms: Sequence[Arm], baseline: str) -> tuple[dict[str, Any] | None, list[str]]:
     """Everything about spectra, and complaints; None if no run has measured any."""
     measured: dict[str, list[tuple[RunFiles, list[Measurement]]]] = {}
     complaints: list[str] = []
@@ -82,7 +83,7 @@ def spectra_of_arms(arms: Sequence[Arm]) -> tuple[dict[str, Any] | None, list[st
         return None, complaints
     found = {
         "arms": [_arm(name, seeds) for name, seeds in measured.items()],
-        "similarity": _similarities(measured),
+        "similarity": _similarities(measured, baseline),
     }
     return found, complaints
 
@@ -153,9 +154,12 @@ def _pooled(measurement: Measurement) -> dict[str, list[float]]:
 
 
 def _similarities(
-    measured: dict[str, list[tuple[RunFiles, list[Measurement]]]],
+    measured: dict[str, list[tuple[RunFiles, list[Measurement]]]], baseline: str
 ) -> list[dict[str, Any]]:
-    """φ(i, j) between seeds of an arm, between arms, and between an arm's last two cycles."""
+    """φ(i, j) between seeds of an arm, between arms, and between an arm's last two cycles.
+
+    Of many arms, each with the baseline alone.
+    """
     found = []
     for name, seeds in measured.items():
         if len(seeds) > 1:
@@ -167,6 +171,8 @@ def _similarities(
             titles = (f"{name}, step {cycles[-2].step}", f"{name}, step {cycles[-1].step}")
             found.append(_similarity("cycles", titles, cycles[-2], cycles[-1], "cycle_left"))
     for (one, a_seeds), (other, b_seeds) in itertools.combinations(measured.items(), 2):
+        if len(measured) > PAIRED and baseline not in (one, other):
+            continue
         pair = (a_seeds[0][1][-1], b_seeds[0][1][-1])
         found.append(_similarity("arms", (one, other), *pair, "total_left"))
     return [each for each in found if each["layers"]]

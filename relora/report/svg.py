@@ -59,7 +59,7 @@ PAPER = Look(legend=True, fg="#1b1f24", muted="#57606a", grid="#d8dee4", arms=LI
 @contextmanager
 def drawing(look: Look) -> Iterator[None]:
     """matplotlib's settings for one figure."""
-    settings = {
+    settings: Any = {
         "svg.fonttype": "none",
         "svg.hashsalt": "relora",
         "text.parse_math": False,  # a run may be called $x$

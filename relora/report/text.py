@@ -121,12 +121,14 @@ def number(digits: int) -> Format:
 
 def signed(digits: int) -> Format:
     """The same with a sign; no −0."""
-    return lambda value: f"{value:+,.{digits}f}" if abs(value) >= 0.5 * 10**-digits else "0"
+    return lambda value: (
+        f"{value:+,.{digits}f}".replace("-", "−") if abs(value) >= 0.5 * 10**-digits else "0"
+    )
 
 
 def percent(value: float) -> str:
     """A ratio as its difference from 1."""
-    return f"{100 * (value - 1):+.1f} %" if abs(value - 1) >= 5e-4 else "0 %"
+    return f"{100 * (value - 1):+.1f} %".replace("-", "−") if abs(value - 1) >= 5e-4 else "0 %"
 
 
 def times(value: float) -> str:
