@@ -152,11 +152,28 @@ def _add_reading_verbs(verbs: Verbs) -> None:
     compare = _verb(
         verbs,
         "compare",
-        "curves of runs in one picture and one table, from finished or running runs",
-        "relora compare runs/quickstart_relora runs/quickstart_full --to runs/quickstart_report",
+        "one report on finished or running runs: perplexity at equal tokens, time and memory",
+        "relora compare runs/quickstart_relora runs/quickstart_full --to runs/quickstart_report; "
+        "or relora compare full=runs/a relora=runs/b --to report --watch",
     )
-    compare.add_argument("runs", type=Path, nargs="+", metavar="RUN")
+    compare.add_argument(
+        "runs",
+        nargs="+",
+        metavar="[NAME=]RUN",
+        help="a run directory; runs that differ by their seed alone, or bear one name, are one arm",
+    )
     compare.add_argument("--to", type=Path, required=True, metavar="DIR")
+    compare.add_argument(
+        "--watch",
+        type=_seconds,
+        nargs="?",
+        const=30.0,
+        metavar="SECONDS",
+        help="renew the report (every 30 s) until all runs have finished or failed",
+    )
+    compare.add_argument(
+        "--baseline", metavar="NAME", help="the arm that others are compared with (full rank)"
+    )
 
     verify = _verb(
         verbs,
@@ -210,6 +227,14 @@ def _above_0(text: str) -> float:
     value = float(text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text}: must be a number above 0")
+    return value
+
+
+def _seconds(text: str) -> float:
+    """argparse type: a time to wait."""
+    value = float(text)
+    if not 0.1 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{value:g}: must be at least 0.1")
     return value
 
 

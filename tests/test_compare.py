@@ -8,11 +8,17 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from relora.commands import compare as command
+from relora.commands.compare import read_report
+from relora.report.text import tables, to_markdown
 from runs import metric_lines, relora, series, train
+from spectra_files import low_rank, write_spectra
 
 FULL: dict[str, Any] = {"lora": None, "relora": None, "warm_start": None}
+FILES = ["report.html", "report.md", "report.json"]
 
 
 @pytest.fixture(scope="module")
@@ -25,41 +31,34 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Figures that are closed while the test runs."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figures: list[Any] = []
-    real = plt.close
-    monkeypatch.setattr(plt, "close", lambda figure: (figures.append(figure), real(figure)))
-    return figures
+def table(report: dict[str, Any], name: str) -> list[dict[str, str]]:
+    """The rows of one of the report's tables, by column."""
+    found = tables(report)[name]
+    return [dict(zip(found.columns, row, strict=True)) for row in found.rows]
 
 
-def table(path: Path) -> list[dict[str, str]]:
-    """The rows of a Markdown table, by column."""
-    rows = [
-        [cell.strip() for cell in line.strip("|").split("|")]
-        for line in path.read_text().splitlines()
-        if line.startswith("|")
-    ]
-    return [dict(zip(rows[0], row, strict=True)) for row in rows[2:]]
+def altered(run: Path, to: Path, **changes: str) -> Path:
+    """A copy of a run with words of its config replaced (dots are written as __)."""
+    copy = shutil.copytree(run, to)
+    text = (copy / "config.yaml").read_text()
+    for old, new in changes.items():
+        key = old.replace("__", " ")
+        assert f"{key}: " in text, key
+        text = "\n".join(
+            f"{line.split(key)[0]}{key}: {new}" if line.strip().startswith(f"{key}: ") else line
+            for line in text.split("\n")
+        )
+    (copy / "config.yaml").write_text(text)
+    return copy
 
 
-def test_the_table_is_what_the_metrics_say(
-    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert relora("compare", runs / "relora", runs / "full", "--to", tmp_path / "a" / "b") == 0
-    report = tmp_path / "a" / "b" / "comparison.md"
-    assert report.read_text().strip() in capsys.readouterr().out
-    rows = table(report)
-    assert [row["run"] for row in rows] == ["relora", "full"]
-    assert [row["method"] for row in rows] == ["ReLoRA", "full rank"]
-    for row in rows:
-        run = runs / row["run"]
+def test_the_tables_are_what_the_metrics_say(runs: Path) -> None:
+    report = read_report([str(runs / "relora"), str(runs / "full")])
+    rows, speeds = table(report, "arms"), table(report, "speed")
+    assert [row["arm"] for row in rows] == ["relora", "full"]
+    assert [row["method"] for row in rows] == ["ReLoRA after warm start", "full rank"]
+    for row, speed in zip(rows, speeds, strict=True):
+        run = runs / row["arm"]
         evaluation = [line for line in metric_lines(run) if "eval/loss" in line][-1]
         log = [line for line in metric_lines(run) if "train/loss" in line]
         assert row["status"] == "finished"
@@ -68,80 +67,134 @@ def test_the_table_is_what_the_metrics_say(
         assert row["perplexity"] == f"{evaluation['eval/perplexity']:.2f}"
         assert row["merges"] == str(len(series(run, "relora/merge")))
         assert row["tokens"] == "6.14K"
-        speeds = sorted(line["perf/step_ms"] for line in log)
-        assert float(row["ms/step"]) == pytest.approx(speeds[len(speeds) // 2], abs=0.5)
-        assert float(row["memory (GiB per rank)"]) == pytest.approx(
-            log[-1]["perf/memory_gib"], abs=0.005
-        )
-    assert "Not the same" not in report.read_text()  # this pair is a fair one
+        median = np.median([line["perf/step_ms"] for line in log])
+        assert float(speed["ms/step"]) == pytest.approx(median, abs=0.06)
+        peak = max(line["perf/memory_gib"] for line in log)
+        assert float(speed["peak GiB per rank"]) == pytest.approx(peak, abs=0.006)
+    cost = table(report, "cost")
+    merges = list(series(runs / "relora", "time/merge_s").values())
+    assert cost[0]["one merge"] == f"{np.median(merges):.2f} s"
+    assert cost[1]["one merge"] == "–"
+    assert cost[0]["of it warm start"].endswith(" for 1.54K tokens")
+    size = sum(p.stat().st_size for p in (runs / "full/checkpoints/step_00000024").iterdir())
+    assert report["arms"][1]["figures"]["checkpoint_bytes"]["mean"] == size
+    assert report["warnings"] == []  # this pair is a fair one
 
 
-def test_the_picture_shows_both_curves_and_the_merges(
-    runs: Path, tmp_path: Path, drawn: list[Any]
+def test_one_command_writes_a_page_a_text_and_every_figure(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import numpy as np
-    from matplotlib.image import imread
+    to = tmp_path / "a" / "b"
+    assert relora("compare", runs / "relora", runs / "full", "--to", to) == 0
+    printed = capsys.readouterr().out
+    assert "| relora |" in printed
+    for name in FILES:
+        assert str(to / name) in printed
+    pictures = ["curves_tokens", "curves_time", "memory", "training_loss"]
+    assert sorted(p.name for p in to.iterdir()) == sorted(FILES + [f"{p}.png" for p in pictures])
+    for picture in pictures:
+        assert (to / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
+        assert f"]({picture}.png)" in (to / "report.md").read_text()
 
-    assert relora("compare", runs / "relora", runs / "full", "--to", tmp_path) == 0
-    image = imread(tmp_path / "comparison.png")
-    assert image.shape[0] > 600
-    assert image.shape[1] > 900
-    colours = np.unique(image[..., :3].reshape(-1, 3), axis=0)
-    assert len(colours) > 50
-    (figure,) = drawn
-    top, bottom = figure.axes
-    curves = {line.get_label().split(" ")[0]: line for line in top.lines if len(line.get_xdata())}
-    for name in ("relora", "full"):
-        evaluations = series(runs / name, "eval/loss")
-        x, y = curves[name].get_data()
-        assert list(y) == list(evaluations.values())
-        assert list(x) == [step * 256 for step in evaluations]
-    marks = {line.get_xdata()[0] for line in top.lines if line.get_linestyle() == ":"}
-    assert marks == {12 * 256, 18 * 256}
-    births = {line.get_xdata()[0] for line in top.lines if line.get_linestyle() == "--"}
-    assert births == {6 * 256}
-    rates = series(runs / "relora", "train/lr")
-    assert list(bottom.lines[0].get_ydata()) == list(rates.values())
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is not JSON")
+
+    report = json.loads((to / "report.json").read_text(), parse_constant=refuse)
+    assert report["format"] == 1
+    assert report["baseline"] == "full"
+    mean = report["arms"][0]["curves"]["mean"]
+    evaluations = series(runs / "relora", "eval/loss")
+    assert mean["step"] == list(evaluations)
+    assert mean["loss"] == list(evaluations.values())
+    training = report["arms"][0]["curves"]["seeds"][0]["training"]
+    assert training["loss"] == list(series(runs / "relora", "train/loss").values())
+    marks = report["arms"][0]["curves"]["marks"]
+    assert [mark["step"] for mark in marks["merges"]] == [12, 18]
+    assert [mark["tokens"] for mark in marks["births"]] == [6 * 256]
+    assert [mark["step"] for mark in marks["rewarm_from"]] == [6, 12, 18]
+    assert [mark["step"] for mark in marks["rewarm_to"]] == [8, 14, 20]
+    assert to_markdown(report, {}).startswith("# Comparison")  # the JSON alone makes the pages
 
 
-def test_a_run_against_itself_differs_in_nothing(runs: Path, tmp_path: Path) -> None:
-    assert relora("compare", runs / "relora", runs / "relora", "--to", tmp_path) == 0
-    rows = table(tmp_path / "comparison.md")
-    assert rows[0] == rows[1]
-    assert "Not the same" not in (tmp_path / "comparison.md").read_text()
+def test_a_run_against_itself_differs_in_nothing(runs: Path) -> None:
+    report = read_report([str(runs / "full"), str(runs / "full")])
+    assert [arm["name"] for arm in report["arms"]] == ["full", "full′"]
+    for question in ("tokens", "seconds"):
+        rows = report["questions"][question]["rows"]
+        assert [row["difference"] for row in rows] == [0, 0]
+        assert [row["ratio"] for row in rows] == [1, 1]
+    target = report["questions"]["target"]["rows"]
+    assert [row["tokens_ratio"] for row in target] == [1, 1]
+    assert {**target[0], "arm": 0} == {**target[1], "arm": 0}
+    assert report["differences"] == {"config": [], "environment": []}
+    assert report["warnings"] == []
+    first, second = table(report, "arms")
+    assert {**first, "arm": ""} == {**second, "arm": ""}
 
 
 @pytest.mark.parametrize(
-    ("changes", "word"),
+    ("changes", "word", "why"),
     [
-        ({"seed": 2}, "seed"),
-        ({"batch__global_batch_size": 4}, "batch.global_batch_size"),
-        ({"data__sequence_length": 16}, "data.sequence_length"),
-        ({"train__steps": 20}, "train.steps"),
-        ({"train__eval_sequences": 4}, "train.eval_sequences"),
+        ({"global_batch_size": "4"}, "batch.global_batch_size", "another global batch"),
+        ({"sequence_length": "16"}, "data.sequence_length", "other data or another order"),
+        ({"steps": "20"}, "train.steps", "another length"),
+        ({"eval_sequences": "4"}, "train.eval_sequences", "measured on other text"),
     ],
 )
 def test_unfair_comparisons_are_named(
-    changes: dict[str, Any], word: str, runs: Path, tmp_path: Path
+    changes: dict[str, str], word: str, why: str, runs: Path, tmp_path: Path
 ) -> None:
-    assert train(tmp_path / "other", **changes) == 0
-    assert relora("compare", runs / "relora", tmp_path / "other", "--to", tmp_path / "report") == 0
-    report = (tmp_path / "report" / "comparison.md").read_text()
-    notes = [line for line in report.splitlines() if line.startswith("- ")]
-    assert len(notes) == 1
-    assert notes[0].startswith(f"- {word}: ")
-    assert "in relora" in notes[0]
-    assert "in other" in notes[0]
+    other = altered(runs / "full", tmp_path / "other", **changes)
+    report = read_report([str(runs / "full"), str(other)])
+    (note,) = report["warnings"]
+    assert note.startswith(f"{word}: ")
+    assert "in full" in note
+    assert "in other" in note
+    assert note.endswith(why)
+    assert [row["path"] for row in report["differences"]["config"]] == [word]
 
 
-def test_a_stopped_run_is_compared_as_far_as_it_is(runs: Path, tmp_path: Path) -> None:
-    assert relora("compare", runs / "relora", runs / "stopped", "--to", tmp_path) == 0
-    row = table(tmp_path / "comparison.md")[1]
+def test_another_seed_of_another_arm_is_another_order(runs: Path, tmp_path: Path) -> None:
+    other = altered(runs / "relora", tmp_path / "other", seed="2")
+    report = read_report([str(runs / "full"), str(other)])
+    assert report["warnings"] == [
+        "seed: 1 in full, 2 in other: other data order and other initial weights"
+    ]
+
+
+def test_other_machines_versions_and_models_are_named(runs: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(runs / "full", tmp_path / "other")
+    environment = json.loads((other / "environment.json").read_text())
+    environment |= {"device": "Abacus 9", "commit": "0123456789ab"}
+    (other / "environment.json").write_text(json.dumps(environment))
+    model = json.loads((other / "model" / "config.json").read_text())
+    (other / "model" / "config.json").write_text(json.dumps({**model, "rms_norm_eps": 0.5}))
+    report = read_report([str(runs / "full"), str(other)])
+    notes = "\n".join(report["warnings"])
+    assert "model.config.rms_norm_eps: " in notes
+    assert "Abacus 9 in other: times do not compare" in notes
+    assert "0123456789ab in other: other code" in notes
+    assert len(report["warnings"]) == 3
+    paths = {row["path"] for row in report["differences"]["environment"]}
+    assert paths == {"device", "commit"}
+
+
+def test_a_stopped_run_is_compared_as_far_as_it_is(runs: Path) -> None:
+    report = read_report([str(runs / "full"), str(runs / "stopped")])
+    row = table(report, "arms")[1]
     assert row["status"] == "preempted"
     assert row["step"] == "14/24"
     assert row["merges"] == "1"
     assert row["validation loss"] == f"{series(runs / 'stopped', 'eval/loss')[12]:.4f}"
-    assert "stopped is preempted" in (tmp_path / "comparison.md").read_text()
+    assert report["warnings"] == ["stopped is preempted: unfinished, 14 of 24 steps"]
+    assert report["unfinished"]
+    # Equal tokens: where the shorter one was evaluated last.
+    rows = report["questions"]["tokens"]
+    assert rows["at"] == 12 * 256
+    assert rows["rows"][0]["loss"]["mean"] == series(runs / "full", "eval/loss")[12]
+    # It has not come as far as full rank's end.
+    assert table(report, "target")[1]["tokens"] == "not reached"
+    assert report["questions"]["target"]["rows"][1]["tokens"] is None
 
 
 def test_a_running_run_is_compared_while_it_writes(runs: Path, tmp_path: Path) -> None:
@@ -151,16 +204,31 @@ def test_a_running_run_is_compared_while_it_writes(runs: Path, tmp_path: Path) -
     at = next(i for i, line in enumerate(lines) if '"eval/loss"' in line)
     (run / "metrics.jsonl").write_text("".join(lines[: at + 2]) + '{"step": 6, "train/lo')
     (run / "run_state.json").write_text('{"status": "running", "reason": "", "step": 5, "code": 0}')
-    assert relora("compare", run, "--to", tmp_path / "report") == 0
-    assert table(tmp_path / "report" / "comparison.md")[0]["status"] == "running"
+    report = read_report([str(run)])
+    assert table(report, "arms")[0]["status"] == "running"
+    assert report["arms"][0]["curves"]["mean"]["step"] == [4]
 
 
 def test_an_evaluation_before_the_first_log_line_is_enough(tmp_path: Path) -> None:
     changes = {"train__log_every": 20, "train__eval_every": 2}
     assert train(tmp_path / "run", "train.stop_after=4", **changes) == 75
     assert relora("compare", tmp_path / "run", "--to", tmp_path / "report") == 0
-    row = table(tmp_path / "report" / "comparison.md")[0]
-    assert row["validation loss"] == f"{series(tmp_path / 'run', 'eval/loss')[4]:.4f}"
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    loss = report["arms"][0]["figures"]["loss"]["mean"]
+    assert loss == series(tmp_path / "run", "eval/loss")[4]
+
+
+def test_a_run_without_an_evaluation_is_listed_beside_others(runs: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(runs / "relora", tmp_path / "young")
+    lines = [line for line in metric_lines(run) if line["step"] < 4]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (run / "run_state.json").write_text('{"status": "running", "reason": "", "step": 3, "code": 0}')
+    assert relora("compare", runs / "full", run, "--to", tmp_path / "report") == 0
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert table(report, "arms")[1]["perplexity"] == "no evaluation yet"
+    assert [row["arm"] for row in report["questions"]["tokens"]["rows"]] == ["full"]
+    (run / "metrics.jsonl").unlink()  # it has only just begun
+    assert read_report([str(runs / "full"), str(run)])["arms"][1]["progress"] == "0/24"
 
 
 def test_a_diverged_run_is_compared_too(runs: Path, tmp_path: Path) -> None:
@@ -174,65 +242,160 @@ def test_a_diverged_run_is_compared_too(runs: Path, tmp_path: Path) -> None:
             line.update({"eval/loss": 900.0, "eval/perplexity": None})
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert relora("compare", runs / "relora", run, "--to", tmp_path / "report") == 0
-    assert table(tmp_path / "report" / "comparison.md")[1]["validation loss"] == "900.0000"
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert table(report, "arms")[1]["validation loss"] == "900.0000"
+    assert table(report, "arms")[1]["perplexity"] == "–"
+    assert "diverged has diverged: its last 4 evaluations are not finite" in report["warnings"]
 
 
 @pytest.mark.parametrize(
-    "state", ["missing", "empty", "a file", "no evaluation", "no metrics", "broken metrics"]
+    "state",
+    ["missing", "empty", "a file", "no evaluation", "no metrics", "broken metrics", "no step"],
 )
 def test_what_is_no_run_is_named(
     state: str, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
+    others = [runs / "relora"]
     if state == "empty":
         run.mkdir()
     elif state == "a file":
         run.write_text("mine")
-    elif state == "no evaluation":
-        assert train(run, "train.stop_after=3") == 75
     elif state != "missing":
         shutil.copytree(runs / "relora", run)
+        lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
         if state == "no metrics":
             (run / "metrics.jsonl").unlink()
+        elif state == "no evaluation":
+            others = []
+            (run / "metrics.jsonl").write_text(lines[0])
         else:
-            lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
-            lines[7] = lines[7][:20] + "\n"
+            lines[7] = lines[7][:20] + "\n" if state == "broken metrics" else '{"a": 1}\n'
             (run / "metrics.jsonl").write_text("".join(lines))
-    assert relora("compare", runs / "relora", run, "--to", tmp_path / "report") == 4
+    assert relora("compare", *others, run, "--to", tmp_path / "report") == 4
     error = capsys.readouterr().err
     assert str(run) in error
     assert "Traceback" not in error
-    if state == "broken metrics":
-        assert "line 8" in error
+    if state in ("broken metrics", "no step"):
+        assert f"{run / 'metrics.jsonl'}: line 8" in error
     assert not (tmp_path / "report").exists()
 
 
 def test_runs_of_one_name_can_be_told_apart(runs: Path, tmp_path: Path) -> None:
     for place in ("here", "there"):
         shutil.copytree(runs / "relora", tmp_path / place / "run")
-    arguments = [tmp_path / place / "run" for place in ("here", "there")]
-    assert relora("compare", *arguments, "--to", tmp_path / "report") == 0
-    assert [row["run"] for row in table(tmp_path / "report" / "comparison.md")] == [
-        "here/run",
-        "there/run",
-    ]
+    arguments = [str(tmp_path / place / "run") for place in ("here", "there")]
+    report = read_report(arguments)
+    assert [arm["name"] for arm in report["arms"]] == ["here/run", "there/run"]
 
 
-def test_a_hundred_thousand_lines_take_seconds(runs: Path, tmp_path: Path) -> None:
-    run = shutil.copytree(runs / "relora", tmp_path / "long")
+def test_arms_are_named_and_chosen_as_baseline(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [f"ours={runs / 'relora'}", f"mine={runs / 'full'}"]
+    report = read_report(arguments, baseline="ours")
+    assert [arm["name"] for arm in report["arms"]] == ["ours", "mine"]
+    assert report["baseline"] == "ours"
+    capsys.readouterr()
+    assert relora("compare", *arguments, "--to", tmp_path / "r", "--baseline", "theirs") == 2
+    assert "take one of ours, mine" in capsys.readouterr().err
+    one_name = [f"x={runs / 'relora'}", f"x={runs / 'full'}"]
+    assert relora("compare", *one_name, "--to", tmp_path / "r") == 2
+    error = capsys.readouterr().err
+    assert "differ in more than their seed (lora" in error
+
+
+def test_a_watch_ends_with_the_last_run(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It waits for the first evaluation, renews the page while runs go, and stops by itself."""
+    run = shutil.copytree(runs / "full", tmp_path / "run")
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    done = (run / "run_state.json").read_text()
+    (run / "run_state.json").write_text('{"status": "running", "reason": "", "step": 1, "code": 0}')
+    (run / "metrics.jsonl").write_text(lines[0])
+    page, slept = tmp_path / "report" / "report.html", []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        if len(slept) == 1:
+            assert not page.exists()
+            (run / "metrics.jsonl").write_text("".join(lines[:8]))
+        else:
+            assert '<meta http-equiv="refresh" content="7">' in page.read_text()
+            (run / "metrics.jsonl").write_text("".join(lines))
+            (run / "run_state.json").write_text(done)
+
+    monkeypatch.setattr(command.time, "sleep", sleep)
+    assert relora("compare", run, "--to", page.parent, "--watch", "7") == 0
+    assert slept == [7, 7]
+    assert 'http-equiv="refresh"' not in page.read_text()
+    printed = capsys.readouterr().out
+    assert "waiting: " in printed
+    assert "24/24 (finished)" in printed
+    assert not list(page.parent.glob("*.tmp"))
+
+
+def test_an_interrupt_ends_a_watch_with_the_report_whole(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sleep(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command.time, "sleep", sleep)
+    monkeypatch.setattr(command, "write_report", lambda report, to, refresh_s: None)
+    assert relora("compare", runs / "stopped", "--to", tmp_path, "--watch") == 0
+
+
+def test_a_million_lines_take_seconds(runs: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(runs / "full", tmp_path / "long")
     (log, evaluation) = (
         next(line for line in metric_lines(run) if key in line) for key in ("train/lr", "eval/loss")
     )
+    block = []
+    for step in range(1, 1001):
+        line = evaluation if step % 100 == 0 else log
+        block.append({**line, "step": step})
+    text = "".join(json.dumps(line) + "\n" for line in block)
     with (run / "metrics.jsonl").open("w") as file:
-        for step in range(1, 100_001):
-            line = evaluation if step % 100 == 0 else log
-            file.write(json.dumps({**line, "step": step, "train/tokens": step * 256}) + "\n")
-    from relora.commands.compare import draw, read_run, report
+        file.writelines(text for _ in range(1000))
+    from relora.report.read import read_run
 
     began = time.process_time()
-    curves = [read_run(run, "long")]
-    text = report(curves)
-    assert time.process_time() - began < 4
-    draw(curves, tmp_path / "picture.png")
-    assert time.process_time() - began < 12
-    assert "100000/24" in text
+    found = read_run(run)
+    assert time.process_time() - began < 20  # 4 on a core of its own
+    assert len(found.log["step"]) == 990_000
+    assert len(found.evaluations.loss) == 10_000
+
+
+def test_spectra_of_arms_stand_beside_each_other(runs: Path, tmp_path: Path) -> None:
+    """LoRA's update has rank 2, ReLoRA's sum of three cycles rank 6, full rank all of 16."""
+    full = shutil.copytree(runs / "full", tmp_path / "full")
+    ours = shutil.copytree(runs / "relora", tmp_path / "ours")
+    names = [f"model.layers.{n}.self_attn.{kind}" for n in (0, 1) for kind in ("q_proj", "k_proj")]
+    write_spectra(full, 24, None, {name: (None, low_rank(16, (16, 16), 9)) for name in names})
+    total = np.zeros((16, 16))
+    for number, step in ((1, 12), (2, 18), (None, 24)):
+        update = low_rank(2, (16, 16), step)
+        total = total + update
+        write_spectra(ours, step, number, dict.fromkeys(names, (update, total)))
+    assert relora("compare", full, ours, "--to", tmp_path / "report") == 0
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    arms = {arm["arm"]: arm for arm in report["spectra"]["arms"]}
+    ranks = [m["cycle_effective_rank"] for m in arms["ours"]["seeds"][0]["measurements"]]
+    assert ranks == pytest.approx([2, 2, 2], abs=1e-3)
+    assert [m["cycles"] for m in arms["ours"]["seeds"][0]["measurements"]] == [1, 2, 3]
+    assert arms["full"]["last"]["total_effective_rank"]["mean"] == pytest.approx(16, abs=1e-3)
+    values = arms["ours"]["total_values"]["q_proj"]
+    assert len(values) == 32  # two layers
+    assert sum(value > 1e-4 for value in values) == 12  # of rank 6 each
+    assert values == sorted(values, reverse=True)
+    between = {pair["what"]: pair for pair in report["spectra"]["similarity"]}
+    assert between["arms"]["of"] == ["full", "ours"]
+    assert between["cycles"]["layers"] == 4
+    assert np.shape(between["arms"]["phi"]) == (8, 8)
+    for picture in ("spectra", "ranks", "layers", "similarity"):
+        assert (tmp_path / "report" / f"{picture}.png").stat().st_size > 10_000
+    (ours / "spectra" / "step_00000018.safetensors").write_bytes(b"mine")
+    again = read_report([str(full), str(ours)])
+    assert "step_00000018.safetensors: is left out" in again["warnings"][0]

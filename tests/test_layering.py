@@ -29,6 +29,7 @@ LEVELS = {
     "relora.runtime": 1,
     "relora.data": 1,
     "relora.restart": 2,
+    "relora.report": 2,
     "relora.config": 2,
     "relora.checks": 2,
     "relora.arms": 2,

@@ -1,0 +1,217 @@
+"""Which runs are seeds of one arm, what each arm is called, and statistics over its seeds."""
+
+from __future__ import annotations
+
+import math
+import re
+import unicodedata
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from relora.config import differences
+from relora.errors import ConfigError
+from relora.report.read import Evaluations, RunFiles
+
+# Leaves of the config in which seeds of one arm may differ.
+NOT_THE_EXPERIMENT = ("run_dir", "seed", "data.dir", "data.num_workers", "train.stop_after")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """Runs of one config that differ by their seed."""
+
+    name: str
+    runs: list[RunFiles]
+
+    @property
+    def method(self) -> str:
+        """full rank, LoRA, LoRA after warm start, ReLoRA, ReLoRA after warm start."""
+        config = self.runs[0].config
+        warm = config.warm_start is not None or config.model.pretrained is not None
+        return config.method + (" after warm start" if warm and config.lora is not None else "")
+
+    @property
+    def evaluated(self) -> list[RunFiles]:
+        """Seeds that have an evaluation."""
+        return [run for run in self.runs if len(run.evaluations.loss)]
+
+
+def group(runs: Sequence[RunFiles], names: Sequence[str | None]) -> list[Arm]:
+    """Arms in the order of their first runs.
+
+    A name that was given decides. Among the others, runs whose configs are equal but for the seed
+    are one arm; a seed that comes twice is an arm of its own, since it repeats a run and is no
+    other draw.
+
+    Args:
+        names: what the user called each run, or None.
+
+    Raises:
+        ConfigError: one name for runs that differ in more than their seed.
+    """
+    groups: list[tuple[str | None, list[int]]] = []
+    for number, (run, name) in enumerate(zip(runs, names, strict=True)):
+        for other_name, members in groups:
+            first = runs[members[0]]
+            if name is None and other_name is None:
+                seeds = {runs[member].config.seed for member in members}
+                fits = not other_than_seed(first, run) and run.config.seed not in seeds
+            else:
+                fits = name == other_name
+            if not fits:
+                continue
+            differing = other_than_seed(first, run)
+            if differing:
+                raise ConfigError(
+                    f"{name}: {first.path} and {run.path} differ in more than their seed "
+                    f"({', '.join(differing)}); give them different names"
+                )
+            members.append(number)
+            break
+        else:
+            groups.append((name, [number]))
+    given = {name for name, _ in groups if name}
+    short = _short_names([[runs[n].path for n in members] for _, members in groups])
+    titles: list[str] = []
+    for (name, _), default in zip(groups, short, strict=True):
+        title = plain(name or default)
+        while title in titles or (name is None and title in given):
+            title += "′"  # two runs of one directory, or a directory called as another arm
+        titles.append(title)
+    return [
+        Arm(title, [runs[n] for n in members])
+        for title, (_, members) in zip(titles, groups, strict=True)
+    ]
+
+
+def other_than_seed(a: RunFiles, b: RunFiles) -> list[str]:
+    """Leaves that make two runs different experiments."""
+    found = [path for path, *_ in differences(a.config, b.config) if path not in NOT_THE_EXPERIMENT]
+    if a.model is not None and a.model == b.model:
+        found = [path for path in found if path != "model.config"]
+    elif a.model != b.model and a.model is not None and b.model is not None:
+        found.append("model.config")
+    return sorted(set(found))
+
+
+def plain(name: str) -> str:
+    """A name without characters that would break a line or hide."""
+    return "".join("?" if unicodedata.category(c)[0] == "C" else c for c in name) or "?"
+
+
+def _short_names(groups: Sequence[Sequence[Path]]) -> list[str]:
+    """For each arm its directory's name, with as many parents as tell it from the others.
+
+    A last part such as `seed_2` says nothing about an arm of several seeds, and is left out where
+    another part is left.
+    """
+    parts = [_without_seed(members[0].resolve().parts) for members in groups]
+    names = ["/".join(each) for each in parts]
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(each[-depth:]) for each in parts]
+        if len(set(names)) == len(set(parts)):
+            break
+    return names
+
+
+def _without_seed(parts: tuple[str, ...]) -> tuple[str, ...]:
+    if len(parts) > 2 and re.fullmatch(r"seed[_-]?\d+", parts[-1]):
+        return parts[:-1]
+    shortened = re.sub(r"[_-]seed[_-]?\d+$", "", parts[-1]) if parts else ""
+    return (*parts[:-1], shortened or parts[-1]) if parts else parts
+
+
+Spread = dict[str, Any]
+
+
+def spread(values: Sequence[float | None]) -> Spread:
+    """Mean and sample standard deviation (n − 1) of the seeds that have a value.
+
+    `sd` is None for fewer than two, `mean` for none; `values` keeps one entry a seed.
+    """
+    known = [float(v) for v in values if v is not None and math.isfinite(v)]
+    mean = math.fsum(known) / len(known) if known else None
+    sd = None
+    if mean is not None and len(known) > 1:
+        sd = math.sqrt(math.fsum((v - mean) ** 2 for v in known) / (len(known) - 1))
+    kept = [None if v is None or not math.isfinite(v) else float(v) for v in values]
+    return {"mean": mean, "sd": sd, "n": len(known), "values": kept}
+
+
+def over_seeds(arm: Arm, value: Callable[[RunFiles], float | None]) -> Spread:
+    """`spread` of a figure over an arm's seeds."""
+    return spread([value(run) for run in arm.runs])
+
+
+def perplexity_of(loss: float | None) -> float | None:
+    """exp(loss), or None where that is no number."""
+    if loss is None or not math.isfinite(loss) or loss > 700:
+        return None
+    return math.exp(loss)
+
+
+def loss_at_tokens(run: RunFiles, tokens: float) -> tuple[float, float] | None:
+    """(tokens, loss) of the last evaluation at or before so many tokens."""
+    evaluations = run.evaluations
+    place = int(np.searchsorted(evaluations.tokens, tokens, side="right")) - 1
+    if place < 0:
+        return None
+    return float(evaluations.tokens[place]), float(evaluations.loss[place])
+
+
+def loss_at_seconds(run: RunFiles, seconds: float) -> float | None:
+    """Loss at a moment, on the straight line between the evaluations around it."""
+    evaluations = run.evaluations
+    if not len(evaluations.loss) or seconds < evaluations.seconds[0]:
+        return None
+    return float(np.interp(seconds, evaluations.seconds, evaluations.loss))
+
+
+def mean_over_seeds(arm: Arm) -> Evaluations:
+    """Means of tokens, seconds and loss at the steps that every evaluated seed has evaluated.
+
+    Seeds that have none in common (each at work, with another interval) leave the first seed's.
+    """
+    each = [run.evaluations for run in arm.evaluated]
+    common = each[0].step
+    for evaluations in each[1:]:
+        common = np.intersect1d(common, evaluations.step)
+    if not len(common):
+        return each[0]
+    places = [np.searchsorted(e.step, common) for e in each]
+
+    def mean(name: str) -> np.ndarray:
+        columns = [getattr(e, name)[at] for e, at in zip(each, places, strict=True)]
+        return np.mean(columns, axis=0)
+
+    return Evaluations(common, mean("tokens"), mean("seconds"), mean("loss"))
+
+
+def reached(evaluations: Evaluations, loss: float) -> dict[str, float] | None:
+    """Where the validation loss first comes down to `loss`: step, tokens and seconds.
+
+    On the straight line between two evaluations; None if it never does.
+    """
+    below = np.flatnonzero(evaluations.loss <= loss)
+    if not len(below):
+        return None
+    at = int(below[0])
+    share = 1.0
+    if at:
+        before, after = evaluations.loss[at - 1], evaluations.loss[at]
+        share = float((before - loss) / (before - after))
+    columns = {
+        "step": evaluations.step,
+        "tokens": evaluations.tokens,
+        "seconds": evaluations.seconds,
+    }
+    return {
+        key: float(
+            values[at] if at == 0 else values[at - 1] + share * (values[at] - values[at - 1])
+        )
+        for key, values in columns.items()
+    }

@@ -1,0 +1,171 @@
+"""What differs between arms, and which of it makes their comparison unfair."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from relora.report.arms import Arm
+from relora.report.read import RunFiles
+from relora.runtime.metrics import format_duration
+
+LENGTHS = ("train.steps", "train.tokens", "train.eval_sequences")
+UNFAIR = {
+    "data.": "other data or another order",
+    "batch.global_batch_size": "another global batch",
+    "model.": "another model",
+    "train.steps": "another length",
+    "train.tokens": "another length",
+    "train.eval_sequences": "measured on other text",
+}
+HARMLESS = ("data.dir", "data.num_workers", "model.gradient_checkpointing", "model.config")
+NOT_SHOWN = ("run_dir", "seed", "data.dir", "train.stop_after")
+SILENT_S = 600.0  # a run at work that has written nothing for so long may be dead
+MACHINE = ("device", "world_size", "threads_per_rank", "platform")
+
+
+def differences_between(arms: Sequence[Arm]) -> dict[str, list[dict[str, Any]]]:
+    """Leaves of config, model and environment that are not the same in all arms."""
+    configs = [leaves(_tree(arm.runs[0])) for arm in arms]
+    models = [leaves(arm.runs[0].model or {}, "model.config.") for arm in arms]
+    environments = [leaves(_environment(arm.runs[0])) for arm in arms]
+    if all(arm.runs[0].model is not None for arm in arms):
+        for config in configs:
+            config.pop("model.config", None)  # the content of the file says more
+    return {
+        "config": _rows(arms, configs) + _rows(arms, models),
+        "environment": _rows(arms, environments),
+    }
+
+
+def warnings_about(arms: Sequence[Arm], baseline: Arm) -> list[str]:
+    """One line for each thing that makes curves incomparable, or a run not what it seems."""
+    return [
+        *_unlike(arms, baseline),
+        *_other_seeds(arms, baseline),
+        *_other_data(arms, baseline),
+        *_other_machines(arms, baseline),
+        *(line for arm in arms for run in arm.runs for line in _state_of(arm, run)),
+    ]
+
+
+def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A tree of plain values by dotted path."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat |= leaves(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def title_of(arm: Arm, run: RunFiles) -> str:
+    """How a warning calls a run."""
+    return arm.name if len(arm.runs) == 1 else f"{arm.name} (seed {run.config.seed})"
+
+
+def _tree(run: RunFiles) -> dict[str, Any]:
+    return run.config.model_dump(mode="json")
+
+
+def _environment(run: RunFiles) -> dict[str, Any]:
+    return run.environment
+
+
+def _rows(arms: Sequence[Arm], tables: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    paths = dict.fromkeys(path for table in tables for path in table)
+    rows = []
+    for path in paths:
+        if path in NOT_SHOWN or any(other.startswith(f"{path}.") for other in paths):
+            continue  # a section that is null in one arm: its keys are listed
+        values = {arm.name: t.get(path, "–") for arm, t in zip(arms, tables, strict=True)}
+        if any(value != next(iter(values.values())) for value in values.values()):
+            rows.append({"path": path, "values": values})
+    return rows
+
+
+def _unlike(arms: Sequence[Arm], baseline: Arm) -> Iterator[str]:
+    first = baseline.runs[0]
+    ours, our_model = leaves(_tree(first)), leaves(first.model or {}, "model.config.")
+    for arm in arms:
+        if arm is baseline:
+            continue
+        run = arm.runs[0]
+        theirs, their_model = leaves(_tree(run)), leaves(run.model or {}, "model.config.")
+        known = first.model is not None and run.model is not None
+        pairs = [(ours, theirs), (our_model, their_model) if known else ({}, {})]
+        for one, other in pairs:
+            for path in dict.fromkeys([*one, *other]):
+                why = next((w for p, w in UNFAIR.items() if path.startswith(p)), None)
+                skipped = path in HARMLESS and (known or path != "model.config")
+                if why is None or skipped or one.get(path) == other.get(path):
+                    continue
+                yield (
+                    f"{path}: {one.get(path)!r} in {baseline.name}, {other.get(path)!r} in "
+                    f"{arm.name}: {why}"
+                )
+
+
+def _other_seeds(arms: Sequence[Arm], baseline: Arm) -> Iterator[str]:
+    ours = sorted(run.config.seed for run in baseline.runs)
+    for arm in arms:
+        theirs = sorted(run.config.seed for run in arm.runs)
+        if theirs != ours:
+            yield (
+                f"seed: {_listed(ours)} in {baseline.name}, {_listed(theirs)} in {arm.name}: other "
+                "data order and other initial weights"
+            )
+        for seed in sorted({seed for seed in theirs if theirs.count(seed) > 1}):
+            yield f"seed: {arm.name} has seed {seed} {theirs.count(seed)} times: no other draw"
+
+
+def _other_data(arms: Sequence[Arm], baseline: Arm) -> Iterator[str]:
+    """Equal settings may name files whose content is not."""
+    ours = baseline.runs[0].data
+    for arm in arms:
+        for run in arm.runs:
+            if None not in (ours, run.data) and run.data != ours:
+                title = title_of(arm, run)
+                yield f"data: {title} was trained on other token shards than {baseline.name}"
+
+
+def _other_machines(arms: Sequence[Arm], baseline: Arm) -> Iterator[str]:
+    """Times are of a machine, and figures of a commit."""
+    runs = [(arm, run) for arm in arms for run in arm.runs]
+    for key in (*MACHINE, "relora", "commit", "packages.torch", "packages.deepspeed"):
+        found: dict[Any, list[str]] = {}
+        for arm, run in runs:
+            value = leaves(run.environment).get(key)
+            if value is not None:
+                found.setdefault(value, []).append(title_of(arm, run))
+        if len(found) > 1:
+            what = "times do not compare" if key in MACHINE else "other code"
+            listed = ", ".join(f"{value} in {_names(names)}" for value, names in found.items())
+            yield f"{key}: {listed}: {what}"
+
+
+def _state_of(arm: Arm, run: RunFiles) -> Iterator[str]:
+    title = title_of(arm, run)
+    if run.status != "finished":
+        reason = f" ({run.reason})" if run.reason and run.status == "failed" else ""
+        yield (
+            f"{title} is {run.status}{reason}: unfinished, {run.step} of {run.config.total_steps} "
+            "steps"
+        )
+    if run.silent_s is not None and run.silent_s > SILENT_S:
+        yield f"{title} says it is running, and has written nothing for " + format_duration(
+            run.silent_s
+        )
+    if run.evaluations.lost:
+        yield f"{title} has diverged: its last {run.evaluations.lost} evaluations are not finite"
+    yield from (f"{title}: {complaint}" for complaint in run.complaints)
+
+
+def _listed(values: Sequence[object]) -> str:
+    return ", ".join(map(str, values))
+
+
+def _names(names: Sequence[str], shown: int = 3) -> str:
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more

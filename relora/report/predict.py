@@ -1,0 +1,70 @@
+"""What the planner says about an arm, beside what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from relora.errors import UserError
+from relora.lora.config import LoRAConfig
+from relora.model import ModelConfig
+from relora.report.read import RunFiles
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Figures that follow from config, model and number of ranks alone; None = cannot be told."""
+
+    memory: float | None = None  # most bytes on a rank's device at once
+    memory_by_part: dict[str, float] | None = None  # bytes a rank; parts do not peak together
+    bytes_per_step: float | None = None  # sent by a rank in a step of the run's last phase
+    checkpoint_bytes: float | None = None
+    trainable: int | None = None  # parameters, in the last phase
+    parameters: int | None = None
+    flops: Callable[[int], float] | None = field(default=None, compare=False)
+    complaint: str | None = None
+
+
+def predict(run: RunFiles) -> Prediction:
+    """Ask the planner about a run; its own copy of the model's structure is taken."""
+    from relora.estimate import bytes_per_step, memory_by_part, peak_memory, training_flops
+    from relora.runtime.saving import checkpoint_bytes
+    from relora.subject import structure_of
+
+    config = run.config.model_copy(update={"run_dir": run.path})
+    config = config.model_copy(update={"model": structure_of(config)})
+    adapters = config.lora is not None
+    try:
+        plain, _ = _count(config.model, None)
+        trainable, frozen = _count(config.model, config.lora)
+        memory = peak_memory(config, run.world)
+        parts = memory_by_part(config, run.world)
+        sent = bytes_per_step(config, run.world, adapters)
+        before = 0.0
+        if run.start is not None:
+            source = run.start.config.model_copy(update={"model": config.model})
+            before = training_flops(source, run.start.step)
+        training_flops(config, 0)
+    except (UserError, ValueError) as error:
+        return Prediction(complaint=str(error))
+    return Prediction(
+        memory=memory,
+        memory_by_part=parts,
+        bytes_per_step=sent,
+        checkpoint_bytes=float(checkpoint_bytes(trainable, frozen)),
+        trainable=trainable,
+        parameters=plain,
+        flops=lambda steps: before + training_flops(config, steps),
+    )
+
+
+def _count(model: ModelConfig, lora: LoRAConfig | None) -> tuple[int, int]:
+    """(trainable, frozen) numbers of parameters."""
+    from relora.lora.inject import add_adapters
+    from relora.model import build_meta_model, count_parameters
+
+    built = build_meta_model(model)
+    if lora is not None:
+        add_adapters(built, lora)
+    trainable, total = count_parameters(built)
+    return trainable, total - trainable

@@ -1,0 +1,279 @@
+"""What a run's files say, as plain data: columns of figures, evaluations, merges, measurements.
+
+Everything comes from files, so a run may be finished, stopped or at work. A metrics file of 10⁶
+lines is read in seconds: lines are decoded in blocks, and training figures go into columns.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from relora.config import Config, build_config, load_run_config
+from relora.errors import CheckpointError, ConfigError
+from relora.runtime.manifest import is_checkpoint_name, step_of
+from relora.runtime.rundir import read_run_state
+
+COLUMNS = (
+    "step",
+    "train/tokens",
+    "time/elapsed_s",
+    "train/loss",
+    "train/lr",
+    "perf/tokens_per_s",
+    "perf/step_ms",
+    "perf/memory_gib",
+)
+BLOCK = 2000  # lines that are decoded at once
+AT_WORK = ("running", "preempted", "unknown")  # these may still get further by themselves
+
+
+@dataclass(frozen=True)
+class Start:
+    """What was spent before a run's first step on the weights it starts from."""
+
+    source: str
+    config: Config  # of the run that made them
+    step: int
+    tokens: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Evaluations:
+    """Every finite evaluation, in order; times and tokens include what the start had cost."""
+
+    step: np.ndarray
+    tokens: np.ndarray
+    seconds: np.ndarray
+    loss: np.ndarray
+    lost: int = 0  # evaluations after the last finite one
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """One run directory."""
+
+    path: Path
+    config: Config
+    status: str
+    reason: str
+    model: dict[str, Any] | None  # model/config.json
+    environment: dict[str, Any]
+    log: dict[str, np.ndarray]
+    evaluations: Evaluations
+    events: list[dict[str, Any]]  # all lines that are neither training figures nor evaluations
+    checkpoint_bytes: int | None
+    data: str | None  # fingerprint of the token shards, by the newest checkpoint
+    start: Start | None = None
+    silent_s: float | None = None  # since the newest line; of a run that says it is running
+    complaints: list[str] = field(default_factory=list)
+
+    @property
+    def step(self) -> int:
+        """Updates done, as far as the metrics say."""
+        logged = [*self.log["step"][-1:], *self.evaluations.step[-1:]]
+        return int(max(logged, default=0))
+
+    @property
+    def world(self) -> int:
+        """Ranks; 1 if the run does not say."""
+        return int(self.environment.get("world_size") or 1)
+
+    def events_with(self, key: str) -> list[dict[str, Any]]:
+        """Event lines that have `key` as a number."""
+        return [line for line in self.events if isinstance(line.get(key), int | float)]
+
+    def median(self, key: str) -> float | None:
+        """Median of a training figure; robust against a pause of the machine."""
+        values = self.log[key]
+        values = values[np.isfinite(values)]
+        return float(np.median(values)) if len(values) else None
+
+
+def read_run(run_dir: Path) -> RunFiles:
+    """Read one run directory.
+
+    Raises:
+        CheckpointError: it is none, or a file in it is broken; names the file and the line.
+    """
+    config, metrics = run_dir / "config.yaml", run_dir / "metrics.jsonl"
+    if not config.is_file():
+        what = "no such directory" if not run_dir.exists() else "it has no config.yaml"
+        raise CheckpointError(f"{run_dir}: is no run directory that has started: {what}")
+    state = read_run_state(run_dir)
+    status = str(state.get("status", "unknown"))
+    if not metrics.is_file() and status in ("finished", "unknown"):
+        raise CheckpointError(
+            f"{run_dir}: is no run directory that has started: it has no metrics.jsonl"
+        )
+    try:
+        settings = load_run_config(run_dir)
+    except ConfigError as error:
+        raise CheckpointError(f"{run_dir}: its config cannot be read: {error}") from None
+    start, complaints = _read_start(settings)
+    log, evaluations, events, last = _read_metrics(metrics, start)
+    return RunFiles(
+        path=run_dir,
+        config=settings,
+        status=status,
+        reason=str(state.get("reason", "")),
+        model=read_json(run_dir / "model" / "config.json"),
+        environment=read_json(run_dir / "environment.json") or {},
+        log=log,
+        evaluations=evaluations,
+        events=events,
+        **_newest_checkpoint(run_dir),
+        start=start,
+        silent_s=max(0.0, time.time() - last) if status == "running" and last else None,
+        complaints=complaints,
+    )
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A JSON file that may not be there.
+
+    Raises:
+        CheckpointError: it is there and broken.
+    """
+    if not path.is_file():
+        return None
+    try:
+        values = json.loads(path.read_text(encoding="utf8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: is no JSON object")
+    return values
+
+
+def read_lines(path: Path) -> Iterator[list[dict[str, Any]]]:
+    """The objects of a file of JSON lines, in blocks; an unfinished last line is left out.
+
+    Raises:
+        CheckpointError: another line is broken; names it.
+    """
+    done = 0
+    with path.open(encoding="utf8", errors="replace", newline="\n") as file:
+        while True:
+            lines = list(itertools.islice(file, BLOCK))
+            if lines and not lines[-1].endswith("\n"):
+                lines.pop()  # somebody is writing it
+            if not lines:
+                return
+            try:
+                found = json.loads(f"[{','.join(lines)}]")
+            except ValueError:
+                found = []
+            if len(found) != len(lines) or not all(_is_line(each) for each in found):
+                found = [_decode(path, n, line) for n, line in enumerate(lines, done + 1)]
+            yield found
+            done += len(lines)
+
+
+def _is_line(values: Any) -> bool:
+    return isinstance(values, dict) and isinstance(values.get("step"), int)
+
+
+def _decode(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        values = json.loads(line)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: line {number} is not valid JSON: {error}") from None
+    if not _is_line(values):
+        raise CheckpointError(f"{path}: line {number} is no object with a step")
+    return values
+
+
+def _read_metrics(
+    path: Path, start: Start | None
+) -> tuple[dict[str, np.ndarray], Evaluations, list[dict[str, Any]], float | None]:
+    columns: dict[str, list[Any]] = {key: [] for key in COLUMNS}
+    evaluated: list[dict[str, Any]] = []
+    events: list[dict[str, Any]] = []
+    last = None
+    for block in read_lines(path) if path.is_file() else ():
+        figures = [line for line in block if "train/loss" in line]
+        for key, values in columns.items():
+            values.extend([line.get(key) for line in figures])
+        evaluated += [line for line in block if "eval/loss" in line]
+        events += [line for line in block if "train/loss" not in line and "eval/loss" not in line]
+        last = block[-1].get("time_s", last)
+    log = {key: numbers(values) for key, values in columns.items()}
+    extra_tokens, extra_s = (start.tokens, start.seconds) if start else (0.0, 0.0)
+    log["train/tokens"] += extra_tokens
+    log["time/elapsed_s"] += extra_s
+    finite = [i for i, line in enumerate(evaluated) if _is_finite(line["eval/loss"])]
+    kept = [evaluated[i] for i in finite]
+    evaluations = Evaluations(
+        numbers([line["step"] for line in kept]),
+        numbers([line.get("train/tokens") for line in kept]) + extra_tokens,
+        numbers([line.get("time/elapsed_s") for line in kept]) + extra_s,
+        numbers([line["eval/loss"] for line in kept]),
+        len(evaluated) - (finite[-1] + 1 if finite else 0),
+    )
+    return log, evaluations, events, last if isinstance(last, int | float) else None
+
+
+def numbers(values: list[Any]) -> np.ndarray:
+    """Values as fp64; what is null or no number becomes NaN."""
+    try:
+        return np.array(values, dtype=np.float64)  # None becomes NaN
+    except (TypeError, ValueError):
+        return np.array([v if isinstance(v, int | float) else math.nan for v in values], np.float64)
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _newest_checkpoint(run_dir: Path) -> dict[str, Any]:
+    """Bytes on disk of the newest complete checkpoint, and the data it was trained on."""
+    for checkpoint in _checkpoints_meant_by(run_dir):
+        try:
+            size = sum(p.stat().st_size for p in checkpoint.iterdir())
+            data = (read_json(checkpoint / "state.json") or {}).get("data")
+        except OSError:  # retired by its run in this moment
+            continue
+        return {"checkpoint_bytes": size, "data": None if data is None else str(data)}
+    return {"checkpoint_bytes": None, "data": None}
+
+
+def _read_start(config: Config) -> tuple[Start | None, list[str]]:
+    """What the weights of `model.pretrained` had cost, if they come from a run."""
+    given = config.model.pretrained
+    if given is None:
+        return None, []
+    unknown = f"what the weights it starts from ({given}) had cost is unknown and not counted"
+    state = None
+    for candidate in _checkpoints_meant_by(given):
+        state = read_json(candidate / "state.json")
+        if state:
+            break
+    if state is None:
+        return None, [unknown]
+    try:
+        source = build_config(state["config"], f"{given}: state.json", read_model=False)
+    except (ConfigError, KeyError):
+        return None, [unknown]
+    found = [state.get(key) for key in ("step", "consumed", "elapsed_s")]
+    step, consumed, seconds = (float(v) if isinstance(v, int | float) else math.nan for v in found)
+    if not math.isfinite(step + consumed + seconds):
+        return None, [unknown]
+    return Start(str(given), source, int(step), consumed * source.data.sequence_length, seconds), []
+
+
+def _checkpoints_meant_by(path: Path) -> list[Path]:
+    """The checkpoint itself, or the run's, newest first."""
+    if (path / "manifest.json").is_file():
+        return [path]
+    found = [p for p in (path / "checkpoints").glob("step_*") if is_checkpoint_name(p.name)]
+    return sorted((p for p in found if (p / "manifest.json").is_file()), key=step_of, reverse=True)

@@ -1,0 +1,212 @@
+"""Spectra of updates, from `RUN/spectra/step_XXXXXXXX.safetensors`, put together for the report."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from relora.report.arms import Arm, spread
+from relora.report.read import RunFiles
+
+FIGURES = (
+    "cycle_stable_rank",
+    "cycle_effective_rank",
+    "total_stable_rank",
+    "total_effective_rank",
+    "overlap",
+    "amplification",
+    "rounding_loss",
+)
+PAIRED = 5  # arms of which every pair is compared
+_FILE = re.compile(r"step_(\d{8,})\.safetensors")
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One file: what was measured after a step."""
+
+    path: Path
+    step: int
+    merge: int | None  # None = the end of the run, or between merges
+    layers: dict[str, dict[str, Any]]
+
+    def tensor(self, layer: str, kind: str) -> np.ndarray | None:
+        """A tensor of the file, or None if it has none of that name."""
+        with safe_open(self.path, framework="numpy") as file:
+            name = f"{layer}|{kind}"
+            return file.get_tensor(name) if name in file.keys() else None  # noqa: SIM118
+
+    def median(self, figure: str) -> float | None:
+        """Over the layers that have it."""
+        values = [layer.get(figure) for layer in self.layers.values()]
+        known = [v for v in values if isinstance(v, int | float) and math.isfinite(v)]
+        return float(np.median(known)) if known else None
+
+
+def read_measurements(run_dir: Path) -> tuple[list[Measurement], list[str]]:
+    """A run's measurements by step, and a complaint about each file that cannot be read."""
+    found, complaints = [], []
+    for path in sorted((run_dir / "spectra").glob("step_*.safetensors")):
+        if not _FILE.fullmatch(path.name):
+            continue
+        try:
+            with safe_open(path, framework="numpy") as file:
+                metadata = file.metadata() or {}
+            layers = {layer["name"]: layer for layer in json.loads(metadata["layers"])}
+            merge = int(metadata["merge"]) if metadata.get("merge") else None
+            found.append(Measurement(path, int(metadata["step"]), merge, layers))
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+            complaints.append(f"{path}: is left out, since it cannot be read: {error!r}")
+    return sorted(found, key=lambda measurement: measurement.step), complaints
+
+
+def spectra_of_arms(arms: Sequence[Arm], baseline: str) -> tuple[dict[str, Any] | None, list[str]]:
+    """Everything about spectra, and complaints; None if no run has measured any."""
+    measured: dict[str, list[tuple[RunFiles, list[Measurement]]]] = {}
+    complaints: list[str] = []
+    for arm in arms:
+        for run in arm.runs:
+            measurements, problems = read_measurements(run.path)
+            complaints += problems
+            if measurements:
+                measured.setdefault(arm.name, []).append((run, measurements))
+    if not measured:
+        return None, complaints
+    found = {
+        "arms": [_arm(name, seeds) for name, seeds in measured.items()],
+        "similarity": _similarities(measured, baseline),
+    }
+    return found, complaints
+
+
+def kind_of(layer: str) -> str:
+    """Layers of one kind share the last part of their name: q_proj, down_proj."""
+    return layer.rpartition(".")[2]
+
+
+def _arm(name: str, seeds: Sequence[tuple[RunFiles, list[Measurement]]]) -> dict[str, Any]:
+    run, measurements = seeds[0]
+    newest = measurements[-1]
+    return {
+        "arm": name,
+        "seed": run.config.seed,
+        "step": newest.step,
+        "last": {
+            figure: spread([each[-1].median(figure) for _, each in seeds]) for figure in FIGURES
+        },
+        "seeds": [
+            {"seed": each.config.seed, "measurements": [_medians(each, m) for m in found]}
+            for each, found in seeds
+        ],
+        "layers": {
+            "names": list(newest.layers),
+            "merges": [m.merge for m in measurements],
+            "steps": [m.step for m in measurements],
+            **{
+                figure: [
+                    [_number(m.layers.get(layer, {}).get(figure)) for m in measurements]
+                    for layer in newest.layers
+                ]
+                for figure in FIGURES
+            },
+        },
+        "total_values": _pooled(newest),
+    }
+
+
+def _medians(run: RunFiles, measurement: Measurement) -> dict[str, Any]:
+    clock = run.config.clock
+    done = clock.merges_before(measurement.step)
+    # What was measured between merges or at the end belongs to the cycle that is under way.
+    under_way = measurement.merge is None and clock.cycle is not None
+    return {
+        "step": measurement.step,
+        "merge": measurement.merge,
+        "cycles": done + 1 if under_way else done,
+        **{figure: measurement.median(figure) for figure in FIGURES},
+    }
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def _pooled(measurement: Measurement) -> dict[str, list[float]]:
+    """Singular values of the whole update, of all layers of a kind together, descending."""
+    pools: dict[str, list[np.ndarray]] = {}
+    for layer in measurement.layers:
+        values = measurement.tensor(layer, "total_values")
+        if values is not None:
+            pools.setdefault(kind_of(layer), []).append(values.astype(np.float64))
+    return {
+        kind: [float(f"{v:.6g}") for v in np.sort(np.concatenate(values))[::-1] if math.isfinite(v)]
+        for kind, values in pools.items()
+    }
+
+
+def _similarities(
+    measured: dict[str, list[tuple[RunFiles, list[Measurement]]]], baseline: str
+) -> list[dict[str, Any]]:
+    """φ(i, j) between seeds of an arm, between arms, and between an arm's last two cycles.
+
+    Of many arms, each with the baseline alone.
+    """
+    found = []
+    for name, seeds in measured.items():
+        if len(seeds) > 1:
+            (a, of_a), (b, of_b) = seeds[:2]
+            titles = (f"{name}, seed {a.config.seed}", f"{name}, seed {b.config.seed}")
+            found.append(_similarity("seeds", titles, of_a[-1], of_b[-1], "total_left"))
+        cycles = [m for m in seeds[0][1] if any("|cycle_left" in key for key in _keys(m))]
+        if len(cycles) > 1:
+            titles = (f"{name}, step {cycles[-2].step}", f"{name}, step {cycles[-1].step}")
+            found.append(_similarity("cycles", titles, cycles[-2], cycles[-1], "cycle_left"))
+    for (one, a_seeds), (other, b_seeds) in itertools.combinations(measured.items(), 2):
+        if len(measured) > PAIRED and baseline not in (one, other):
+            continue
+        pair = (a_seeds[0][1][-1], b_seeds[0][1][-1])
+        found.append(_similarity("arms", (one, other), *pair, "total_left"))
+    return [each for each in found if each["layers"]]
+
+
+def _keys(measurement: Measurement) -> list[str]:
+    with safe_open(measurement.path, framework="numpy") as file:
+        return list(file.keys())
+
+
+def _similarity(
+    what: str, titles: tuple[str, str], a: Measurement, b: Measurement, kind: str
+) -> dict[str, Any]:
+    """Mean of φ over the layers that both have in one shape."""
+    import torch
+
+    from relora.analysis import subspace_similarity
+
+    tables = []
+    for layer in a.layers:
+        if layer not in b.layers:
+            continue
+        u, v = a.tensor(layer, kind), b.tensor(layer, kind)
+        if u is None or v is None or u.shape != v.shape:
+            continue
+        phi = subspace_similarity(torch.from_numpy(u), torch.from_numpy(v)).double().numpy()
+        if np.isfinite(phi).all():
+            tables.append(phi)
+    mean = np.mean(tables, axis=0) if tables else np.zeros((0, 0))
+    return {
+        "what": what,
+        "of": list(titles),
+        "layers": len(tables),
+        "width": int(u.shape[0]) if tables and u is not None else None,
+        "phi": mean.round(6).tolist(),
+        "whole": float(mean[-1, -1]) if tables else None,
+    }

@@ -1,0 +1,370 @@
+"""The report's tables as plain text cells, and all of it as Markdown."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from relora.runtime.metrics import format_bytes, format_count, format_duration
+
+MISSING = ("not reached", "no evaluation yet")
+Format = Callable[[float], str]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text; the first column is an arm's name where `arms` says so."""
+
+    title: str
+    note: str
+    columns: list[str]
+    rows: list[list[str]]
+    arms: bool = True
+
+    @property
+    def text_columns(self) -> list[bool]:
+        """Which columns hold words and not numbers."""
+        return [
+            n == 0 or any(cell[:1].isalpha() and cell not in MISSING for cell in column)
+            for n, column in enumerate(zip(*self.rows, strict=True))
+        ]
+
+
+def tables(report: dict[str, Any]) -> dict[str, Table]:
+    """Every table of the report, by the name that pages know it by."""
+    found = {
+        "arms": _arms(report),
+        "tokens": _tokens(report),
+        "seconds": _seconds(report),
+        "memory": _memory(report),
+        "target": _target(report),
+        "speed": _speed(report),
+        "cost": _cost(report),
+    }
+    if any(len(arm["seeds"]) > 1 for arm in report["arms"]):
+        found["seeds"] = _seeds(report)
+    if report["spectra"]:
+        found["spectra"] = _spectra(report)
+        if report["spectra"]["similarity"]:
+            found["similarity"] = _similarity(report)
+    for key, title in (("config", "Config"), ("environment", "Versions, commits, machines")):
+        rows = report["differences"][key]
+        if rows:
+            found[key] = _differences(report, title, rows)
+    return found
+
+
+def to_markdown(report: dict[str, Any], pictures: dict[str, str]) -> str:
+    """The report for papers and terminals.
+
+    Args:
+        pictures: file names by picture; the table of the same name is followed by it.
+    """
+    parts = ["# Comparison", f"Written {report['written']}, baseline: {md(report['baseline'])}."]
+    if report["warnings"]:
+        parts.append("Read this first:\n\n" + "\n".join(f"- {md(w)}" for w in report["warnings"]))
+    for name, table in tables(report).items():
+        parts.append(f"## {table.title}")
+        parts.append("\n".join(_md_rows(table)))
+        if table.note:
+            parts.append(table.note)
+        parts += [
+            f"![{table.title}]({pictures[picture]})"
+            for picture in PLACES.get(name, ())
+            if picture in pictures
+        ]
+    return "\n\n".join(parts) + "\n"
+
+
+# Pictures that follow a table.
+PLACES = {
+    "tokens": ("curves_tokens",),
+    "seconds": ("curves_time",),
+    "memory": ("memory",),
+    "cost": ("training_loss",),
+    "spectra": ("spectra", "ranks", "layers"),
+    "similarity": ("similarity",),
+}
+
+
+def md(text: str) -> str:
+    """Text that Markdown shows as it is, in a table too."""
+    return re.sub(r"([\\|`*_<>\[\]])", r"\\\1", text.replace("\n", " "))
+
+
+def _md_rows(table: Table) -> list[str]:
+    rule = ["---" if words else "---:" for words in table.text_columns]
+    lines = [[md(cell) for cell in row] for row in (table.columns, *table.rows)]
+    return [f"| {' | '.join(row)} |" for row in (lines[0], rule, *lines[1:])]
+
+
+def shown(value: float | None, form: Format) -> str:
+    """A number, or a dash."""
+    return "–" if value is None else form(value)
+
+
+def pm(spread: dict[str, Any], form: Format) -> str:
+    """mean ± sd, or the mean alone where there is no spread."""
+    text = shown(spread["mean"], form)
+    if spread["sd"]:
+        text += f" ± {form(spread['sd'])}"
+    seeds = len(spread["values"])
+    return text if spread["n"] in (0, seeds) else f"{text} ({spread['n']} of {seeds} seeds)"
+
+
+def number(digits: int) -> Format:
+    """Fixed digits after the point."""
+    return lambda value: f"{value:,.{digits}f}"
+
+
+def signed(digits: int) -> Format:
+    """The same with a sign; no −0."""
+    return lambda value: (
+        f"{value:+,.{digits}f}".replace("-", "−") if abs(value) >= 0.5 * 10**-digits else "0"
+    )
+
+
+def percent(value: float) -> str:
+    """A ratio as its difference from 1."""
+    return f"{100 * (value - 1):+.1f} %".replace("-", "−") if abs(value - 1) >= 5e-4 else "0 %"
+
+
+def times(value: float) -> str:
+    """A ratio as a factor."""
+    return f"× {value:.2f}"
+
+
+def gib(value: float) -> str:
+    """GiB."""
+    return f"{value:.2f}" if value >= 0.1 else f"{value:.3f}"
+
+
+def flops(value: float) -> str:
+    """1.23e+15."""
+    return f"{value:.3g}" if value < 1e5 else f"{value:.2e}"
+
+
+def _arms(report: dict[str, Any]) -> Table:
+    columns = ["arm", "perplexity", "validation loss", "tokens", "time", "step", "status"]
+    columns += ["merges", "seeds", "method"]
+    rows = []
+    for arm in report["arms"]:
+        figures = arm["figures"]
+        row = [arm["name"], "no evaluation yet", "–"]
+        if arm["evaluated"]:
+            row[1:] = [pm(figures["perplexity"], number(2)), pm(figures["loss"], number(4))]
+        row += [pm(figures["tokens"], format_count), pm(figures["seconds"], format_duration)]
+        row += [arm["progress"], arm["status"], pm(figures["merges"], number(0))]
+        rows.append([*row, _listed(s["seed"] for s in arm["seeds"]), arm["method"]])
+    return Table("Arms", _sentence(report, "spread"), columns, rows)
+
+
+def _tokens(report: dict[str, Any]) -> Table:
+    question = report["questions"]["tokens"]
+    columns = ["arm", "perplexity", "difference", "relative", "validation loss", "tokens"]
+    rows = [
+        [row["arm"], *_perplexity(row), pm(row["tokens"], format_count)] for row in question["rows"]
+    ]
+    title = f"At equal tokens: {format_count(question['at'])}"
+    return Table(
+        title, f"{_sentence(report, 'tokens')} {_sentence(report, 'warm_start')}", columns, rows
+    )
+
+
+def _seconds(report: dict[str, Any]) -> Table:
+    question = report["questions"]["seconds"]
+    columns = ["arm", "perplexity", "difference", "relative", "validation loss", "tokens"]
+    rows = [
+        [row["arm"], *_perplexity(row), pm(row["tokens"], format_count)] for row in question["rows"]
+    ]
+    title = f"At equal wall-clock: {format_duration(question['at'])}"
+    return Table(title, _sentence(report, "seconds"), columns, rows)
+
+
+def _perplexity(row: dict[str, Any]) -> list[str]:
+    return [
+        pm(row["perplexity"], number(2)),
+        shown(row["difference"], signed(2)),
+        shown(row["ratio"], percent),
+        pm(row["loss"], number(4)),
+    ]
+
+
+def _memory(report: dict[str, Any]) -> Table:
+    columns = [
+        "arm",
+        "peak GiB per rank",
+        "perplexity",
+        "best within this memory",
+        "its perplexity",
+    ]
+    rows = [
+        [
+            row["arm"],
+            pm(row["memory_gib"], gib),
+            pm(row["perplexity"], number(2)),
+            row["best_within"] or "–",
+            shown(row["best_perplexity"], number(2)),
+        ]
+        for row in report["questions"]["memory"]["rows"]
+    ]
+    return Table("At equal peak memory", _sentence(report, "memory"), columns, rows)
+
+
+def _target(report: dict[str, Any]) -> Table:
+    target = report["questions"]["target"]
+    columns = ["arm", "tokens", "of baseline", "time", "of baseline", "FLOPs", "of baseline"]
+    columns += ["seeds that reach it"]
+    forms: dict[str, Format] = {"tokens": format_count, "seconds": format_duration, "flops": flops}
+    rows = []
+    for row in target["rows"]:
+        cells = [row["arm"]]
+        for key, form in forms.items():
+            missed = "not reached" if not row["reached"] else "–"
+            cells.append(missed if row[key] is None else form(row[key]))
+            cells.append(shown(row[f"{key}_ratio"], times))
+        rows.append([*cells, f"{row['seeds_that_reach_it']} of {row['of']}"])
+    title = f"Until the baseline's perplexity: {shown(target['perplexity'], number(2))}"
+    note = f"{_sentence(report, 'target')} {_sentence(report, 'flops')}"
+    return Table(title, note, columns, rows)
+
+
+def _speed(report: dict[str, Any]) -> Table:
+    columns = ["arm", "tokens/s", "ms/step", "peak GiB per rank", "predicted", "trainable"]
+    columns += ["parameters", "bytes/step per rank"]
+    rows = []
+    for arm in report["arms"]:
+        figures, predicted = arm["figures"], arm["predicted"]
+        rows.append(
+            [
+                arm["name"],
+                pm(figures["tokens_per_s"], number(0)),
+                pm(figures["step_ms"], number(1)),
+                pm(figures["memory_gib"], gib),
+                shown(predicted["memory_gib"], gib),
+                shown(predicted["trainable"], format_count),
+                shown(predicted["parameters"], format_count),
+                shown(predicted["bytes_per_step"], format_bytes),
+            ]
+        )
+    note = "tokens/s and ms/step are medians of a run. Trainable: in the run's last phase. Bytes a "
+    note += f"step and what is called predicted are computed {report['rules']['predicted']}."
+    return Table("Speed and memory", note, columns, rows)
+
+
+def _cost(report: dict[str, Any]) -> Table:
+    columns = ["arm", "FLOPs", "time", "of it warm start", "all merges", "one merge"]
+    columns += ["checkpoint", "predicted"]
+    rows = []
+    for arm in report["arms"]:
+        figures, predicted = arm["figures"], arm["predicted"]
+        warm = pm(arm["warm_start_seconds"], format_duration)
+        if arm["warm_start"]["mean"] is not None:
+            warm += f" for {pm(arm['warm_start'], format_count)} tokens"
+        rows.append(
+            [
+                arm["name"],
+                pm(figures["flops"], flops),
+                pm(figures["seconds"], format_duration),
+                warm,
+                pm(figures["merges_s"], _seconds_text),
+                pm(figures["merge_s"], _seconds_text),
+                pm(figures["checkpoint_bytes"], format_bytes),
+                shown(predicted["checkpoint_bytes"], format_bytes),
+            ]
+        )
+    note = (
+        f"{_sentence(report, 'warm_start')} {_sentence(report, 'flops')} One merge is the median "
+    )
+    note += "of a run's. A checkpoint is the newest on disk; predicted: its tensors alone."
+    return Table("Cost", note, columns, rows)
+
+
+def _seeds(report: dict[str, Any]) -> Table:
+    columns = ["run", "arm", "seed", "status", "step", "time", "validation loss"]
+    columns += ["perplexity", "tokens/s", "peak GiB per rank"]
+    rows = [
+        [
+            seed["run"],
+            arm["name"],
+            str(seed["seed"]),
+            seed["status"],
+            f"{seed['step']}/{seed['of']}",
+            shown(seed["seconds"], format_duration),
+            shown(seed["loss"], number(4)),
+            shown(seed["perplexity"], number(2)),
+            shown(seed["tokens_per_s"], number(0)),
+            shown(seed["memory_gib"], gib),
+        ]
+        for arm in report["arms"]
+        for seed in arm["seeds"]
+    ]
+    return Table("Every run", "", columns, rows, arms=False)
+
+
+def _spectra(report: dict[str, Any]) -> Table:
+    titles = {
+        "cycle_effective_rank": "effective rank, cycle",
+        "cycle_stable_rank": "stable rank, cycle",
+        "total_effective_rank": "effective rank, all",
+        "total_stable_rank": "stable rank, all",
+        "overlap": "overlap",
+        "amplification": "amplification",
+    }
+    columns = ["arm", "measured at step", *titles.values()]
+    rows = [
+        [arm["arm"], str(arm["step"]), *(pm(arm["last"][key], number(2)) for key in titles)]
+        for arm in report["spectra"]["arms"]
+    ]
+    note = (
+        "Medians over layers, at the last measurement. cycle: s·B·A of one cycle; all: W + s·B·A "
+        "minus the weights at the start. Overlap: with the cycle before. Amplification: ‖ΔW‖ over "
+        "how much of W lies in ΔW's leading directions (LoRA, arXiv 2106.09685, §7.3)."
+    )
+    return Table("What the updates are made of", note, columns, rows)
+
+
+def _similarity(report: dict[str, Any]) -> Table:
+    rows = [
+        [
+            f"{pair['of'][0]} / {pair['of'][1]}",
+            pair["what"],
+            str(pair["layers"]),
+            shown(pair["whole"], number(3)),
+        ]
+        for pair in report["spectra"]["similarity"]
+    ]
+    note = (
+        "φ(i, j): how much of the first i left directions of one update lies in the first j of "
+        "another; 1 if all, 0 if none (LoRA, arXiv 2106.09685, §7.2). Mean over layers."
+    )
+    columns = ["pair", "of", "layers", "φ of all directions"]
+    return Table("Subspace similarity", note, columns, rows, arms=False)
+
+
+def _differences(report: dict[str, Any], title: str, rows: list[dict[str, Any]]) -> Table:
+    names = [arm["name"] for arm in report["arms"]]
+    cells = [[row["path"], *(_value(row["values"][name]) for name in names)] for row in rows]
+    return Table(f"What differs: {title}", "", ["", *names], cells, arms=False)
+
+
+def _value(value: Any) -> str:
+    plain = {None: "null", True: "true", False: "false"}
+    if value is None or isinstance(value, bool):
+        return plain[value]
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _listed(values: Any) -> str:
+    return ", ".join(map(str, values))
+
+
+def _sentence(report: dict[str, Any], rule: str) -> str:
+    text = report["rules"][rule]
+    return text[0].upper() + text[1:] + "."
+
+
+def _seconds_text(value: float) -> str:
+    return f"{value:.2f} s" if value < 60 else format_duration(value)

@@ -1,0 +1,269 @@
+"""What `relora compare` computes and draws: seeds, crossings, thinning, and a page that is safe."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from relora.errors import CheckpointError, ConfigError
+from relora.report import figures
+from relora.report.arms import Arm, group, loss_at_seconds, loss_at_tokens, reached, spread
+from relora.report.build import build_report
+from relora.report.page import to_html
+from relora.report.questions import at_equal_memory
+from relora.report.read import BLOCK, Evaluations, RunFiles, read_lines, read_run
+from relora.report.svg import LIGHT, Look, drawing, to_svg
+from relora.report.text import pm, signed, tables, to_markdown
+from runs import train
+
+HOSTILE = '<script>alert(1)</script> a|b $x_1$ & "q" _u_'
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunFiles:
+    """A run of 6 steps with 3 evaluations, in full rank."""
+    path = tmp_path_factory.mktemp("runs") / "full"
+    changes: dict[str, Any] = {"lora": None, "relora": None, "warm_start": None}
+    changes |= {"train__steps": 6, "train__eval_every": 2, "schedule__warmup_steps": 1}
+    assert train(path, **changes) == 0
+    return read_run(path)
+
+
+def like(run: RunFiles, losses: list[float], seed: int = 1, path: str = "x") -> RunFiles:
+    """The run with other losses, evaluated every 100 tokens and every 10 s."""
+    n = np.arange(1.0, len(losses) + 1)
+    evaluations = Evaluations(n, 100 * n, 10 * n, np.array(losses))
+    config = run.config.model_copy(update={"seed": seed})
+    return replace(run, path=Path(path), config=config, evaluations=evaluations)
+
+
+def test_spread_is_the_sample_standard_deviation() -> None:
+    assert spread([2.0, 4.0, 9.0]) == {
+        "mean": 5.0,
+        "sd": pytest.approx(np.std([2, 4, 9], ddof=1)),
+        "n": 3,
+        "values": [2.0, 4.0, 9.0],
+    }
+    assert spread([1.0, None]) == {"mean": 1.0, "sd": None, "n": 1, "values": [1.0, None]}
+    assert spread([float("nan")])["mean"] is None
+    assert pm(spread([1.0, 3.0]), lambda v: f"{v:.1f}") == "2.0 ± 1.4"
+    assert pm(spread([1.0, None]), lambda v: f"{v:.1f}") == "1.0 (1 of 2 seeds)"
+    assert signed(2)(-0.001) == "0"
+
+
+def test_questions_are_answered_between_and_at_evaluations(run: RunFiles) -> None:
+    ours = like(run, [5.0, 4.0, 3.0])
+    assert loss_at_tokens(ours, 250) == (200, 4.0)  # the last at or before, not between
+    assert loss_at_tokens(ours, 99) is None
+    assert loss_at_seconds(ours, 25) == pytest.approx(3.5)  # between
+    assert loss_at_seconds(ours, 5) is None
+    crossing = reached(ours.evaluations, 3.25)
+    assert crossing == {"step": 2.75, "tokens": 275, "seconds": 27.5}
+    assert reached(ours.evaluations, 5.5) == {"step": 1, "tokens": 100, "seconds": 10}
+    assert reached(ours.evaluations, 2.9) is None
+
+
+def test_seeds_are_one_arm_and_the_baseline_is_their_mean(run: RunFiles) -> None:
+    runs = [
+        like(run, [5.0, 4.0, 3.2], 1, "/r/full/seed_1"),
+        like(run, [5.0, 4.0, 2.8], 2, "/r/full/seed_2"),
+        like(run, [4.0, 3.0], 1, "/r/other"),
+    ]
+    fast = runs[2].config.model_copy(
+        update={"optimizer": run.config.optimizer.model_copy(update={"lr": 0.5})}
+    )
+    runs[2] = replace(runs[2], config=fast)
+    arms = group(runs, [None, None, None])
+    assert [arm.name for arm in arms] == ["full", "other"]
+    assert len(arms[0].runs) == 2
+    report = build_report(arms)
+    figures_of_full = report["arms"][0]["figures"]
+    assert figures_of_full["loss"]["mean"] == pytest.approx(3.0)
+    assert figures_of_full["loss"]["sd"] == pytest.approx(np.std([3.2, 2.8], ddof=1))
+    tokens = report["questions"]["tokens"]
+    assert tokens["at"] == 200  # as far as the other one is
+    assert tokens["rows"][1]["difference"] == pytest.approx(np.exp(3) - np.exp(4))
+    target = report["questions"]["target"]
+    assert target["loss"] == pytest.approx(3.0)
+    assert [row["tokens"] for row in target["rows"]] == [300, 200]
+    assert [row["seeds_that_reach_it"] for row in target["rows"]] == [1, 1]
+    assert target["rows"][1]["tokens_ratio"] == pytest.approx(2 / 3)
+    assert any(w.startswith("seed: 1, 2 in full, 1 in other") for w in report["warnings"])
+    assert "seeds" in tables(report)
+
+
+def test_one_name_holds_one_experiment(run: RunFiles) -> None:
+    other = replace(run, config=run.config.model_copy(update={"lora": None, "seed": 9}))
+    assert [arm.name for arm in group([run, other], ["a", "a"])] == ["a"]
+    section = run.config.batch.model_copy(update={"global_batch_size": 4})
+    other = replace(run, config=run.config.model_copy(update={"batch": section}))
+    with pytest.raises(ConfigError, match=r"a: .* \(batch.global_batch_size\)"):
+        group([run, other], ["a", "a"])
+    assert [arm.name for arm in group([run, run], [None, None])] == ["full", "full′"]
+    assert [arm.name for arm in group([run, run], ["full", None])] == ["full", "full′"]
+    assert group([run], ["a\nb\x1b"])[0].name == "a?b?"
+
+
+def test_within_a_memory_the_best_that_fits_is_named() -> None:
+    def row(name: str, perplexity: float) -> dict[str, Any]:
+        return {"arm": name, "perplexity": spread([perplexity])}
+
+    rows = [row("large", 10.0), row("small", 12.0), row("wasteful", 11.0)]
+    memory = {"large": spread([8.0]), "small": spread([4.0]), "wasteful": spread([16.0])}
+    answer = at_equal_memory([], {"at": 100, "rows": rows}, memory)["rows"]
+    assert [(r["arm"], r["best_within"], r["best_perplexity"]) for r in answer] == [
+        ("small", "small", 12.0),
+        ("large", "large", 10.0),
+        ("wasteful", "large", 10.0),
+    ]
+
+
+def test_lines_are_read_in_blocks_without_losing_any(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    count = 2 * BLOCK + 5
+    path.write_text("".join(f'{{"step": {n}}}\n' for n in range(count)) + '{"step": 99')
+    steps = [line["step"] for block in read_lines(path) for line in block]
+    assert steps == list(range(count))
+    # Two broken lines that would make one good one when joined.
+    path.write_text('{"step": 1}\n{"step": 2\n"a": 3}\n')
+    with pytest.raises(CheckpointError, match="line 2 is not valid JSON"):
+        list(read_lines(path))
+
+
+def test_what_a_start_had_cost_is_counted(run: RunFiles, tmp_path: Path) -> None:
+    """`model.pretrained` names a checkpoint of a run: its tokens, time and FLOPs come first."""
+    path = shutil.copytree(run.path, tmp_path / "next")
+    checkpoint = run.path / "checkpoints" / "step_00000006"
+    text = (path / "config.yaml").read_text()
+    text = re.sub(r"(?m)^  config: .*$", "  config: null", text)
+    text = re.sub(r"(?m)^  pretrained: .*$", f"  pretrained: {checkpoint}", text)
+    (path / "config.yaml").write_text(text)
+    again = read_run(path)
+    assert again.start is not None
+    assert again.start.tokens == 6 * 256
+    assert again.start.seconds > 0
+    assert list(again.evaluations.tokens) == [6 * 256 + t for t in run.evaluations.tokens]
+    report = build_report(group([run, again], ["one", "two"]))
+    one, two = (arm["figures"] for arm in report["arms"])
+    assert two["flops"]["mean"] == pytest.approx(2 * one["flops"]["mean"])
+    assert report["arms"][1]["warm_start"]["mean"] == 6 * 256
+    (path / "config.yaml").write_text(text.replace(str(checkpoint), str(tmp_path / "gone")))
+    (complaint,) = read_run(path).complaints
+    assert "is unknown and not counted" in complaint
+
+
+def test_thinning_keeps_every_spike_and_both_ends() -> None:
+    x = np.arange(100_000.0)
+    y = np.sin(x / 5000)
+    y[[123, 54_321]] = 40, -40
+    thin_x, thin_y = figures.thin(x, y)
+    assert len(thin_x) <= 2 * figures.DRAWN + 2
+    assert {40.0, -40.0} <= set(thin_y)
+    assert (thin_x[0], thin_x[-1]) == (0, 99_999)
+    assert list(thin_x) == sorted(thin_x)
+    short = figures.thin(x[:100], y[:100])
+    assert len(short[0]) == 100
+    assert len(figures.thin(x, y, curves=1000)[0]) <= 2 * figures.FEWEST + 2
+
+
+def test_smoothing_is_centred() -> None:
+    line = 3 + 2 * np.arange(1000.0)
+    assert figures.running_mean(line) == pytest.approx(line)  # no lag
+    assert figures.running_mean(np.array([1.0])) == [1.0]
+
+
+@pytest.mark.parametrize("limits", [(4.9, 5.2), (16.8, 34.7), (5, 110), (1e-4, 3), (99, 101)])
+def test_a_log_axis_has_some_round_ticks(limits: tuple[float, float]) -> None:
+    ticks = figures.log_ticks(*limits)
+    assert 3 <= len(ticks) <= 8
+    assert all(limits[0] <= tick <= limits[1] for tick in ticks)
+
+
+class Reader(HTMLParser):
+    """Tags, ids and addresses of a page."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.ids: list[str] = []
+        self.asked: list[str] = []
+        self.open: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.tags.append(tag)
+        values = dict(attrs)
+        assert not [key for key in values if key.startswith("on")]
+        self.ids += [values["id"]] if "id" in values else []
+        for key in ("href", "src", "xlink:href"):
+            self.asked += [values[key]] if key in values else []
+
+
+def test_a_page_needs_nothing_and_runs_nothing_whatever_a_run_is_called(run: RunFiles) -> None:
+    arms = [Arm(HOSTILE, [run]), Arm("_hidden", [run])]
+    report = build_report(arms)
+    svgs = {}
+    for room in ("wide", "narrow"):
+        look = Look(narrow=room == "narrow")
+        with drawing(look):
+            picture = figures.draw_curves(report, look, "tokens")
+            svgs[f"curves_tokens.log.{room}"] = to_svg(picture, f"tokens-{room}", HOSTILE)
+    page = to_html(report, svgs, refresh_s=None)
+    reader = Reader(page)
+    assert "script" not in reader.tags
+    assert {"svg", "table"} <= set(reader.tags)
+    assert len(reader.ids) == len(set(reader.ids))
+    own = {f"#{name}" for name in reader.ids}
+    assert all(asked in own or asked.startswith("data:") for asked in reader.asked)
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; a|b $x_1$ &amp;" in page
+    assert not re.findall(r"#0a0[bc]\w\w", page)  # every marker colour became a variable
+    assert "var(--fg)" in svgs["curves_tokens.log.wide"]
+    assert 'http-equiv="refresh"' not in page
+    assert '<meta http-equiv="refresh" content="30">' in to_html(report, svgs, refresh_s=30)
+
+
+def test_a_bar_in_a_name_does_not_break_a_table(run: RunFiles) -> None:
+    text = to_markdown(build_report([Arm(HOSTILE, [run])]), {})
+    for line in text.splitlines():
+        if line.startswith("| ---"):
+            columns = line.count("|")
+        elif line.startswith("| \\<script"):
+            assert len(re.findall(r"(?<!\\)\|", line)) == columns
+
+
+def test_points_of_evaluations_are_dots_in_one_path(run: RunFiles) -> None:
+    report = build_report([Arm("a", [like(run, list(np.linspace(5, 3, 200)))])])
+    look = Look()
+    with drawing(look):
+        text = to_svg(figures.draw_curves(report, look, "tokens"), "p", "title")
+    (dots,) = re.findall(r'<path d="([^"]*h0)" style="fill: none; stroke: var\(--c0\)', text)
+    assert dots.count("h0") == 200
+
+
+def test_colours_can_be_read_on_both_grounds() -> None:
+    """Contrast of 3 : 1 (WCAG 2.1, 1.4.11) in the dark; 2.3 : 1 on white, where sky blue is."""
+    from relora.report.svg import DARK
+
+    def light(colour: str) -> float:
+        parts = [int(colour[n : n + 2], 16) / 255 for n in (1, 3, 5)]
+        linear = [p / 12.92 if p <= 0.03928 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    for colours, ground, least in ((LIGHT, "#ffffff", 2.3), (DARK, "#0f1318", 3)):
+        for colour in colours:
+            one, other = sorted((light(colour), light(ground)), reverse=True)
+            assert (one + 0.05) / (other + 0.05) >= least, colour
+
+
+def test_other_shards_under_equal_settings_are_named(run: RunFiles) -> None:
+    other = replace(run, data="another")
+    assert build_report(group([run, run], ["a", "b"]))["warnings"] == []
+    report = build_report(group([run, other], ["a", "b"]))
+    assert report["warnings"] == ["data: b was trained on other token shards than a"]
