@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from relora.config import Config
-from relora.estimate import break_even, peak_memory
 
 # Compute-optimal training sees about 20 tokens a parameter (arXiv 2203.15556, table 3).
 TOKENS_PER_PARAMETER = 20
@@ -97,25 +96,9 @@ def _budget(config: Config, parameters: int, corpus: int | None) -> Iterator[str
 
 
 def _ranks(config: Config, devices: int) -> Iterator[str]:
-    """Of arithmetic that does not pay, and of ranks that have nothing to do."""
-    step = break_even(config).step
-    if step > 1:
-        yield (
-            f"a step with adapters takes {step:.3g} of a full-rank one's arithmetic at this size; "
-            "what is left to gain is memory"
-        )
-    batch, section = config.batch, config.deepspeed
+    batch = config.batch
     if devices > 1 and devices == batch.global_batch_size // batch.micro_batch_size:
         yield (
             f"batch: {devices} ranks share {batch.global_batch_size} sequences without "
             f"accumulation; with micro-batch {batch.micro_batch_size} any more would stay unused"
         )
-    if devices == 1 and section.zero_stage and section.precision != "deepspeed_bf16":
-        alone = section.model_copy(update={"zero_stage": 0, "offload_optimizer": False})
-        least = peak_memory(config.model_copy(update={"deepspeed": alone}), 1)
-        share = 1 - least / peak_memory(config, 1)
-        if share > 0.02:
-            yield (
-                f"deepspeed.zero_stage {section.zero_stage}: one rank has nothing to share, and "
-                f"zero_stage 0 takes {share:.0%} less of a GPU's memory"
-            )

@@ -159,6 +159,13 @@ def _memory(config: Config, devices: int) -> list[str]:
     lines.append(f"  {'peak':<13}{row}   the largest parts do not all meet")
     if config.warm_start:
         lines.append("  the warm start is full rank and needs its memory until adapters are born")
+    if devices == 1 and config.deepspeed.zero_stage in (1, 2):
+        alone = config.deepspeed.model_copy(update={"zero_stage": 0, "offload_optimizer": False})
+        least = peak_memory(config.model_copy(update={"deepspeed": alone}), 1)
+        if least < 0.98 * peak_memory(config, 1) and config.deepspeed.precision != "deepspeed_bf16":
+            lines.append(
+                f"  one rank has nothing to share: with ZeRO 0 it is {format_bytes(least)}"
+            )
     return lines
 
 
