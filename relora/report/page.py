@@ -207,6 +207,7 @@ thead th:first-child{background:var(--card)}
 #config td,#environment td,#seeds th:first-child,#similarity th:first-child,
 #config th:first-child,#environment th:first-child{white-space:normal;overflow-wrap:anywhere;
  min-width:110px}
+#config th:first-child,#environment th:first-child{min-width:158px}
 #seeds th:first-child{font-weight:400;font-size:12.5px;min-width:160px}
 i{display:inline-block;width:18px;margin-right:7px;vertical-align:middle;flex:none}
 i.merge{border-top:2px dotted var(--muted)}
