@@ -16,11 +16,12 @@ from relora.errors import CheckpointError, ConfigError
 from relora.report import figures
 from relora.report.arms import Arm, group, loss_at_seconds, loss_at_tokens, reached, spread
 from relora.report.build import build_report
+from relora.report.cells import pm, signed
 from relora.report.page import to_html
 from relora.report.questions import at_equal_memory
 from relora.report.read import BLOCK, Evaluations, RunFiles, read_lines, read_run
 from relora.report.svg import LIGHT, Look, drawing, to_svg
-from relora.report.text import pm, signed, tables, to_markdown
+from relora.report.text import tables, to_markdown
 from runs import train
 
 HOSTILE = '<script>alert(1)</script> a|b $x_1$ & "q" _u_'

@@ -197,15 +197,17 @@ section{margin:34px 0 0}
  border-radius:6px}
 .scroll:focus-visible{outline:2px solid var(--c0)}
 table{border-collapse:collapse;width:100%;font-size:13.5px;font-variant-numeric:tabular-nums}
-th,td{padding:6px 10px;text-align:right;white-space:nowrap;border-top:1px solid var(--grid)}
+th,td{padding:6px 9px;text-align:right;white-space:nowrap;border-top:1px solid var(--grid)}
 th.w,td.w{text-align:left}
 thead th{border-top:0;background:var(--card);color:var(--muted);font-weight:600;
- vertical-align:bottom;white-space:normal}
+ vertical-align:bottom;white-space:normal;min-width:68px}
 th:first-child{text-align:left;position:sticky;left:0;background:var(--bg);font-weight:600;
  max-width:44vw;overflow:hidden;text-overflow:ellipsis}
 thead th:first-child{background:var(--card)}
-#config td,#environment td,#seeds th:first-child{white-space:normal;overflow-wrap:anywhere;
+#config td,#environment td,#seeds th:first-child,#similarity th:first-child,
+#config th:first-child,#environment th:first-child{white-space:normal;overflow-wrap:anywhere;
  min-width:110px}
+#config th:first-child,#environment th:first-child{min-width:158px}
 #seeds th:first-child{font-weight:400;font-size:12.5px;min-width:160px}
 i{display:inline-block;width:18px;margin-right:7px;vertical-align:middle;flex:none}
 i.merge{border-top:2px dotted var(--muted)}

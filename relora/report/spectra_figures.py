@@ -122,7 +122,7 @@ def draw_similarity(report: dict[str, Any], look: Look) -> Any:
     for axes, pair in zip(panels, pairs, strict=True):
         table = np.array(pair["phi"])
         picture = axes.imshow(
-            table, vmin=0, vmax=1, cmap="magma", origin="lower", interpolation="none"
+            table, vmin=0, vmax=1, cmap="viridis", origin="lower", interpolation="none"
         )
         axes.grid(False)
         axes.spines[:].set_visible(False)

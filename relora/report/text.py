@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from relora.report.cells import (
+    Format,
+    flops,
+    gib,
+    number,
+    percent,
+    pm,
+    seconds_text,
+    shown,
+    signed,
+    times,
+)
 from relora.runtime.metrics import format_bytes, format_count, format_duration
 
 MISSING = ("not reached", "no evaluation yet")
-Format = Callable[[float], str]
 
 
 @dataclass(frozen=True)
@@ -98,52 +108,6 @@ def _md_rows(table: Table) -> list[str]:
     rule = ["---" if words else "---:" for words in table.text_columns]
     lines = [[md(cell) for cell in row] for row in (table.columns, *table.rows)]
     return [f"| {' | '.join(row)} |" for row in (lines[0], rule, *lines[1:])]
-
-
-def shown(value: float | None, form: Format) -> str:
-    """A number, or a dash."""
-    return "–" if value is None else form(value)
-
-
-def pm(spread: dict[str, Any], form: Format) -> str:
-    """mean ± sd, or the mean alone where there is no spread."""
-    text = shown(spread["mean"], form)
-    if spread["sd"]:
-        text += f" ± {form(spread['sd'])}"
-    seeds = len(spread["values"])
-    return text if spread["n"] in (0, seeds) else f"{text} ({spread['n']} of {seeds} seeds)"
-
-
-def number(digits: int) -> Format:
-    """Fixed digits after the point."""
-    return lambda value: f"{value:,.{digits}f}"
-
-
-def signed(digits: int) -> Format:
-    """The same with a sign; no −0."""
-    return lambda value: (
-        f"{value:+,.{digits}f}".replace("-", "−") if abs(value) >= 0.5 * 10**-digits else "0"
-    )
-
-
-def percent(value: float) -> str:
-    """A ratio as its difference from 1."""
-    return f"{100 * (value - 1):+.1f} %".replace("-", "−") if abs(value - 1) >= 5e-4 else "0 %"
-
-
-def times(value: float) -> str:
-    """A ratio as a factor."""
-    return f"× {value:.2f}"
-
-
-def gib(value: float) -> str:
-    """GiB."""
-    return f"{value:.2f}" if value >= 0.1 else f"{value:.3f}"
-
-
-def flops(value: float) -> str:
-    """1.23e+15."""
-    return f"{value:.3g}" if value < 1e5 else f"{value:.2e}"
 
 
 def _arms(report: dict[str, Any]) -> Table:
@@ -269,8 +233,8 @@ def _cost(report: dict[str, Any]) -> Table:
                 pm(figures["flops"], flops),
                 pm(figures["seconds"], format_duration),
                 warm,
-                pm(figures["merges_s"], _seconds_text),
-                pm(figures["merge_s"], _seconds_text),
+                pm(figures["merges_s"], seconds_text),
+                pm(figures["merge_s"], seconds_text),
                 pm(figures["checkpoint_bytes"], format_bytes),
                 shown(predicted["checkpoint_bytes"], format_bytes),
             ]
@@ -364,7 +328,3 @@ def _listed(values: Any) -> str:
 def _sentence(report: dict[str, Any], rule: str) -> str:
     text = report["rules"][rule]
     return text[0].upper() + text[1:] + "."
-
-
-def _seconds_text(value: float) -> str:
-    return f"{value:.2f} s" if value < 60 else format_duration(value)
