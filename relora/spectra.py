@@ -15,7 +15,7 @@ import json
 import math
 import statistics
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +58,9 @@ def measurements(run_dir: Path) -> list[Path]:
 
 
 def drop_after(run_dir: Path, step: int) -> None:
-    """Remove the measurements of later steps; they come again. Rank 0 only."""
-    for path in measurements(run_dir):
-        if int(path.stem.removeprefix("step_")) > step:
+    """Remove the measurements of later steps, unfinished ones too; they come again. Rank 0 only."""
+    for path in (run_dir / "spectra").glob("step_????????.*"):
+        if int(path.name[5:13]) > step:
             path.unlink()
 
 
@@ -98,10 +98,12 @@ def measure(run: Run, merge: int | None) -> dict[str, float]:
         CheckpointError: W_start is gone, or nothing can be written (every rank raises).
     """
     directory, ranks = run.config.run_dir / "spectra", run.ranks
-    earlier = _directions_of_cycle(run, run.config.clock.merges_before(run.step - 1))
+    earlier: dict[str, Tensor] = {}
     tensors: dict[str, Tensor] = {}
     figures: dict[str, dict[str, Any]] = {}
     trouble = _Trouble(run)
+    with trouble.noted():
+        earlier = _directions_of_cycle(run, run.config.clock.merges_before(run.step - 1))
     for name, mine in _shared_out(run):
         layer = run.engine.module.get_submodule(name)
         kinds = ("weight", "lora_A", "lora_B") if isinstance(layer, LoRALayer) else ("weight",)
@@ -111,15 +113,16 @@ def measure(run: Run, merge: int | None) -> dict[str, float]:
                 start = load_file(directory / "start" / f"{name}.safetensors")["weight"]
                 figures[name], found = _measure_layer(run, layer, held, start, earlier.get(name))
                 tensors |= {f"{name}|{key}": tensor for key, tensor in found.items()}
+    part = _part(run, ranks.rank)
     with trouble.noted():
-        _write(directory / f"step_{run.step:08d}.rank_{ranks.rank:04d}", tensors)
-    trouble.tell()
+        _write(part, tensors)
+    trouble.tell(part)
     everyone = {name: row for rows in ranks.gather(figures) for name, row in rows.items()}
     layers = [{"name": name, **everyone[name]} for name, _ in _shared_out(run)]
     if ranks.is_main:
         with trouble.noted():
             _join(run, merge, layers)
-    trouble.tell()
+    trouble.tell(part)
     medians = {}
     for key in MEDIANS:
         known = [row[key] for row in layers if row[key] is not None]
@@ -169,9 +172,15 @@ class _Trouble:
                 "with spectra: null the run goes on without measuring"
             )
 
-    def tell(self) -> None:
-        """Raise on every rank what any rank has met."""
-        self.run.ranks.agree(self.problem)
+    def tell(self, part: Path | None = None) -> None:
+        """Raise on every rank what any rank has met, and don't leave this rank's part then."""
+        try:
+            self.run.ranks.agree(self.problem)
+        except CheckpointError:
+            if part is not None:
+                with suppress(OSError):
+                    part.unlink()
+            raise
 
 
 def _shared_out(run: Run) -> Iterator[tuple[str, bool]]:
@@ -215,7 +224,8 @@ def _measure_layer(
         "amplification": factor if math.isfinite(factor) else None,
         "overlap": None,
     }
-    if cycle is not None and before is not None:
+    # Right after a merge B may still be zero, and its directions are arbitrary.
+    if cycle is not None and cycle.norm and before is not None:
         figures["overlap"] = overlap(before.to(cycle.left), cycle.left)
     tensors = {}
     for kind, one in (("cycle", cycle), ("total", total)):
@@ -235,13 +245,17 @@ def _directions_of_cycle(run: Run, merge: int) -> dict[str, Tensor]:
             if file.metadata()["merge"] == str(merge):
                 ending = "|cycle_left"
                 names = [key for key in file.keys() if key.endswith(ending)]  # noqa: SIM118
-                return {key.removesuffix(ending): file.get_tensor(key) for key in names}
+                found = {key.removesuffix(ending): file.get_tensor(key) for key in names}
+                return {
+                    n: x for n, x in found.items() if file.get_tensor(f"{n}|cycle_values").any()
+                }
     return {}
 
 
 def _join(run: Run, merge: int | None, layers: list[dict[str, Any]]) -> None:
     """Make one file of those that the ranks have written. Rank 0 only."""
-    parts = sorted((run.config.run_dir / "spectra").glob(f"step_{run.step:08d}.rank_????"))
+    # Not those of ranks that there were before a kill.
+    parts = [_part(run, rank) for rank in range(run.ranks.world)]
     tensors = {name: tensor for part in parts for name, tensor in load_file(part).items()}
     metadata = {
         "step": str(run.step),
@@ -254,9 +268,18 @@ def _join(run: Run, merge: int | None, layers: list[dict[str, Any]]) -> None:
         part.unlink()
 
 
+def _part(run: Run, rank: int) -> Path:
+    """What a rank writes of the measurement of this step."""
+    return run.config.run_dir / "spectra" / f"step_{run.step:08d}.rank_{rank:04d}"
+
+
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write a file whole or not at all."""
     temporary = path.with_name(f"{path.name}.tmp")
     plain = {name: t.float().cpu().contiguous() for name, t in tensors.items()}
-    save_file(plain, temporary, metadata=metadata)
-    temporary.replace(path)
+    try:
+        save_file(plain, temporary, metadata=metadata)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
