@@ -43,6 +43,7 @@ MAY_CHANGE = (
     "deepspeed.offload_optimizer",
     "deepspeed.timeout_minutes",
     "relora.remainder",
+    "spectra",
 )
 
 

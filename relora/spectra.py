@@ -81,7 +81,8 @@ def keep_start(run: Run) -> None:
         weight = run.places.gather([run.places[f"{name}.weight"]], "value")[0]
         if mine:
             with trouble.noted():
-                _write(directory / f"{name}.safetensors", {"weight": weight})
+                path = directory / f"{name}.safetensors"
+                _write(path, {"weight": weight}, {"step": str(run.step)})
     trouble.tell()
 
 
@@ -110,7 +111,7 @@ def measure(run: Run, merge: int | None) -> dict[str, float]:
         held = run.places.gather([run.places[f"{name}.{kind}"] for kind in kinds], "value")
         if mine:
             with trouble.noted():
-                start = load_file(directory / "start" / f"{name}.safetensors")["weight"]
+                start = _read_start(run, directory / "start" / f"{name}.safetensors")
                 figures[name], found = _measure_layer(run, layer, held, start, earlier.get(name))
                 tensors |= {f"{name}|{key}": tensor for key, tensor in found.items()}
     part = _part(run, ranks.rank)
@@ -166,7 +167,7 @@ class _Trouble:
         """Keep the first thing that goes wrong with files."""
         try:
             yield
-        except (OSError, SafetensorError, KeyError) as error:
+        except (OSError, SafetensorError, ValueError, torch.linalg.LinAlgError) as error:
             self.problem = self.problem or CheckpointError(
                 f"{self.run.config.run_dir / 'spectra'}: {error}; the checkpoints are intact, and "
                 "with spectra: null the run goes on without measuring"
@@ -238,11 +239,20 @@ def _measure_layer(
     return figures, tensors
 
 
+def _read_start(run: Run, path: Path) -> Tensor:
+    """W_start of a layer."""
+    with safe_open(path, framework="pt") as file:
+        step, wanted = (file.metadata() or {}).get("step"), run.config.spectra_start
+        if step != str(wanted):  # spectra.start has been changed since
+            raise ValueError(f"{path.name} is of step {step}, spectra.start says {wanted}")
+        return file.get_tensor("weight")
+
+
 def _directions_of_cycle(run: Run, merge: int) -> dict[str, Tensor]:
     """Left directions of the cycle that ended in a merge, by layer; empty if there was none."""
     for path in reversed(measurements(run.config.run_dir)) if merge else ():
         with safe_open(path, framework="pt") as file:
-            if file.metadata()["merge"] == str(merge):
+            if (file.metadata() or {}).get("merge") == str(merge):
                 ending = "|cycle_left"
                 names = [key for key in file.keys() if key.endswith(ending)]  # noqa: SIM118
                 found = {key.removesuffix(ending): file.get_tensor(key) for key in names}

@@ -594,7 +594,6 @@ def test_a_start_that_is_gone_ends_the_run_with_one_line(
     assert files(stopped) == files(runs("llama"))
 
 
-@pytest.mark.xfail(reason="spectra is not among what a continued run may change", strict=True)
 def test_the_way_out_of_a_start_that_is_gone_is_one(
     stopped: Path, runs: Callable[[str], Path]
 ) -> None:
@@ -602,6 +601,16 @@ def test_the_way_out_of_a_start_that_is_gone_is_one(
     assert run(stopped, **{**settings({}), "spectra": None}) == 0
     losses = "train/loss"
     assert series(stopped, losses) == series(runs("llama"), losses)
+
+
+def test_a_start_of_another_step_is_not_taken_for_the_one_that_is_wanted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    full = {"lora": None, "relora": None, "warm_start": None}
+    assert train(tmp_path / "run", "train.stop_after=8", spectra={"start": 3}, **full) == 75
+    assert train(tmp_path / "run", spectra={"start": 6}, **full) == 4
+    assert "is of step 3, spectra.start says 6" in capsys.readouterr().err
+    assert train(tmp_path / "run", spectra={"start": 3}, **full) == 0
 
 
 @pytest.mark.parametrize(
