@@ -54,7 +54,7 @@ train() {
 report() {
     local state=$RELORA/run_state.json
     if newer "$EXPORT/config.json" "$state" && newer "$SAMPLE" "$state" &&
-        newer "$REPORT/comparison.md" "$state" "$FULL/run_state.json"; then
+        newer "$REPORT/report.html" "$state" "$FULL/run_state.json"; then
         echo "finished: $REPORT"
         return
     fi
@@ -75,7 +75,7 @@ $(printf '%s\n' "${TIMES[@]}")
 $(printf '%-28s %4d s' together "$SECONDS")
 
 runs                 $RELORA  $FULL   (metrics.jsonl, log.txt, checkpoints/)
-curves and table     $REPORT/comparison.png  $REPORT/comparison.md
+report               $REPORT/report.html  $REPORT/curves_tokens.png
 model                $EXPORT   (transformers' AutoModelForCausalLM loads it)
 generated text       $SAMPLE
 all curves, live     $VENV/bin/tensorboard --logdir runs
