@@ -300,7 +300,7 @@ def test_the_quickstart_does_everything_once_and_in_order(tree: Tree) -> None:
         RECORD + 'case "$1" in\n'
         'export) mkdir -p "$4"; touch "$4/config.json" ;;\n'
         "generate) echo 'def main(self):' ;;\n"
-        'compare) mkdir -p "$5"; touch "$5/comparison.md" ;;\n'
+        'compare) mkdir -p "$5"; touch "$5/report.html" ;;\n'
         "esac\n",
         "tools",
     )
@@ -351,6 +351,34 @@ def test_train_prepares_and_launches_on_all_devices(tree: Tree) -> None:
         "relora prepare configs/x.yaml seed=1",
         "relora launch --devices 3 configs/x.yaml seed=1",
     ]
+
+
+def test_compare_trains_all_arms_and_reports_on_every_run(tree: Tree) -> None:
+    tree.fake(
+        "relora",
+        RECORD + '[[ $1 != arms ]] || { mkdir -p "$4"; printf "a=x/a\\nb c=x/b c\\n" '
+        '>"$4/runs.txt"; }\n',
+        "tools",
+    )
+    script = ("launch/compare.sh", "configs/x.yaml", "seed=1")
+    done, log = tree.run(*script)
+    assert done.returncode == 0, done.stderr
+    assert log[-3:] == [
+        "relora prepare configs/x.yaml seed=1",
+        "relora arms configs/x.yaml --to runs/x_comparison --devices 2 seed=1",
+        "relora compare a=x/a b c=x/b c --to runs/x_comparison/report",
+    ]
+    _, log = tree.run(*script, ARMS="a.yaml", SEEDS="3", TO="there", DEVICES="4")
+    wanted = "relora arms configs/x.yaml --to there --devices 4 --arms a.yaml --seeds 3 seed=1"
+    assert wanted in log
+    done, _ = tree.run("launch/compare.sh")
+    assert done.returncode == 1
+    assert "give a config" in done.stderr
+    # Arms that were stopped are not reported on.
+    tree.fake("relora", RECORD + "[[ $1 != arms ]] || exit 75\n", ".venv/bin")
+    done, log = tree.run(*script)
+    assert done.returncode == 75
+    assert log[-1].startswith("relora arms")
 
 
 def test_test_runs_linters_before_tests_and_covers_only_the_whole(tree: Tree) -> None:
