@@ -4,7 +4,7 @@
 #
 #   bash launch/compare.sh configs/quickstart_relora.yaml
 #   SEEDS=3 TO=runs/mine bash launch/compare.sh CONFIG train.steps=1000    arguments override CONFIG
-#   ARMS=configs/ablation_arms.yaml bash launch/compare.sh configs/ablation.yaml
+#   ARMS=configs/arms/ablation.yaml bash launch/compare.sh configs/ablation.yaml
 #
 # Environment: TO (runs/NAME_comparison), ARMS (a YAML file; the paper's arms), SEEDS, DEVICES,
 # PYTHON, VENV (see env.sh).

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from relora.arms import read_arms
 from relora.cli import main
 from relora.config import differences, dump_config, load_config
+from relora.lora.inject import add_adapters
 from relora.model import build_meta_model, count_parameters, read_model_json
 
 ROOT = Path(__file__).parent.parent
@@ -29,7 +31,46 @@ def _at_root(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_size_is_there_twice() -> None:
     expected = {f"{name}_{kind}" for name in [*SIZES, "quickstart"] for kind in ("relora", "full")}
-    assert {path.stem for path in CONFIGS} == expected
+    assert {path.stem for path in CONFIGS} - {"ablation"} == expected
+
+
+def test_the_ablation_s_arms_are_the_rows_of_the_paper_s_table(tmp_path: Path) -> None:
+    path = ROOT / "configs" / "ablation.yaml"
+    arms = read_arms(ROOT / "configs" / "arms" / "ablation.yaml")
+    assert arms.arms is not None
+    assert arms.tune is not None
+    assert len(arms.seeds) >= 3
+    rows = {}
+    for name, overrides in arms.arms.items():
+        run = load_config(path, overrides)
+        relora = run.relora
+        rows[name] = (
+            run.lora is not None,
+            relora is not None,
+            relora is not None and relora.reset.mode != "none",
+            relora is not None and relora.rewarm_steps > 0,
+            run.warm_start is not None,
+        )
+    no, yes = False, True
+    assert sorted(rows.values()) == sorted(
+        [
+            (no, no, no, no, no),  # full rank
+            (no, no, no, no, no),  # the control
+            (yes, no, no, no, no),  # LoRA
+            (yes, yes, no, no, no),
+            (yes, yes, yes, no, no),
+            (yes, yes, no, yes, no),
+            (yes, yes, yes, yes, no),
+            (yes, no, no, no, yes),
+            (yes, yes, yes, yes, yes),
+        ]
+    )
+    # The control is as large as what ReLoRA trains.
+    control = build_meta_model(load_config(path, arms.arms["control"]).model)
+    adapted = build_meta_model(load_config(path).model)
+    add_adapters(adapted, load_config(path).lora)  # type: ignore[arg-type]
+    wanted, _ = count_parameters(adapted)
+    assert count_parameters(control)[0] == pytest.approx(wanted, rel=0.07)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import sys
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from ranks import rank_context
 from runs import make_config, run_state, workshop
 
 AT = 3  # the step at which it happens
@@ -98,9 +98,7 @@ def run_cases(directory: Path, cases: list[Case]) -> dict[Case, Ended]:
     from relora.runtime.distributed import free_port
 
     workshop()
-    # One process imports everything once; the ranks are forked from it.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["deepspeed", "relora.guard"])
+    context = rank_context()
     started: dict[Case, list[Any]] = {}
     for case in cases:
         config = make_config(
