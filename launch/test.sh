@@ -18,5 +18,5 @@ if (($# > 0)); then
     exec pytest "$@"
 fi
 # Each test keeps to one thread; those of a file share what they make, so a file stays together.
-exec pytest -n auto --maxprocesses=4 --dist=loadfile \
+exec pytest -n auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder \
     --cov=relora --cov-report=term:skip-covered --cov-fail-under=85

@@ -18,7 +18,7 @@ from relora.config import Config, dump_config, load_config
 from relora.errors import NumericsError
 from relora.lora.inject import add_adapters
 from relora.model import build_meta_model, build_model, count_parameters
-from runs import make_config, metric_lines, relora
+from runs import make_config, relora, series
 
 FULL = ["lora=null", "relora=null", "warm_start=null"]
 
@@ -201,20 +201,31 @@ def test_a_full_rank_config_has_no_standard_arms(
     assert "the standard arms derive from a ReLoRA config" in capsys.readouterr().err
 
 
-def test_arms_are_trained_under_the_launcher_on_the_same_batches(
+def test_arms_are_trained_under_the_launcher(
     tmp_path: Path, write_arms: Callable[..., Path]
 ) -> None:
     config = make_config(tmp_path / "run", train__steps=14)
-    file = write_arms(seeds=[5], arms={"full rank": FULL, "ReLoRA": []})
-    to = tmp_path / "to"
+    file, to = write_arms(seeds=[5], arms={"ReLoRA": []}), tmp_path / "to"
     assert relora("arms", config, "--arms", file, "--to", to, "--devices", 2) == 0
-    first, second = (
-        {x["step"]: x["train/loss"] for x in metric_lines(to / a / "seed_5") if "train/loss" in x}
-        for a in ("full_rank", "relora")
-    )
-    assert len(first) == len(second) == 14
-    # The same weights and data until the adapters come, after 6 steps of warm start.
-    assert [first[s] for s in range(1, 7)] == [second[s] for s in range(1, 7)]
-    assert first[14] != second[14]
     environment = json.loads((to / "relora" / "seed_5" / "environment.json").read_text())
     assert environment["world_size"] == 2
+    assert (to / "runs.txt").read_text() == f"ReLoRA={to / 'relora' / 'seed_5'}\n"
+
+
+def test_arms_of_a_seed_see_the_same_batches_from_the_same_weights(
+    tmp_path: Path, write_arms: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def launch(work: Any, arm: Arm, directory: Path, seed: int) -> int:
+        return relora("train", work.config, *work.overrides, *arm.run(directory, seed))
+
+    monkeypatch.setattr(command._Work, "_launch", launch)
+    config = make_config(tmp_path / "run", train__steps=14)
+    file = write_arms(seeds=[5], arms={"full rank": FULL, "ReLoRA": []})
+    assert relora("arms", config, "--arms", file, "--to", tmp_path) == 0
+    first, second = (
+        series(tmp_path / arm / "seed_5", "train/loss") for arm in ("full_rank", "relora")
+    )
+    assert len(first) == len(second) == 14
+    # Until the adapters come, after 6 steps of warm start.
+    assert [first[step] for step in range(1, 7)] == [second[step] for step in range(1, 7)]
+    assert first[14] != second[14]

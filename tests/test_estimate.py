@@ -288,7 +288,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return launch
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize(("stage", "precision", "adapters"), ENGINES)
 def test_each_part_is_that_of_a_real_engine(
     stage: int, precision: str, adapters: bool, world: int, measured: Any, tmp_path: Path
