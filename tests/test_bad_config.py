@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -496,7 +495,6 @@ def test_help_and_config_errors_answer_at_once_and_without_torch(config: Path) -
         before = _child_seconds()
         done = subprocess.run(
             [sys.executable, "-c", code, *arguments],
-            env={k: v for k, v in os.environ.items() if not k.startswith("COVERAGE")},
             capture_output=True,
             text=True,
             check=False,

@@ -20,12 +20,10 @@ from test_skipped import spoil
 
 CELLS = [
     Cell(0, "fp16", False, 1, False, 2),
-    Cell(2, "fp16", False, 1, False, 2),
     Cell(3, "fp16", False, 1, False, 2),
     Cell(2, "fp16", True, 1, True, 2),
     Cell(1, "bf16", True, 1, False, 2),
     Cell(1, "deepspeed_bf16", False, 2, False, 2),
-    Cell(2, "deepspeed_bf16", True, 2, False, 2),
     Cell(3, "deepspeed_bf16", False, 2, False, 2),
 ]
 STAGES = (0, 1, 2, 3)

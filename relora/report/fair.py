@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from relora.config import leaves
 from relora.report.arms import Arm
 from relora.report.read import RunFiles
 from relora.runtime.metrics import format_duration
@@ -47,17 +48,6 @@ def warnings_about(arms: Sequence[Arm], baseline: Arm) -> list[str]:
         *_other_machines(arms, baseline),
         *(line for arm in arms for run in arm.runs for line in _state_of(arm, run)),
     ]
-
-
-def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A tree of plain values by dotted path."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            flat |= leaves(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def title_of(arm: Arm, run: RunFiles) -> str:
