@@ -603,3 +603,20 @@ def test_a_huge_header_takes_no_memory(run_dir: Path) -> None:
         with pytest.raises(CheckpointError, match=RANK):
             Checkpoint(directory)
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024  # KiB
+
+
+def test_a_checkpoint_that_goes_while_it_is_verified_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a run retires it: hashed and sound, and gone when it is opened."""
+    from relora.runtime import checkpoint as module
+
+    def gone(path: Path, **_: Any) -> None:
+        raise RuntimeError(f"unable to open file <{path}> in read-only mode")
+
+    assert train(tmp_path / "run", "train.stop_after=2") == 75
+    monkeypatch.setattr(module, "safe_open", gone)
+    assert relora("verify", tmp_path / "run") == 4
+    error = capsys.readouterr().err
+    assert "rank_00000.safetensors" in error
+    assert "Traceback" not in error

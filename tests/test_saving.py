@@ -477,22 +477,15 @@ def test_a_writer_that_fails_on_one_rank_stops_all(two_ranks: tuple[Path, Outcom
     assert_refused(outcomes["broken"], directory / "broken", [5], "rank 1: [Errno 5] Input")
 
 
-def test_a_small_disk_keeps_what_was_on_it(
-    two_ranks: tuple[Path, Outcomes], disks: dict[str, Path]
+@pytest.mark.parametrize(
+    ("disk", "cause"), [("small", "No space left on device"), ("fixed", "Read-only file system")]
+)
+def test_a_disk_that_is_full_or_turned_read_only_keeps_what_was_on_it(
+    disk: str, cause: str, two_ranks: tuple[Path, Outcomes], disks: dict[str, Path]
 ) -> None:
     if "all" not in disks:
         pytest.skip("file systems cannot be mounted here")
-    outcome = two_ranks[1]["small"]
-    assert_refused(outcome, disks["small"].parent, [5], "No space left on device")
-
-
-def test_a_disk_that_turned_read_only_keeps_what_was_on_it(
-    two_ranks: tuple[Path, Outcomes], disks: dict[str, Path]
-) -> None:
-    if "all" not in disks:
-        pytest.skip("file systems cannot be mounted here")
-    outcome = two_ranks[1]["fixed"]
-    assert_refused(outcome, disks["fixed"].parent, [5], "Read-only file system")
+    assert_refused(two_ranks[1][disk], disks[disk].parent, [5], cause)
 
 
 def test_figures_too_large_stop_all_and_leave_no_gap(two_ranks: tuple[Path, Outcomes]) -> None:

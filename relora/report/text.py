@@ -126,25 +126,23 @@ def _arms(report: dict[str, Any]) -> Table:
 
 
 def _tokens(report: dict[str, Any]) -> Table:
-    question = report["questions"]["tokens"]
-    columns = ["arm", "perplexity", "difference", "relative", "validation loss", "tokens"]
-    rows = [
-        [row["arm"], *_perplexity(row), pm(row["tokens"], format_count)] for row in question["rows"]
-    ]
-    title = f"At equal tokens: {format_count(question['at'])}"
-    return Table(
-        title, f"{_sentence(report, 'tokens')} {_sentence(report, 'warm_start')}", columns, rows
-    )
+    at = format_count(report["questions"]["tokens"]["at"])
+    note = f"{_sentence(report, 'tokens')} {_sentence(report, 'warm_start')}"
+    return _at_equal(report, "tokens", f"At equal tokens: {at}", note)
 
 
 def _seconds(report: dict[str, Any]) -> Table:
-    question = report["questions"]["seconds"]
+    at = format_duration(report["questions"]["seconds"]["at"])
+    return _at_equal(report, "seconds", f"At equal wall-clock: {at}", _sentence(report, "seconds"))
+
+
+def _at_equal(report: dict[str, Any], question: str, title: str, note: str) -> Table:
     columns = ["arm", "perplexity", "difference", "relative", "validation loss", "tokens"]
     rows = [
-        [row["arm"], *_perplexity(row), pm(row["tokens"], format_count)] for row in question["rows"]
+        [row["arm"], *_perplexity(row), pm(row["tokens"], format_count)]
+        for row in report["questions"][question]["rows"]
     ]
-    title = f"At equal wall-clock: {format_duration(question['at'])}"
-    return Table(title, _sentence(report, "seconds"), columns, rows)
+    return Table(title, note, columns, rows)
 
 
 def _perplexity(row: dict[str, Any]) -> list[str]:

@@ -134,7 +134,8 @@ class Checkpoint:
                         )
                     name, kind, start = match[1], match[2], int(match[3])
                     self._pieces[name, kind].append(_Piece(start, start + shape[0], file, key))
-        except (SafetensorError, OSError) as error:
+        # torch's own is raised for a file that goes at the last moment, retired by a run.
+        except (SafetensorError, OSError, RuntimeError) as error:
             raise CheckpointError(f"{file}: is no safetensors file: {error}") from None
 
     def _check_whole(self) -> None:
