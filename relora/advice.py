@@ -72,7 +72,7 @@ def _restarts(config: Config) -> Iterator[str]:
         yield "relora.rewarm_steps 0: full learning rate on moments just reset"
     if relora.reset.masks == "independent":
         yield "relora.reset.masks independent: updates of first moment / eps, far too large"
-    if relora.lr is None:
+    if relora.lr is None and config.lora and config.lora.lr is None:
         yield f"relora.lr null: {config.optimizer.lr:.1e} as in full rank; the paper doubles it"
     if relora.precision == "rounded":
         yield "relora.precision rounded: bf16 weights drop most of a small update at each merge"

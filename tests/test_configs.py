@@ -23,6 +23,9 @@ SIZES = {
     "llama_7b": (7e9, 4096, 11008, 32, 32),
 }
 
+# Configs made for a file of arms, and the shortest run that such a comparison may be of.
+COMPARED = {"ablation": 1e6, "llama_60m_python": 100e6}
+
 
 @pytest.fixture(autouse=True)
 def _at_root(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,7 +34,7 @@ def _at_root(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_size_is_there_twice() -> None:
     expected = {f"{name}_{kind}" for name in [*SIZES, "quickstart"] for kind in ("relora", "full")}
-    assert {path.stem for path in CONFIGS} - {"ablation"} == expected
+    assert {path.stem for path in CONFIGS} - set(COMPARED) == expected
 
 
 def test_the_ablation_s_arms_are_the_rows_of_the_paper_s_table(tmp_path: Path) -> None:
@@ -73,6 +76,23 @@ def test_the_ablation_s_arms_are_the_rows_of_the_paper_s_table(tmp_path: Path) -
     assert count_parameters(control)[0] == pytest.approx(wanted, rel=0.07)
 
 
+def test_arms_after_a_warm_start_share_it_and_the_rate() -> None:
+    path = ROOT / "configs" / "llama_60m_python.yaml"
+    arms = read_arms(ROOT / "configs" / "arms" / "warm_start.yaml").arms
+    assert arms is not None
+    full, lora, relora = (load_config(path, overrides) for overrides in arms.values())
+    assert [run.method for run in (full, lora, relora)] == ["full rank", "LoRA", "ReLoRA"]
+    assert {key.partition(".")[0] for key, *_ in differences(lora, relora)} == {"relora"}
+    assert lora.learning_rate(950) == relora.learning_rate(950) > full.learning_rate(950)
+    assert full.spectra_start == lora.spectra_start == relora.spectra_start == 400
+
+
+@pytest.mark.parametrize("name", COMPARED)
+def test_a_compared_run_is_as_long_as_it_says(name: str) -> None:
+    config = load_config(ROOT / "configs" / f"{name}.yaml")
+    assert config.total_steps * config.tokens_per_step >= COMPARED[name]
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_shipped_config_can_be_planned(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = path.relative_to(ROOT)  # as a user would name it
@@ -82,7 +102,8 @@ def test_a_shipped_config_can_be_planned(path: Path, capsys: pytest.CaptureFixtu
     config = load_config(path)
     assert f"{config.total_steps:,}" in page
     # A warning is for what somebody may not have meant; the paper's settings need none.
-    assert ("no warnings" in page) == (config.model.config.stem in SIZES)  # type: ignore[union-attr]
+    papers = path.stem.rpartition("_")[0] in SIZES and path.stem not in COMPARED
+    assert ("no warnings" in page) == papers
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -109,6 +109,32 @@ def test_the_python_source_is_the_standard_library_without_installed_packages():
     assert by_name["json/decoder.py"].encode() == (root / "json/decoder.py").read_bytes()
 
 
+def test_python_packages_are_those_on_the_path_after_the_standard_library(tmp_path, monkeypatch):
+    packages = tmp_path / "site-packages"
+    for name in ("b/z.py", "a.py", "b/data.txt", "b/latin.py"):
+        (packages / name).parent.mkdir(parents=True, exist_ok=True)
+        (packages / name).write_bytes(name.encode() + b"\xe9" * name.startswith("b/latin"))
+    (tmp_path / "mine.py").write_text("mine")  # on the path, and no package
+    monkeypatch.setattr(sys, "path", [str(tmp_path), str(packages), str(packages)])
+    library = list(iter_documents(SourceConfig(builtin="python")))
+    both = list(iter_documents(SourceConfig(builtin="python_packages")))
+    assert both[: len(library)] == library
+    assert [d.text for d in both[len(library) :]] == ["a.py", "b/z.py"]  # UTF-8 alone, in order
+    described = describe_source(SourceConfig(builtin="python_packages"))
+    assert described["files"] == describe_source(SourceConfig(builtin="python"))["files"] + 3
+
+
+def test_a_text_that_came_before_is_dropped_if_so_asked(tmp_path):
+    rows = ["one", "two", "one", "One", "two", "three", "one"]
+    write_rows(tmp_path / "a.jsonl", rows)
+    (tmp_path / "b.txt").write_text("three")
+    files = [str(tmp_path / "a.jsonl"), str(tmp_path / "b.txt")]
+    assert texts(files=files) == [*rows, "three"]
+    assert texts(files=files, deduplicate=True) == ["one", "two", "One", "three"]
+    # What is dropped does not count.
+    assert texts(files=files, deduplicate=True, max_documents=3) == ["one", "two", "One"]
+
+
 def test_a_hugging_face_directory_gives_its_split(tmp_path):
     datasets = pytest.importorskip("datasets")
     table = datasets.Dataset.from_dict({"text": TRICKY, "other": list(range(len(TRICKY)))})

@@ -269,6 +269,13 @@ def test_a_doubtful_setting_is_warned_of(
     assert not warned()
 
 
+def test_adapters_have_a_rate_of_their_own_in_either_section(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = page_of(capsys, str(config), "relora.lr=null", "lora.lr=2e-3")
+    assert "the paper doubles it" not in page
+
+
 def test_tokens_per_parameter_are_warned_of_below_half_the_optimum(
     config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

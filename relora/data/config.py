@@ -14,10 +14,10 @@ class SourceConfig(Section):
     """Exactly one of `builtin`, `files`, `dataset` and `saved` names the text.
 
     `source: python` in the file is short for `{builtin: python}`: the standard library's source
-    code of the interpreter that runs.
+    code of the interpreter that runs; `python_packages` adds that of the packages it has.
     """
 
-    builtin: Literal["python"] | None = None
+    builtin: Literal["python", "python_packages"] | None = None
     files: list[str] | None = None  # paths and globs
     dataset: str | None = None  # a Hugging Face dataset by name
     saved: Path | None = None  # a directory written by datasets' save_to_disk
@@ -28,6 +28,7 @@ class SourceConfig(Section):
     revision: str | None = None  # `dataset` only
     streaming: bool = True  # `dataset` only
     max_documents: int | None = Field(default=None, ge=1)
+    deduplicate: bool = False  # drop a document whose whole text has come before
 
     @model_validator(mode="after")
     def _exactly_one(self) -> SourceConfig:

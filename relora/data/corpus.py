@@ -10,8 +10,9 @@ import hashlib
 import itertools
 import os
 import platform
+import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from relora.data.config import SourceConfig
 from relora.data.files import Document, read_file, require_field, require_readable, text_of
 from relora.errors import DataError
 
-_NOT_SOURCE = {"site-packages", "dist-packages", "__pycache__"}
+_PACKAGES = {"site-packages", "dist-packages"}  # the folders that hold them
 
 
 def iter_documents(source: SourceConfig) -> Iterator[Document]:
@@ -29,7 +30,7 @@ def iter_documents(source: SourceConfig) -> Iterator[Document]:
     that cannot be read exactly, and at the end if there was none at all.
     """
     if source.builtin:
-        documents = _standard_library()
+        documents = _python_modules(source.builtin)
     elif source.files:
         documents = itertools.chain.from_iterable(
             read_file(path, source.text_field) for path in _matching_files(source.files)
@@ -37,7 +38,9 @@ def iter_documents(source: SourceConfig) -> Iterator[Document]:
     else:
         documents = _read_dataset(source)
     found = False
-    kept = (document for document in documents if document.text)
+    kept: Iterator[Document] = (document for document in documents if document.text)
+    if source.deduplicate:
+        kept = _without_repeats(kept)
     for document in itertools.islice(kept, source.max_documents):
         found = True
         yield document
@@ -55,8 +58,7 @@ def source_name(source: SourceConfig) -> str:
 def source_files(source: SourceConfig) -> list[Path] | None:
     """The local files a source reads, in reading order; None for a data set from the hub."""
     if source.builtin:
-        root = _library_root()
-        return [root / name for name in _library_names(root)]
+        return [root / name for root, name in _python_files(source.builtin)]
     if source.files:
         return _matching_files(source.files)
     if source.saved:
@@ -95,27 +97,39 @@ def text_bytes(source: SourceConfig) -> int | None:
     return sum(path.stat().st_size for path in files)
 
 
-def _library_root() -> Path:
-    return Path(sysconfig.get_path("stdlib"))
+def _without_repeats(documents: Iterable[Document]) -> Iterator[Document]:
+    """Each text once, where it first stands; about 100 bytes of memory a document."""
+    seen: set[bytes] = set()
+    for document in documents:
+        digest = hashlib.blake2b(document.text.encode(), digest_size=16).digest()
+        if digest not in seen:
+            seen.add(digest)
+            yield document
 
 
-def _library_names(root: Path) -> list[str]:
-    names = []
-    for folder, folders, files in os.walk(root):
-        folders[:] = [name for name in folders if name not in _NOT_SOURCE]
-        below = Path(folder).relative_to(root)
-        names += [(below / name).as_posix() for name in files if name.endswith(".py")]
-    if not names:
+def _python_files(which: str) -> list[tuple[Path, str]]:
+    """(root, name below it) of every .py file of the standard library, then of the packages."""
+    roots = [Path(sysconfig.get_path("stdlib"))]
+    if which == "python_packages":
+        roots += [Path(entry) for entry in dict.fromkeys(sys.path) if Path(entry).name in _PACKAGES]
+    found = []
+    for root in roots:
+        names = []
+        for folder, folders, files in os.walk(root):
+            folders[:] = [name for name in folders if name not in _PACKAGES]
+            below = Path(folder).relative_to(root)
+            names += [(below / name).as_posix() for name in files if name.endswith(".py")]
+        found += [(root, name) for name in sorted(names)]
+    if not found:
         raise DataError(
-            f"data.source: this interpreter keeps no .py files under {root}; name files instead"
+            f"data.source: this interpreter keeps no .py files under {roots[0]}; name files instead"
         )
-    return sorted(names)
+    return found
 
 
-def _standard_library() -> Iterator[Document]:
-    """Every module of the standard library that is UTF-8; its tests hold a few that are not."""
-    root = _library_root()
-    for name in _library_names(root):
+def _python_modules(which: str) -> Iterator[Document]:
+    """Every module that is UTF-8; the tests of the standard library hold a few that are not."""
+    for root, name in _python_files(which):
         try:
             yield Document(name, (root / name).read_bytes().decode())
         except UnicodeDecodeError:
