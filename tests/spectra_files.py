@@ -43,7 +43,8 @@ def write_spectra(
             tensors[f"{name}|{kind}_values"] = values.astype(np.float32)
             tensors[f"{name}|{kind}_left"] = left[:, :DIRECTIONS].astype(np.float32).copy()
             tensors[f"{name}|{kind}_right"] = right[:DIRECTIONS].T.astype(np.float32).copy()
-        figures |= {"overlap": None, "amplification": 2.0, "rounding_loss": None}
+        figures |= {"overlap": None, "amplification": 2.0}
+        figures["total_ratio"] = figures.get("total_norm")  # of a start of norm 1
         described.append(figures)
     path = run_dir / "spectra" / f"step_{step:08d}.safetensors"
     path.parent.mkdir(exist_ok=True)

@@ -394,8 +394,16 @@ def test_spectra_of_arms_stand_beside_each_other(runs: Path, tmp_path: Path) -> 
     assert between["arms"]["of"] == ["full", "ours"]
     assert between["cycles"]["layers"] == 4
     assert np.shape(between["arms"]["phi"]) == (8, 8)
+    rows = {row["arm"]: row for row in table(report, "spectra")}
+    assert rows["full"]["‖ΔW‖ / ‖W₀‖"] == "4.00"  # 16 singular values of 1
+    assert (rows["full"]["lost to rounding"], rows["ours"]["lost to rounding"]) == ("–", "0")
     for picture in ("spectra", "ranks", "layers", "similarity"):
         assert (tmp_path / "report" / f"{picture}.png").stat().st_size > 10_000
+    lines = metric_lines(ours)
+    next(x for x in lines if "relora/rounding_loss" in x)["relora/rounding_loss"] = 0.0213
+    (ours / "metrics.jsonl").write_text("".join(f"{json.dumps(x)}\n" for x in lines))
+    again = read_report([str(full), str(ours)])
+    assert table(again, "spectra")[1]["lost to rounding"] == "2.1 %"
     (ours / "spectra" / "step_00000018.safetensors").write_bytes(b"mine")
     again = read_report([str(full), str(ours)])
     assert "step_00000018.safetensors: is left out" in again["warnings"][0]

@@ -41,6 +41,11 @@ def percent(value: float) -> str:
     return f"{100 * (value - 1):+.1f} %".replace("-", "−") if abs(value - 1) >= 5e-4 else "0 %"
 
 
+def share(value: float) -> str:
+    """A part of a whole; 0 only if it is."""
+    return f"{100 * value:.2g} %" if value else "0"
+
+
 def times(value: float) -> str:
     """A ratio as a factor."""
     return f"× {value:.2f}"

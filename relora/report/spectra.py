@@ -24,7 +24,7 @@ FIGURES = (
     "total_effective_rank",
     "overlap",
     "amplification",
-    "rounding_loss",
+    "total_ratio",
 )
 PAIRED = 5  # arms of which every pair is compared
 _FILE = re.compile(r"step_(\d{8,})\.safetensors")
@@ -103,6 +103,7 @@ def _arm(name: str, seeds: Sequence[tuple[RunFiles, list[Measurement]]]) -> dict
         "last": {
             figure: spread([each[-1].median(figure) for _, each in seeds]) for figure in FIGURES
         },
+        "rounding_loss": spread([_most_lost(run) for run, _ in seeds]),
         "seeds": [
             {"seed": each.config.seed, "measurements": [_medians(each, m) for m in found]}
             for each, found in seeds
@@ -121,6 +122,12 @@ def _arm(name: str, seeds: Sequence[tuple[RunFiles, list[Measurement]]]) -> dict
         },
         "total_values": _pooled(newest),
     }
+
+
+def _most_lost(run: RunFiles) -> float | None:
+    """Largest share of a merge's update that rounding has kept from the weights."""
+    lost = [line["relora/rounding_loss"] for line in run.events_with("relora/rounding_loss")]
+    return max(lost, default=None)
 
 
 def _medians(run: RunFiles, measurement: Measurement) -> dict[str, Any]:

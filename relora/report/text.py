@@ -14,6 +14,7 @@ from relora.report.cells import (
     percent,
     pm,
     seconds_text,
+    share,
     shown,
     signed,
     times,
@@ -274,16 +275,23 @@ def _spectra(report: dict[str, Any]) -> Table:
         "total_stable_rank": "stable rank, all",
         "overlap": "overlap",
         "amplification": "amplification",
+        "total_ratio": "‖ΔW‖ / ‖W₀‖",
     }
-    columns = ["arm", "measured at step", *titles.values()]
+    columns = ["arm", "measured at step", *titles.values(), "lost to rounding"]
     rows = [
-        [arm["arm"], str(arm["step"]), *(pm(arm["last"][key], number(2)) for key in titles)]
+        [
+            arm["arm"],
+            str(arm["step"]),
+            *(pm(arm["last"][key], number(2)) for key in titles),
+            pm(arm["rounding_loss"], share),
+        ]
         for arm in report["spectra"]["arms"]
     ]
     note = (
         "Medians over layers, at the last measurement. cycle: s·B·A of one cycle; all: W + s·B·A "
         "minus the weights at the start. Overlap: with the cycle before. Amplification: ‖ΔW‖ over "
-        "how much of W lies in ΔW's leading directions (LoRA, arXiv 2106.09685, §7.3)."
+        "how much of W lies in ΔW's leading directions (LoRA, arXiv 2106.09685, §7.3). ‖ΔW‖ is "
+        "that of all updates. Lost to rounding: the largest share of a merge."
     )
     return Table("What the updates are made of", note, columns, rows)
 
