@@ -17,7 +17,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -32,7 +32,8 @@ FULL_RANK = ("lora=null", "relora=null", "warm_start=null")
 class TuneConfig(Section):
     """Search each arm's learning rate on the same budget: whole runs with a seed of their own."""
 
-    factors: list[float] = Field(min_length=2)  # of the rate that the arm's config has
+    # Of the rate that the arm's config has.
+    factors: list[Annotated[float, Field(gt=0)]] = Field(min_length=2)
     seed: int = Field(ge=0, lt=2**32)  # none of those that are compared
 
 
@@ -58,7 +59,7 @@ class Arm:
 
     def run(self, directory: Path, seed: int) -> list[str]:
         """The overrides of one of its runs."""
-        return [*self.overrides, f"run_dir={json.dumps(str(directory))}", f"seed={seed}"]
+        return [*self.overrides, f"run_dir={_quoted(directory)}", f"seed={seed}"]
 
 
 def read_arms(path: Path) -> ArmsConfig:
@@ -68,16 +69,29 @@ def read_arms(path: Path) -> ArmsConfig:
         ConfigError: one message with every problem.
     """
     arms = validate(ArmsConfig, read_yaml(path), str(path))
-    if arms.tune and arms.tune.seed in arms.seeds:
-        raise ConfigError(
-            f"{path}: tune.seed: {arms.tune.seed} is one of seeds; a rate chosen on a seed looks "
-            "too good there, take another"
-        )
+    for name in arms.arms or ():
+        if re.search(r"^-|[/=\x00-\x1f]", name):
+            raise ConfigError(
+                f"{path}: arms: {name!r}: a name begins with no -, and has no /, = or line break"
+            )
     slugs = [Arm(name, ()).slug for name in arms.arms or ()]
     for slug in slugs:
         if not slug or slugs.count(slug) > 1:
             raise ConfigError(f"{path}: arms: two names would share the directory {slug!r}")
     return arms
+
+
+def check_seeds(arms: ArmsConfig) -> None:
+    """Rates may not be chosen on a seed that is compared.
+
+    Raises:
+        ConfigError: they would be.
+    """
+    if arms.tune and arms.tune.seed in arms.seeds:
+        raise ConfigError(
+            f"tune.seed: {arms.tune.seed} is one of seeds; a rate chosen on a seed looks too good "
+            "there, take another"
+        )
 
 
 def standard_arms(path: Path, overrides: Sequence[str], directory: Path) -> list[Arm]:
@@ -100,10 +114,12 @@ def standard_arms(path: Path, overrides: Sequence[str], directory: Path) -> list
     full = tuple(filter(None, (*FULL_RANK, start)))
     rate = config.relora.lr or config.lora.lr or config.optimizer.lr
     lora = ("relora=null", f"lora.lr={rate}")
-    control = json.dumps(str(_write_control(config, directory)))
+    control = [f"model.config={_quoted(_write_control(config, directory))}"]
+    if config.model.pretrained:
+        control.append("model.pretrained=null")
     found = [
         Arm("full rank", full),
-        Arm("control", (*full, f"model={{config: {control}}}")),
+        Arm("control", (*full, *control)),
         Arm("LoRA", (*lora, "warm_start=null")),
         Arm("ReLoRA", ("warm_start=null",)),
     ]
@@ -129,6 +145,11 @@ def rate_of(config: Config) -> tuple[str, float]:
     if config.relora and config.relora.lr:
         return "relora.lr", config.relora.lr
     return "lora.lr", config.lora.lr or config.optimizer.lr
+
+
+def _quoted(path: Path) -> str:
+    """A path as the value of an override."""
+    return json.dumps(str(path), ensure_ascii=False)
 
 
 def _write_control(config: Config, directory: Path) -> Path:

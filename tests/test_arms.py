@@ -174,6 +174,10 @@ def test_a_run_with_other_settings_is_not_taken_for_the_one_that_is_wanted(
         ({"arms": {"a b": [], "a-b": []}}, "two names would share the directory 'a_b'"),
         ({"seeds": [1], "tune": {"factors": [1, 2], "seed": 1}}, "tune.seed: 1 is one of seeds"),
         ({"arm": {"x": []}}, "arm: unknown key; did you mean arms?"),
+        ({"arms": {"w/o rewarm": []}}, "'w/o rewarm': a name begins with no -, and has no /"),
+        ({"arms": {"lr=1": []}}, "'lr=1': a name begins with no -"),
+        ({"arms": {"--to": []}}, "'--to': a name begins with no -"),
+        ({"tune": {"factors": [1, 0], "seed": 5}}, "tune.factors"),
         ({"tune": {"factors": [1], "seed": 5}}, "tune.factors: [1]: must have at least 2 of them"),
         ({"arms": {"x": ["lora.rnk=3"]}}, "arm 'x': "),
         ({"arms": {"fine": [], "y": ["lora=null"]}}, "arm 'y': "),
@@ -191,6 +195,39 @@ def test_a_bad_file_of_arms_is_refused_before_anything_is_trained(
     assert relora("arms", make_config(tmp_path / "run"), *arguments) == 2
     assert message in capsys.readouterr().err
     assert trained == []
+
+
+def test_rates_are_not_tuned_on_a_seed_that_the_command_line_adds(
+    tmp_path: Path,
+    trained: list[Config],
+    write_arms: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = write_arms(seeds=[7], tune={"factors": [1, 2], "seed": 1}, arms={"calm": []})
+    arguments = ("--arms", file, "--to", tmp_path / "to", "--seeds", "2")
+    assert relora("arms", make_config(tmp_path / "run"), *arguments) == 2
+    assert "tune.seed: 1 is one of seeds" in capsys.readouterr().err
+    assert trained == []
+
+
+def test_an_arm_that_diverges_at_every_rate_is_not_trained_with_one_of_them(
+    tmp_path: Path,
+    trained: list[Config],
+    write_arms: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = write_arms(tune={"factors": [50, 100], "seed": 9}, arms={"wild": []})
+    arguments = ("--arms", file, "--to", tmp_path / "to")
+    assert relora("arms", make_config(tmp_path / "run"), *arguments) == NumericsError.code
+    assert "'wild': diverged at every relora.lr that was tried" in capsys.readouterr().err
+    assert [run.seed for run in trained] == [9, 9]
+
+
+def test_the_control_keeps_what_is_no_matter_of_its_size(tmp_path: Path) -> None:
+    config = make_config(tmp_path / "run")
+    overrides = ["model.gradient_checkpointing=true"]
+    control = next(a for a in standard_arms(config, overrides, tmp_path) if a.name == "control")
+    assert settings([*overrides, *control.overrides], config).model.gradient_checkpointing
 
 
 def test_a_full_rank_config_has_no_standard_arms(

@@ -336,6 +336,19 @@ def test_a_watch_ends_with_the_last_run(
     assert not list(page.parent.glob("*.tmp"))
 
 
+def test_a_watch_does_not_wait_for_a_run_that_failed(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(runs / "full", tmp_path / "failed")
+    lines = [line for line in metric_lines(run) if "eval/loss" not in line]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (run / "run_state.json").write_text('{"status": "failed", "reason": "", "step": 3, "code": 5}')
+    assert relora("compare", run, "--to", tmp_path / "report", "--watch", "1") == 4
+    assert "has no evaluation yet" in capsys.readouterr().err
+    report = read_report([str(runs / "full"), str(run)])
+    assert table(report, "arms")[1]["perplexity"] == "no evaluation"
+
+
 def test_an_interrupt_ends_a_watch_with_the_report_whole(
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

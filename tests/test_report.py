@@ -100,6 +100,64 @@ def test_seeds_are_one_arm_and_the_baseline_is_their_mean(run: RunFiles) -> None
     assert "seeds" in tables(report)
 
 
+def gave_up(run: RunFiles) -> RunFiles:
+    return replace(run, status="failed", reason="not finite")
+
+
+def test_a_seed_that_gave_up_neither_ends_the_comparison_nor_counts_in_it(run: RunFiles) -> None:
+    arms = [
+        Arm("full", [like(run, [5.0, 4.0, 3.0], 1), like(run, [5.0, 4.0, 3.2], 2)]),
+        Arm("wild", [like(run, [5.0, 3.9, 2.9], 1), gave_up(like(run, [5.0], 2))]),
+        Arm("lost", [gave_up(like(run, [5.0, 4.5], 1)), gave_up(like(run, [5.0], 2))]),
+    ]
+    report = build_report(arms)
+    for question in ("tokens", "seconds"):
+        answer = report["questions"][question]
+        assert answer["at"] == {"tokens": 300, "seconds": 30}[question]
+        rows = {row["arm"]: row for row in answer["rows"]}
+        assert rows["wild"]["loss"]["values"] == [2.9, None]
+        assert rows["lost"]["loss"]["mean"] is None
+        assert rows["lost"]["difference"] is None
+    figures_of = {arm["name"]: arm["figures"] for arm in report["arms"]}
+    assert figures_of["wild"]["loss"]["mean"] == 2.9
+    assert figures_of["lost"]["loss"]["values"] == [4.5, None]  # its last, of those of that step
+    shown = {row[0]: row for row in tables(report)["arms"].rows}
+    assert shown["wild"][1].endswith("(1 of 2 seeds)")
+    target = {row["arm"]: row for row in report["questions"]["target"]["rows"]}
+    assert target["wild"]["reached"]
+    assert target["wild"]["seeds_that_reach_it"] == 1
+    # Its curve goes on where one of its seeds does, and is of that seed all the way.
+    assert report["arms"][1]["curves"]["mean"]["loss"] == [5.0, 3.9, 2.9]
+    to_html(report, {}, None)
+
+
+def test_the_baseline_s_perplexity_is_that_of_its_furthest_seeds(run: RunFiles) -> None:
+    """As while another seed of it is trained."""
+    full = [like(run, [5.0, 4.0, 3.0], 1), replace(like(run, [5.0], 2), status="running")]
+    report = build_report([Arm("full", full), Arm("other", [like(run, [5.0, 3.0, 2.0], 1)])])
+    assert report["questions"]["target"]["loss"] == 3.0
+    assert report["questions"]["tokens"]["at"] == 100  # so far one can compare all
+
+
+def test_a_loss_beyond_all_measure_has_no_perplexity_and_stops_nothing(run: RunFiles) -> None:
+    arm = Arm("wild", [like(run, [5.0, 400.0], 1), like(run, [5.0, 500.0], 2)])
+    report = build_report([arm])
+    assert report["arms"][0]["figures"]["perplexity"]["mean"] is None
+    assert report["arms"][0]["figures"]["loss"]["mean"] == 450
+
+
+def test_a_length_in_steps_is_that_in_tokens(run: RunFiles) -> None:
+    train = run.config.train
+    tokens = run.config.total_steps * run.config.tokens_per_step
+    in_tokens = train.model_copy(update={"steps": None, "tokens": tokens})
+    other = replace(run, config=run.config.model_copy(update={"train": in_tokens}))
+    assert build_report([Arm("steps", [run]), Arm("tokens", [other])])["warnings"] == []
+    section = run.config.model.model_copy(update={"gradient_checkpointing": True})
+    other = replace(run, config=run.config.model_copy(update={"model": section}))
+    (warning,) = build_report([Arm("a", [run]), Arm("b", [other])])["warnings"]
+    assert warning.endswith("in b: times and memory do not compare")
+
+
 def test_one_name_holds_one_experiment(run: RunFiles) -> None:
     other = replace(run, config=run.config.model_copy(update={"lora": None, "seed": 9}))
     assert [arm.name for arm in group([run, other], ["a", "a"])] == ["a"]

@@ -12,7 +12,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from relora.arms import Arm, ArmsConfig, rate_of, read_arms, scale_rate, standard_arms
+from relora.arms import (
+    Arm,
+    ArmsConfig,
+    check_seeds,
+    rate_of,
+    read_arms,
+    scale_rate,
+    standard_arms,
+)
 from relora.config import (
     MAY_CHANGE,
     Config,
@@ -45,6 +53,7 @@ def arms(
     plan = read_arms(arms) if arms else ArmsConfig()
     if seeds is not None:
         plan = plan.model_copy(update={"seeds": list(range(seeds))})
+    check_seeds(plan)
     if plan.arms is None:
         chosen = standard_arms(config, overrides, to)
     else:
@@ -170,9 +179,15 @@ def _tune(
             directory = work.to / "tuning" / arm.slug / f"{key}_{rate * factor:.6g}"
             losses[factor] = work.train(scale_rate(arm, config, factor), directory, plan.tune.seed)
         best = min(plan.tune.factors, key=lambda factor: losses[factor])
+        rates = ", ".join(f"{rate * factor:.4g}" for factor in losses)
+        if not math.isfinite(losses[best]):
+            raise NumericsError(
+                f"arm {arm.name!r}: diverged at every {key} that was tried ({rates}); add smaller "
+                "tune.factors: what is done is not trained again"
+            )
         edge = best in (min(plan.tune.factors), max(plan.tune.factors))
         print(
-            f"{arm.name}: {key} {rate * best:.4g} of {', '.join(f'{rate * f:.4g}' for f in losses)}"
+            f"{arm.name}: {key} {rate * best:.4g} of {rates}"
             + (", the edge of what was tried" if edge else "")
         )
         best_arm = scale_rate(arm, config, best)
@@ -203,11 +218,11 @@ def _check_same(directory: Path, config: Config) -> None:
     Raises:
         ConfigError: it had other settings.
     """
-    lengths = ("train.steps", "train.tokens")
+    measured = ("train.steps", "train.tokens", "train.eval_sequences")
     changed = [
         f"{path}: {old} there, {new} here"
         for path, old, new in differences(load_run_config(directory), config)
-        if not path.startswith(MAY_CHANGE) or path in lengths
+        if not path.startswith(MAY_CHANGE) or path in measured
     ]
     if changed:
         raise ConfigError(

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from relora.errors import CheckpointError, ConfigError
-from relora.report.arms import group
+from relora.errors import ConfigError, UserError
+from relora.report.arms import Arm, group
 from relora.report.build import build_report
-from relora.report.read import read_run
+from relora.report.read import AT_WORK, read_run
 from relora.report.text import tables, to_markdown
 from relora.report.write import write_report
 
@@ -44,9 +44,12 @@ def compare(
 
 def read_report(runs: Sequence[str], baseline: str | None = None) -> dict[str, Any]:
     """All figures, from the files of the run directories."""
+    return build_report(_read_arms(runs), baseline)
+
+
+def _read_arms(runs: Sequence[str]) -> list[Arm]:
     pairs = [_named(run) for run in runs]
-    arms = group([read_run(path) for _, path in pairs], [name for name, _ in pairs])
-    return build_report(arms, baseline)
+    return group([read_run(path) for _, path in pairs], [name for name, _ in pairs])
 
 
 def _named(run: str) -> tuple[str | None, Path]:
@@ -61,10 +64,12 @@ def _named(run: str) -> tuple[str | None, Path]:
 
 def _renew(runs: Sequence[str], to: Path, watch: float, baseline: str | None) -> bool:
     """Write the report as things stand; whether some run may get further."""
+    arms = _read_arms(runs)
     try:
-        report = read_report(runs, baseline)
-    except CheckpointError as error:
-        if "no evaluation yet" not in str(error):
+        report = build_report(arms, baseline)
+    except UserError as error:
+        at_work = any(run.status in AT_WORK for arm in arms for run in arm.runs)
+        if not at_work or "no evaluation yet" not in str(error):
             raise
         print(f"{time.strftime('%H:%M:%S')} waiting: {error}", flush=True)
         return True

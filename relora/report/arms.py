@@ -17,7 +17,21 @@ from relora.errors import ConfigError
 from relora.report.read import Evaluations, RunFiles
 
 # Leaves of the config in which seeds of one arm may differ.
-NOT_THE_EXPERIMENT = ("run_dir", "seed", "data.dir", "data.num_workers", "train.stop_after")
+NOT_THE_EXPERIMENT = (
+    "run_dir",
+    "seed",
+    "data.dir",
+    "data.num_workers",
+    "train.stop_after",
+    "train.log_every",
+    "train.eval_every",
+    "train.save_every",
+    "train.keep_every",
+    "train.keep_checkpoints",
+    "train.background_save",
+    "train.sample_prompt",
+)
+HIGHEST = 30.0  # nats; no loss beyond it has a perplexity that anybody reads
 
 
 @dataclass(frozen=True)
@@ -38,6 +52,17 @@ class Arm:
     def evaluated(self) -> list[RunFiles]:
         """Seeds that have an evaluation."""
         return [run for run in self.runs if len(run.evaluations.loss)]
+
+    @property
+    def furthest(self) -> list[RunFiles]:
+        """Seeds whose last evaluation is as late as any; a mean is over these and no others."""
+        last = max((run.evaluations.step[-1] for run in self.evaluated), default=0)
+        return [run for run in self.evaluated if run.evaluations.step[-1] == last]
+
+    @property
+    def leader(self) -> RunFiles:
+        """The first seed that has got as far as any."""
+        return max(self.runs, key=lambda run: run.step)
 
 
 def group(runs: Sequence[RunFiles], names: Sequence[str | None]) -> list[Arm]:
@@ -148,15 +173,17 @@ def over_seeds(arm: Arm, value: Callable[[RunFiles], float | None]) -> Spread:
 
 
 def perplexity_of(loss: float | None) -> float | None:
-    """exp(loss), or None where that is no number."""
-    if loss is None or not math.isfinite(loss) or loss > 700:
+    """exp(loss), or None where that is no number, or one of more than 13 digits."""
+    if loss is None or not math.isfinite(loss) or loss > HIGHEST:
         return None
     return math.exp(loss)
 
 
 def loss_at_tokens(run: RunFiles, tokens: float) -> tuple[float, float] | None:
-    """(tokens, loss) of the last evaluation at or before so many tokens."""
+    """(tokens, loss) of the last evaluation at or before so many tokens; None after its end."""
     evaluations = run.evaluations
+    if _is_past(run, evaluations.tokens, tokens):
+        return None
     place = int(np.searchsorted(evaluations.tokens, tokens, side="right")) - 1
     if place < 0:
         return None
@@ -165,23 +192,35 @@ def loss_at_tokens(run: RunFiles, tokens: float) -> tuple[float, float] | None:
 
 def loss_at_seconds(run: RunFiles, seconds: float) -> float | None:
     """Loss at a moment, on the straight line between the evaluations around it."""
-    evaluations = run.evaluations
-    if not len(evaluations.loss) or seconds < evaluations.seconds[0]:
+    return _at_seconds(run, seconds, run.evaluations.loss)
+
+
+def tokens_at_seconds(run: RunFiles, seconds: float) -> float | None:
+    """Tokens seen at a moment, on the same line."""
+    return _at_seconds(run, seconds, run.evaluations.tokens)
+
+
+def _at_seconds(run: RunFiles, seconds: float, column: np.ndarray) -> float | None:
+    times = run.evaluations.seconds
+    if not len(times) or seconds < times[0] or _is_past(run, times, seconds):
         return None
-    return float(np.interp(seconds, evaluations.seconds, evaluations.loss))
+    return float(np.interp(seconds, times, column))
+
+
+def _is_past(run: RunFiles, column: np.ndarray, place: float) -> bool:
+    """Whether a run had given up by then: what it was before says nothing about it there."""
+    return run.gave_up and (not len(column) or bool(column[-1] < place))
 
 
 def mean_over_seeds(arm: Arm) -> Evaluations:
-    """Means of tokens, seconds and loss at the steps that every evaluated seed has evaluated.
+    """Means of tokens, seconds and loss at the steps that all of the furthest seeds evaluated.
 
-    Seeds that have none in common (each at work, with another interval) leave the first seed's.
+    One that gave up, or is still on its way, would change what the mean is over on its way.
     """
-    each = [run.evaluations for run in arm.evaluated]
+    each = [run.evaluations for run in arm.furthest]
     common = each[0].step
     for evaluations in each[1:]:
-        common = np.intersect1d(common, evaluations.step)
-    if not len(common):
-        return each[0]
+        common = np.intersect1d(common, evaluations.step)  # never empty: all have the last
     places = [np.searchsorted(e.step, common) for e in each]
 
     def mean(name: str) -> np.ndarray:

@@ -24,14 +24,15 @@ CPUS = ("x86_64", "aarch64", "arm64", "AMD64")  # what environment.json calls a 
 RULES = {
     "spread": "mean ± sample standard deviation (n − 1) over the seeds of an arm; without ± there "
     "is one seed, or all are equal",
-    "tokens": "at the smallest number of tokens at which every run has an evaluation; each run's "
-    "last evaluation at or before it",
-    "seconds": "at the smallest last elapsed time of all runs; the loss is interpolated linearly "
-    "in time between evaluations. Time includes evaluating, merging and saving",
+    "tokens": "at the smallest number of tokens at which every run has an evaluation, but for runs "
+    "that failed or diverged; each run's last evaluation at or before it",
+    "seconds": "at the smallest last elapsed time of these runs; the loss is interpolated linearly "
+    "in time between evaluations. Time includes evaluating, merging and saving, and not what was "
+    "lost to a stop or a rollback and done again",
     "memory": "perplexity is that at equal tokens; memory is the peak of rank 0, allocated on a "
     "GPU and resident on a CPU, where it holds the whole process and no prediction applies",
     "target": "where the mean loss of an arm's seeds first comes down to the baseline's last one, "
-    "interpolated linearly between evaluations",
+    "interpolated linearly between evaluations; its perplexity is the exponential of that mean",
     "warm_start": "a warm start counts: its tokens, time and FLOPs are part of its arm's",
     "flops": "from the config: 2 a multiplication and addition of every matrix product, forward, "
     "backward, recomputation and merges",
@@ -141,8 +142,15 @@ def _seed(run: RunFiles, prediction: Prediction) -> dict[str, Any]:
 
 
 def _figures(arm: Arm, prediction: Prediction) -> dict[str, Spread]:
+    furthest = [any(run is other for other in arm.furthest) for run in arm.runs]
     return {
-        key: spread([value(run, prediction) for run in arm.runs]) for key, value in FIGURES.items()
+        key: spread(
+            [
+                value(run, prediction) if there or key not in FINAL else None
+                for run, there in zip(arm.runs, furthest, strict=True)
+            ]
+        )
+        for key, value in FIGURES.items()
     }
 
 
@@ -183,6 +191,7 @@ def _merge_seconds(run: RunFiles, _: Prediction) -> float | None:
 
 
 _ALSO = {"train/tokens": "tokens", "time/elapsed_s": "seconds"}
+FINAL = ("loss", "perplexity")  # compared only where they are of the same step
 Figure = Callable[[RunFiles, Prediction], float | None]
 FIGURES: dict[str, Figure] = {
     "tokens": lambda run, _: _last(run, "train/tokens"),

@@ -18,8 +18,8 @@ def curves_of(arm: Arm) -> dict[str, Any]:
     return {
         "mean": _mean(arm),
         "seeds": [_seed(run) for run in arm.runs],
-        "marks": _marks(arm.runs[0]),
-        "lr": _learning_rate(arm.runs[0]),
+        "marks": _marks(arm.leader),
+        "lr": _learning_rate(arm.leader),
     }
 
 
@@ -50,7 +50,7 @@ def _seed(run: RunFiles) -> dict[str, Any]:
 
 
 def _mean(arm: Arm) -> dict[str, Any]:
-    """Over the steps that every seed has evaluated; perplexities are averaged, not losses."""
+    """Over the furthest seeds, at steps that all have; perplexities are averaged, not losses."""
     if not arm.evaluated:
         return {
             "n": 0,
@@ -59,7 +59,7 @@ def _mean(arm: Arm) -> dict[str, Any]:
     mean = mean_over_seeds(arm)
     tables = [
         dict(zip(run.evaluations.step.tolist(), run.evaluations.loss.tolist(), strict=True))
-        for run in arm.evaluated
+        for run in arm.furthest
     ]
     spreads = [
         spread([perplexity_of(t[step]) for t in tables if step in t]) for step in mean.step.tolist()

@@ -10,16 +10,17 @@ from relora.report.arms import Arm
 from relora.report.read import RunFiles
 from relora.runtime.metrics import format_duration
 
-LENGTHS = ("train.steps", "train.tokens", "train.eval_sequences")
+LENGTHS = ("train.steps", "train.tokens")
 UNFAIR = {
     "data.": "other data or another order",
     "batch.global_batch_size": "another global batch",
+    "model.gradient_checkpointing": "times and memory do not compare",
     "model.": "another model",
     "train.steps": "another length",
     "train.tokens": "another length",
     "train.eval_sequences": "measured on other text",
 }
-HARMLESS = ("data.dir", "data.num_workers", "model.gradient_checkpointing", "model.config")
+HARMLESS = ("data.dir", "data.num_workers", "model.config")
 NOT_SHOWN = ("run_dir", "seed", "data.dir", "train.stop_after")
 SILENT_S = 600.0  # a run at work that has written nothing for so long may be dead
 MACHINE = ("device", "world_size", "threads_per_rank", "platform")
@@ -89,6 +90,8 @@ def _unlike(arms: Sequence[Arm], baseline: Arm) -> Iterator[str]:
             for path in dict.fromkeys([*one, *other]):
                 why = next((w for p, w in UNFAIR.items() if path.startswith(p)), None)
                 skipped = path in HARMLESS and (known or path != "model.config")
+                if path in LENGTHS and run.config.total_steps == first.config.total_steps:
+                    continue
                 if why is None or skipped or one.get(path) == other.get(path):
                     continue
                 yield (

@@ -106,13 +106,13 @@ def draw_memory(report: dict[str, Any], look: Look) -> Any:
         memory, perplexity = row["memory_gib"], row["perplexity"]
         if memory["mean"] is None or perplexity["mean"] is None:
             continue
-        colour = look.colour(numbers[row["arm"]])
+        colour, marker = look.colour(numbers[row["arm"]]), look.marker(numbers[row["arm"]])
         axes.errorbar(
             memory["mean"],
             perplexity["mean"],
             xerr=memory["sd"],
             yerr=perplexity["sd"],
-            fmt="o",
+            fmt=marker,
             color=colour,
             markersize=7,
             capsize=3,
@@ -122,7 +122,7 @@ def draw_memory(report: dict[str, Any], look: Look) -> Any:
             there = [memory["mean"], predicted[row["arm"]]]
             axes.plot(there, [perplexity["mean"]] * 2, color=colour, linewidth=0.8, alpha=0.7)
             axes.plot(
-                there[1], perplexity["mean"], "o", markersize=7, color=colour, fillstyle="none"
+                there[1], perplexity["mean"], marker, markersize=7, color=colour, fillstyle="none"
             )
         best.append((memory["mean"], row["best_perplexity"]))
     if len(best) > 1:
@@ -131,7 +131,7 @@ def draw_memory(report: dict[str, Any], look: Look) -> Any:
     axes.set_xlabel("peak memory (GiB per rank)")
     axes.set_ylabel("validation perplexity at equal tokens")
     axes.xaxis.set_major_locator(MaxNLocator(5 if look.narrow else 8))
-    _legend(figure, report, look)
+    _legend(figure, report, look, points=True)
     return figure
 
 
@@ -267,14 +267,18 @@ def log_ticks(low: float, high: float) -> list[float]:
     return [tick for tick in MaxNLocator(6).tick_values(low, high) if low <= tick <= high]
 
 
-def _legend(figure: Any, report: dict[str, Any], look: Look, marks: bool = False) -> None:
+def _legend(
+    figure: Any, report: dict[str, Any], look: Look, marks: bool = False, points: bool = False
+) -> None:
     """Arms, and what dotted and dashed lines mean; a page has a legend of its own."""
     if not look.legend:
         return
-    handles = [
-        Line2D([], [], color=look.colour(n), linestyle=look.dash(n), label=f"\u200b{arm['name']}")
-        for n, arm in enumerate(report["arms"])
-    ]
+    handles = []
+    for n, arm in enumerate(report["arms"]):
+        style: dict[str, Any] = {"linestyle": look.dash(n)}
+        if points:
+            style = {"linestyle": "", "marker": look.marker(n)}
+        handles.append(Line2D([], [], color=look.colour(n), label=f"\u200b{arm['name']}", **style))
     if marks and any(arm["curves"]["marks"]["merges"] for arm in report["arms"]):
         handles.append(Line2D([], [], color=look.muted, linestyle=":", label="merges"))
         if any(arm["curves"]["marks"]["births"] for arm in report["arms"]):

@@ -9,7 +9,8 @@ from __future__ import annotations
 import html
 from typing import Any
 
-from relora.report.svg import CSS_DASHES, DARK, LIGHT
+from relora.report.spectra_figures import MAPS
+from relora.report.svg import CSS_DASHES, DARK, LIGHT, SYMBOLS
 from relora.report.text import PLACES, Table, tables
 
 CAPTIONS = {
@@ -22,8 +23,10 @@ CAPTIONS = {
     "spectra": "Singular values of W − W₀, all updates together since the start W₀; layers of one "
     "kind pooled, largest first. Values below 1/10,000 of the largest lie on the lower edge.",
     "ranks": "Medians over layers, by cycle. A level line is an arm without cycles, at its end.",
-    "layers": "Effective rank of each cycle's update, layer by layer.",
-    "similarity": "Mean over layers: 1 means that one subspace lies in the other.",
+    "layers": f"Effective rank of each cycle's update, layer by layer; of more than {MAPS} arms "
+    "the first.",
+    "similarity": "Mean over layers: 1 means that one subspace lies in the other. Of more than "
+    f"{MAPS} pairs the first; the table has all.",
 }
 MARKED = ("curves_tokens", "curves_time")
 DRAWN_NOTE = (
@@ -115,8 +118,10 @@ def _table(table: Table, arms: dict[str, int]) -> str:
     )
 
 
-def _swatch(number: int) -> str:
+def _swatch(number: int, point: bool = False) -> str:
     colour, dash = number % len(LIGHT), number // len(LIGHT) % len(CSS_DASHES)
+    if point:
+        return f'<i class="point" style="color:var(--c{colour})">{SYMBOLS[dash]}</i>'
     return f'<i style="border-top:3px {CSS_DASHES[dash]} var(--c{colour})"></i>'
 
 
@@ -151,7 +156,7 @@ def _legend(name: str, report: dict[str, Any]) -> str:
     if name in ("spectra", "ranks"):
         there = {arm["arm"] for arm in report["spectra"]["arms"]}
     entries = [
-        f"<li>{_swatch(n)}{html.escape(arm['name'])}</li>"
+        f"<li>{_swatch(n, name == 'memory')}{html.escape(arm['name'])}</li>"
         for n, arm in enumerate(report["arms"])
         if arm["name"] in there
     ]
@@ -210,6 +215,7 @@ thead th:first-child{background:var(--card)}
 #config th:first-child,#environment th:first-child{min-width:158px}
 #seeds th:first-child{font-weight:400;font-size:12.5px;min-width:160px}
 i{display:inline-block;width:18px;margin-right:7px;vertical-align:middle;flex:none}
+i.point{font-style:normal;text-align:center}
 i.merge{border-top:2px dotted var(--muted)}
 i.birth{border-top:2px dashed var(--muted)}
 i.rewarm{height:12px;background:var(--muted);opacity:.25}

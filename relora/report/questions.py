@@ -19,6 +19,7 @@ from relora.report.arms import (
     perplexity_of,
     reached,
     spread,
+    tokens_at_seconds,
 )
 from relora.report.read import RunFiles
 
@@ -27,7 +28,7 @@ Flops = Callable[[int], float] | None
 
 def at_equal_tokens(arms: Sequence[Arm], baseline: Arm) -> dict[str, Any]:
     """At the smallest last token count of all runs, from the last evaluation at or before it."""
-    at = min(float(run.evaluations.tokens[-1]) for arm in arms for run in arm.evaluated)
+    at = min(float(run.evaluations.tokens[-1]) for run in _compared(arms))
     rows = []
     for arm in arms:
         found = [loss_at_tokens(run, at) for run in arm.runs]
@@ -38,11 +39,11 @@ def at_equal_tokens(arms: Sequence[Arm], baseline: Arm) -> dict[str, Any]:
 
 def at_equal_seconds(arms: Sequence[Arm], baseline: Arm) -> dict[str, Any]:
     """At the smallest last elapsed time of all runs; the loss is interpolated in time."""
-    at = min(float(run.evaluations.seconds[-1]) for arm in arms for run in arm.evaluated)
+    at = min(float(run.evaluations.seconds[-1]) for run in _compared(arms))
     rows = []
     for arm in arms:
         row = _row(arm, [loss_at_seconds(run, at) for run in arm.runs])
-        tokens = [_tokens_at(run, at) for run in arm.runs]
+        tokens = [tokens_at_seconds(run, at) for run in arm.runs]
         rows.append({**row, "tokens": spread(tokens)})
     return {"at": at, "rows": _beside(rows, baseline)}
 
@@ -131,10 +132,7 @@ def _beside(rows: list[dict[str, Any]], baseline: Arm) -> list[dict[str, Any]]:
     return rows
 
 
-def _tokens_at(run: RunFiles, seconds: float) -> float | None:
-    import numpy as np
-
-    evaluations = run.evaluations
-    if not len(evaluations.loss) or seconds < evaluations.seconds[0]:
-        return None
-    return float(np.interp(seconds, evaluations.seconds, evaluations.tokens))
+def _compared(arms: Sequence[Arm]) -> list[RunFiles]:
+    """Runs that say how far a comparison goes: one that gave up does not end it for the others."""
+    evaluated = [run for arm in arms for run in arm.evaluated]
+    return [run for run in evaluated if not run.gave_up] or evaluated

@@ -88,6 +88,11 @@ class RunFiles:
         """Ranks; 1 if the run does not say."""
         return int(self.environment.get("world_size") or 1)
 
+    @property
+    def gave_up(self) -> bool:
+        """Whether it ended before its end, by an error or because its loss is no number."""
+        return self.status == "failed" or self.evaluations.lost > 0
+
     def events_with(self, key: str) -> list[dict[str, Any]]:
         """Event lines that have `key` as a number."""
         return [line for line in self.events if isinstance(line.get(key), int | float)]
@@ -253,6 +258,7 @@ def _read_start(config: Config) -> tuple[Start | None, list[str]]:
     if given is None:
         return None, []
     unknown = f"what the weights it starts from ({given}) had cost is unknown and not counted"
+    complaints: list[str] = []
     state = None
     for candidate in _checkpoints_meant_by(given):
         state = read_json(candidate / "state.json")
@@ -265,10 +271,14 @@ def _read_start(config: Config) -> tuple[Start | None, list[str]]:
     except (ConfigError, KeyError):
         return None, [unknown]
     found = [state.get(key) for key in ("step", "consumed", "elapsed_s")]
+    if source.model.pretrained is not None:
+        before = source.model.pretrained
+        complaints.append(f"{given} itself starts from {before}, whose cost is not counted")
     step, consumed, seconds = (float(v) if isinstance(v, int | float) else math.nan for v in found)
     if not math.isfinite(step + consumed + seconds):
         return None, [unknown]
-    return Start(str(given), source, int(step), consumed * source.data.sequence_length, seconds), []
+    tokens = consumed * source.data.sequence_length
+    return Start(str(given), source, int(step), tokens, seconds), complaints
 
 
 def _checkpoints_meant_by(path: Path) -> list[Path]:

@@ -82,7 +82,7 @@ def spectra_of_arms(arms: Sequence[Arm], baseline: str) -> tuple[dict[str, Any] 
     if not measured:
         return None, complaints
     found = {
-        "arms": [_arm(name, seeds) for name, seeds in measured.items()],
+        "arms": [_arm(arm, measured[arm.name]) for arm in arms if arm.name in measured],
         "similarity": _similarities(measured, baseline),
     }
     return found, complaints
@@ -93,15 +93,19 @@ def kind_of(layer: str) -> str:
     return layer.rpartition(".")[2]
 
 
-def _arm(name: str, seeds: Sequence[tuple[RunFiles, list[Measurement]]]) -> dict[str, Any]:
-    run, measurements = seeds[0]
+def _arm(arm: Arm, seeds: Sequence[tuple[RunFiles, list[Measurement]]]) -> dict[str, Any]:
+    run, measurements = max(seeds, key=lambda seed: seed[1][-1].step)
     newest = measurements[-1]
+    of_step = [each[-1] for _, each in seeds if each[-1].step == newest.step]
+    missing = [None] * (len(arm.runs) - len(of_step))
     return {
-        "arm": name,
+        "arm": arm.name,
         "seed": run.config.seed,
+        "start": run.config.spectra_start,
         "step": newest.step,
         "last": {
-            figure: spread([each[-1].median(figure) for _, each in seeds]) for figure in FIGURES
+            figure: spread([*(each.median(figure) for each in of_step), *missing])
+            for figure in FIGURES
         },
         "rounding_loss": spread([_most_lost(run) for run, _ in seeds]),
         "seeds": [
@@ -112,6 +116,7 @@ def _arm(name: str, seeds: Sequence[tuple[RunFiles, list[Measurement]]]) -> dict
             "names": list(newest.layers),
             "merges": [m.merge for m in measurements],
             "steps": [m.step for m in measurements],
+            "cycles": [_cycle(run, m) for m in measurements],
             **{
                 figure: [
                     [_number(m.layers.get(layer, {}).get(figure)) for m in measurements]
@@ -130,15 +135,26 @@ def _most_lost(run: RunFiles) -> float | None:
     return max(lost, default=None)
 
 
-def _medians(run: RunFiles, measurement: Measurement) -> dict[str, Any]:
+def _cycle(run: RunFiles, measurement: Measurement) -> int:
+    """The cycle that a measurement is of, from 1; 0 in a run without any.
+
+    What was measured between merges or at the end belongs to the cycle that is under way.
+    """
     clock = run.config.clock
     done = clock.merges_before(measurement.step)
-    # What was measured between merges or at the end belongs to the cycle that is under way.
-    under_way = measurement.merge is None and clock.cycle is not None
+    return done + 1 if measurement.merge is None and clock.cycle is not None else done
+
+
+def last_of_cycles(cycles: Sequence[int]) -> dict[int, int]:
+    """Which measurement is the last one of each cycle, of the cycle that each is of."""
+    return {cycle: number for number, cycle in enumerate(cycles) if cycle}
+
+
+def _medians(run: RunFiles, measurement: Measurement) -> dict[str, Any]:
     return {
         "step": measurement.step,
         "merge": measurement.merge,
-        "cycles": done + 1 if under_way else done,
+        "cycles": _cycle(run, measurement),
         **{figure: measurement.median(figure) for figure in FIGURES},
     }
 
@@ -163,31 +179,28 @@ def _pooled(measurement: Measurement) -> dict[str, list[float]]:
 def _similarities(
     measured: dict[str, list[tuple[RunFiles, list[Measurement]]]], baseline: str
 ) -> list[dict[str, Any]]:
-    """φ(i, j) between seeds of an arm, between arms, and between an arm's last two cycles.
+    """φ(i, j) between arms, between seeds of an arm, and between an arm's last two cycles.
 
     Of many arms, each with the baseline alone.
     """
     found = []
-    for name, seeds in measured.items():
-        if len(seeds) > 1:
-            (a, of_a), (b, of_b) = seeds[:2]
-            titles = (f"{name}, seed {a.config.seed}", f"{name}, seed {b.config.seed}")
-            found.append(_similarity("seeds", titles, of_a[-1], of_b[-1], "total_left"))
-        cycles = [m for m in seeds[0][1] if any("|cycle_left" in key for key in _keys(m))]
-        if len(cycles) > 1:
-            titles = (f"{name}, step {cycles[-2].step}", f"{name}, step {cycles[-1].step}")
-            found.append(_similarity("cycles", titles, cycles[-2], cycles[-1], "cycle_left"))
     for (one, a_seeds), (other, b_seeds) in itertools.combinations(measured.items(), 2):
         if len(measured) > PAIRED and baseline not in (one, other):
             continue
         pair = (a_seeds[0][1][-1], b_seeds[0][1][-1])
         found.append(_similarity("arms", (one, other), *pair, "total_left"))
+    for name, seeds in measured.items():
+        if len(seeds) > 1:
+            (a, of_a), (b, of_b) = seeds[:2]
+            titles = (f"{name}, seed {a.config.seed}", f"{name}, seed {b.config.seed}")
+            found.append(_similarity("seeds", titles, of_a[-1], of_b[-1], "total_left"))
+        run, measurements = seeds[0]
+        last = last_of_cycles([_cycle(run, m) for m in measurements])
+        cycles = [measurements[number] for number in last.values()]
+        if len(cycles) > 1:
+            titles = (f"{name}, step {cycles[-2].step}", f"{name}, step {cycles[-1].step}")
+            found.append(_similarity("cycles", titles, cycles[-2], cycles[-1], "cycle_left"))
     return [each for each in found if each["layers"]]
-
-
-def _keys(measurement: Measurement) -> list[str]:
-    with safe_open(measurement.path, framework="numpy") as file:
-        return list(file.keys())
 
 
 def _similarity(
@@ -208,7 +221,9 @@ def _similarity(
         phi = subspace_similarity(torch.from_numpy(u), torch.from_numpy(v)).double().numpy()
         if np.isfinite(phi).all():
             tables.append(phi)
-    mean = np.mean(tables, axis=0) if tables else np.zeros((0, 0))
+    # Layers may have fewer directions than others: as many as their smaller dimension.
+    rows, columns = np.min([table.shape for table in tables] or [(0, 0)], axis=0)
+    mean = np.mean([t[:rows, :columns] for t in tables] or [np.zeros((0, 0))], axis=0)
     return {
         "what": what,
         "of": list(titles),

@@ -11,6 +11,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from relora.report.figures import thin
+from relora.report.spectra import last_of_cycles
 from relora.report.svg import Look
 
 FLOOR = 1e-4  # of the largest value of a panel; what is below is rounding, and not drawn
@@ -67,15 +68,15 @@ def draw_ranks(report: dict[str, Any], look: Look) -> Any:
             number = _number(report, arm["arm"])
             style = {"color": look.colour(number), "linestyle": look.dash(number), "linewidth": 1.4}
             for seed in arm["seeds"]:
-                points = [
-                    (m["cycles"], m[figure_name])
+                points = {
+                    m["cycles"]: m[figure_name]  # the last one of a cycle
                     for m in seed["measurements"]
                     if m[figure_name] is not None
-                ]
-                if points and not any(x for x, _ in points):  # no cycles: full rank, LoRA
-                    axes.axhline(points[-1][1], **style)
+                }
+                if set(points) == {0}:  # no cycles: full rank, LoRA
+                    axes.axhline(points[0], **style)
                 elif points:
-                    axes.plot(*zip(*points, strict=True), marker="o", markersize=3.5, **style)
+                    axes.plot([*points], [*points.values()], marker="o", markersize=3.5, **style)
         axes.set_title(title)
         axes.set_xlim(0.6, max(last, 1) + 0.4)
         axes.set_ylim(bottom=0)
@@ -94,16 +95,15 @@ def draw_heat(report: dict[str, Any], look: Look) -> Any:
     height = min(9.0, max(2.0, 0.17 * layers + 0.9)) if layers <= LABELLED else 5.0
     figure, panels = _grid(look, len(arms), columns, height=height)
     for axes, arm in zip(panels, arms, strict=True):
-        table = np.array(arm["layers"]["cycle_effective_rank"], np.float64)
-        columns_used = np.isfinite(table).any(axis=0)
-        table = table[:, columns_used]
+        cycles = last_of_cycles(arm["layers"]["cycles"])
+        table = np.array(arm["layers"]["cycle_effective_rank"], np.float64)[:, [*cycles.values()]]
         picture = axes.imshow(table, aspect="auto", cmap="viridis", interpolation="none")
         axes.grid(False)
         axes.spines[:].set_visible(False)
         axes.set_title(arm["arm"])
         axes.set_xlabel("cycle")
-        axes.xaxis.set_major_locator(FixedLocator(_some(table.shape[1], 12)))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value + 1:.0f}"))
+        marked = _some(table.shape[1], 12)
+        axes.set_xticks(marked, [str(list(cycles)[n]) for n in marked])
         names = [_short(name) for name in arm["layers"]["names"]]
         shown = _some(len(names), LABELLED if len(arms) < 3 else LABELLED // 3)
         axes.set_yticks(shown, [names[n] for n in shown], fontsize=6.5 if len(names) > 12 else 8)
@@ -174,10 +174,7 @@ def _number(report: dict[str, Any], name: str) -> int:
 
 def _with_cycles(report: dict[str, Any]) -> list[dict[str, Any]]:
     return [
-        arm
-        for arm in report["spectra"]["arms"]
-        if np.isfinite(np.array(arm["layers"]["cycle_effective_rank"], np.float64)).any()
-        and len(arm["layers"]["steps"]) > 1
+        arm for arm in report["spectra"]["arms"] if len(last_of_cycles(arm["layers"]["cycles"])) > 1
     ]
 
 

@@ -23,6 +23,8 @@ mpl.use("Agg")
 LIGHT = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#1a1a1a")
 DARK = ("#4aa8e0", "#ff8a3d", "#2fc79a", "#e59cc6", "#e6c34a", "#9ad5f7", "#f0f0f0")
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.6)), (0, (1.4, 1.4)), (0, (6, 1.5, 1.4, 1.5)))
+MARKERS = ("o", "s", "^", "D")  # in the order of the dashes
+SYMBOLS = ("●", "■", "▲", "◆")  # the same as text
 POINT = 2.2  # diameter of the point of an evaluation
 CSS_DASHES = ("solid", "dashed", "dotted", "double")
 
@@ -51,6 +53,10 @@ class Look:
     def dash(self, arm: int) -> Any:
         """Line style of an arm: arms of one colour differ in it."""
         return DASHES[arm // len(self.arms) % len(DASHES)]
+
+    def marker(self, arm: int) -> str:
+        """Point of an arm: arms of one colour differ in it."""
+        return MARKERS[arm // len(self.arms) % len(MARKERS)]
 
 
 PAPER = Look(legend=True, fg="#1b1f24", muted="#57606a", grid="#d8dee4", arms=LIGHT)

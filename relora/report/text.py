@@ -19,9 +19,10 @@ from relora.report.cells import (
     signed,
     times,
 )
+from relora.report.read import AT_WORK
 from relora.runtime.metrics import format_bytes, format_count, format_duration
 
-MISSING = ("not reached", "no evaluation yet")
+MISSING = ("not reached", "no evaluation yet", "no evaluation")
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,8 @@ def _arms(report: dict[str, Any]) -> Table:
     rows = []
     for arm in report["arms"]:
         figures = arm["figures"]
-        row = [arm["name"], "no evaluation yet", "–"]
+        going = any(seed["status"] in AT_WORK for seed in arm["seeds"])
+        row = [arm["name"], "no evaluation yet" if going else "no evaluation", "–"]
         if arm["evaluated"]:
             row[1:] = [pm(figures["perplexity"], number(2)), pm(figures["loss"], number(4))]
         row += [pm(figures["tokens"], format_count), pm(figures["seconds"], format_duration)]
@@ -277,10 +279,11 @@ def _spectra(report: dict[str, Any]) -> Table:
         "amplification": "amplification",
         "total_ratio": "‖ΔW‖ / ‖W₀‖",
     }
-    columns = ["arm", "measured at step", *titles.values(), "lost to rounding"]
+    columns = ["arm", "from step", "to step", *titles.values(), "lost to rounding"]
     rows = [
         [
             arm["arm"],
+            str(arm["start"]),
             str(arm["step"]),
             *(pm(arm["last"][key], number(2)) for key in titles),
             pm(arm["rounding_loss"], share),
@@ -289,9 +292,10 @@ def _spectra(report: dict[str, Any]) -> Table:
     ]
     note = (
         "Medians over layers, at the last measurement. cycle: s·B·A of one cycle; all: W + s·B·A "
-        "minus the weights at the start. Overlap: with the cycle before. Amplification: ‖ΔW‖ over "
-        "how much of W lies in ΔW's leading directions (LoRA, arXiv 2106.09685, §7.3). ‖ΔW‖ is "
-        "that of all updates. Lost to rounding: the largest share of a merge."
+        "minus W₀, the weights at the first of the steps. Overlap: with the cycle before. "
+        "Amplification: ‖ΔW‖ over how much of W lies in ΔW's leading directions (LoRA, arXiv "
+        "2106.09685, §7.3). ‖ΔW‖ is that of all updates. Lost to rounding: the largest share of a "
+        "merge."
     )
     return Table("What the updates are made of", note, columns, rows)
 
