@@ -38,8 +38,10 @@ def spectrum(
     # In two stages, the second in fp64: one fp32 sum over all entries would lose digits.
     norm = float(torch.linalg.vector_norm(torch.linalg.vector_norm(matrix, dim=1).double()))
     if min(matrix.shape) <= exact_up_to:
-        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-        right = right.T
+        # LAPACK takes half as long again for a wide matrix as for its transpose.
+        wide = matrix.shape[0] < matrix.shape[1]
+        left, values, right = torch.linalg.svd(matrix.T if wide else matrix, full_matrices=False)
+        left, right = (right.T, left) if wide else (left, right.T)
     else:
         left, values, right = randomized_svd(matrix, rank)
     return _spectrum(left, values, right, norm, directions)
@@ -193,17 +195,19 @@ def projection_norm(weight: Tensor, left: Tensor, right: Tensor) -> float:
 
 
 def amplification(weight: Tensor, update: Spectrum) -> float:
-    """‖ΔW‖_F / ‖UᵀWV‖_F: how much an update amplifies directions that W hardly has.
+    """‖UᵀΔWV‖_F / ‖UᵀWV‖_F: how much an update amplifies directions that W hardly has.
 
-    LoRA, arXiv 2106.09685, §7.3 and table 7, where U and V are all r directions of ΔW; here they
-    are those that `update` has, without any of singular value 0, which are arbitrary. `weight` is
-    (m, n), as the update is. 0 for a zero update, else inf if W has nothing in these directions.
+    LoRA, arXiv 2106.09685, §7.3 and table 7, where U and V are all r directions of ΔW, so that
+    ‖UᵀΔWV‖ is ‖ΔW‖; here they are those that `update` has, without any of singular value 0, which
+    are arbitrary. `weight` is (m, n), as the update is. 0 for a zero update, else inf if W has
+    nothing in these directions.
     """
     if not update.norm:
         return 0.0
-    count = numerical_rank(update, 1e-5)
+    count = min(numerical_rank(update, 1e-5), update.left.shape[1])
     projected = projection_norm(weight, update.left[:, :count], update.right[:, :count])
-    return update.norm / projected if projected else math.inf
+    norm = float(torch.linalg.vector_norm(update.values[:count].double()))
+    return norm / projected if projected else math.inf
 
 
 def _checked(matrix: Tensor) -> Tensor:

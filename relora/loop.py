@@ -34,7 +34,7 @@ from relora.runtime.spikes import (
     record_rollbacks,
     threshold_of,
 )
-from relora.spectra import draw, drop_after, keep_start, measure
+from relora.spectra import check_start, draw, drop_after, keep_start, measure
 
 PROBE_TOKENS = 256
 SAMPLE_TOKENS = 48
@@ -50,8 +50,11 @@ def train_run(run: Run, stop: StopRequest) -> bool:
             tokens = torch.from_numpy(run.shards.train[:length].astype("int64"))
             _restart(run, tokens[None].to(run.ranks.device))
             run.owes_merge = False
-        if run.step == run.config.spectra_start:
+        start = run.config.spectra_start
+        if run.step == start:
             keep_start(run)
+        elif start is not None and start < run.step < run.config.clock.total:
+            check_start(run)
         finished = _train(run, stop)
         if finished is not None:
             return finished

@@ -52,6 +52,11 @@ def read_model_json(path: Path) -> dict[str, Any]:
     return values
 
 
+def layer_kind(name: str) -> str:
+    """What layers of one kind share of their names: `mlp.c_proj` is not `attn.c_proj`."""
+    return ".".join(name.split(".")[-2:])
+
+
 def build_model(config: ModelConfig, seed: int) -> PreTrainedModel:
     """The causal language model in fp32 on the CPU, every parameter trainable, without KV cache.
 

@@ -30,12 +30,14 @@ from relora.analysis import (
     effective_rank,
     factored_spectrum,
     overlap,
+    principal_angles,
     spectrum,
     stable_rank,
 )
 from relora.errors import CheckpointError
 from relora.lora.inject import adapted_layers, linear_layers
 from relora.lora.layers import LoRALayer, delta_rows
+from relora.model import layer_kind
 from relora.run import Run
 
 # Smaller dimension up to which all singular values are computed: a second or two a layer.
@@ -48,6 +50,7 @@ MEDIANS = (
     "total_effective_rank",
     "total_ratio",
     "overlap",
+    "smallest_angle_deg",
     "amplification",
 )
 
@@ -98,7 +101,7 @@ def measure(run: Run, merge: int | None) -> dict[str, float]:
     Raises:
         CheckpointError: W_start is gone, or nothing can be written (every rank raises).
     """
-    directory, ranks = run.config.run_dir / "spectra", run.ranks
+    ranks = run.ranks
     earlier: dict[str, Tensor] = {}
     tensors: dict[str, Tensor] = {}
     figures: dict[str, dict[str, Any]] = {}
@@ -111,7 +114,8 @@ def measure(run: Run, merge: int | None) -> dict[str, float]:
         held = run.places.gather([run.places[f"{name}.{kind}"] for kind in kinds], "value")
         if mine:
             with trouble.noted():
-                start = _read_start(run, directory / "start" / f"{name}.safetensors")
+                with _open_start(run, name) as file:
+                    start = file.get_tensor("weight")
                 figures[name], found = _measure_layer(run, layer, held, start, earlier.get(name))
                 tensors |= {f"{name}|{key}": tensor for key, tensor in found.items()}
     part = _part(run, ranks.rank)
@@ -133,26 +137,51 @@ def measure(run: Run, merge: int | None) -> dict[str, float]:
 
 
 def draw(run_dir: Path, step: int) -> Any:
-    """A measurement as a matplotlib figure: singular values of each kind of layer, medians."""
+    """A measurement as a matplotlib figure: singular values of each kind of layer, medians.
+
+    Most of what it costs is text and axes, so there is one of each, and few ticks; a logarithmic
+    axis would take three times as long.
+    """
     from matplotlib.figure import Figure
 
     tensors = load_file(run_dir / "spectra" / f"step_{step:08d}.safetensors")
-    figure = Figure(figsize=(9, 4), dpi=80)
-    for axes, what in zip(figure.subplots(1, 2, sharey=True), ("cycle", "total"), strict=True):
-        kinds: dict[str, list[Tensor]] = {}
-        for key, values in tensors.items():
-            name, _, of = key.partition("|")
-            if of == f"{what}_values":
-                kinds.setdefault(name.rpartition(".")[2], []).append(values)
-        for kind, layers in kinds.items():
-            # A logarithmic axis would take three times as long to draw.
-            axes.plot(torch.stack(layers).median(dim=0).values.clamp_min(1e-12).log10(), label=kind)
-        axes.set_title("since the start" if what == "total" else "this cycle")
-        axes.set_xlabel("number of the singular value")
-        axes.set_ylabel("log₁₀ of it" if what == "cycle" else "")
-        axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
+    kinds: dict[tuple[str, str, int], list[Tensor]] = {}
+    for key, values in tensors.items():
+        name, _, what = key.partition("|")
+        if what.endswith("_values"):
+            kinds.setdefault((what, layer_kind(name), len(values)), []).append(values)
+    figure = Figure(figsize=(6, 4), dpi=80)
+    axes = figure.subplots()
+    colours = {kind: f"C{n}" for n, kind in enumerate(dict.fromkeys(k for _, k, _ in kinds))}
+    for (what, kind, _), layers in kinds.items():
+        whole = what == "total_values"
+        axes.plot(
+            torch.stack(layers).quantile(0.5, dim=0).clamp_min(1e-12).log10(),
+            label=kind if whole else None,
+            color=colours[kind],
+            linestyle="-" if whole else ":",
+        )
+    axes.set_title("updates since the start; dotted: of this cycle")
+    axes.set_xlabel("number of the singular value")
+    axes.set_ylabel("log₁₀ of it")
+    axes.locator_params(nbins=4)
+    axes.legend(frameon=False, loc="upper right")
     return figure
+
+
+@torch.no_grad()
+def check_start(run: Run) -> None:
+    """Whether W_start is there for a run that goes on behind it. Collective.
+
+    Raises:
+        CheckpointError: it is not, and the next measurement would end the run (every rank raises).
+    """
+    trouble = _Trouble(run)
+    for name, mine in _shared_out(run):
+        if mine:
+            with trouble.noted(), _open_start(run, name):
+                pass
+    trouble.tell()
 
 
 class _Trouble:
@@ -224,10 +253,13 @@ def _measure_layer(
         "total_ratio": total.norm / start_norm if start_norm else None,
         "amplification": factor if math.isfinite(factor) else None,
         "overlap": None,
+        "smallest_angle_deg": None,
     }
     # Right after a merge B may still be zero, and its directions are arbitrary.
     if cycle is not None and cycle.norm and before is not None:
-        figures["overlap"] = overlap(before.to(cycle.left), cycle.left)
+        before = before.to(cycle.left)
+        figures["overlap"] = overlap(before, cycle.left)
+        figures["smallest_angle_deg"] = math.degrees(principal_angles(before, cycle.left)[0])
     tensors = {}
     for kind, one in (("cycle", cycle), ("total", total)):
         figures[f"{kind}_norm"] = one.norm if one else None
@@ -239,13 +271,15 @@ def _measure_layer(
     return figures, tensors
 
 
-def _read_start(run: Run, path: Path) -> Tensor:
-    """W_start of a layer."""
+@contextmanager
+def _open_start(run: Run, layer: str) -> Iterator[Any]:
+    """The file of a layer's W_start, if it is that of the step which is wanted."""
+    path = run.config.run_dir / "spectra" / "start" / f"{layer}.safetensors"
     with safe_open(path, framework="pt") as file:
         step, wanted = (file.metadata() or {}).get("step"), run.config.spectra_start
         if step != str(wanted):  # spectra.start has been changed since
             raise ValueError(f"{path.name} is of step {step}, spectra.start says {wanted}")
-        return file.get_tensor("weight")
+        yield file
 
 
 def _directions_of_cycle(run: Run, merge: int) -> dict[str, Tensor]:

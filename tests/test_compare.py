@@ -399,7 +399,7 @@ def test_spectra_of_arms_stand_beside_each_other(runs: Path, tmp_path: Path) -> 
     assert ranks == pytest.approx([2, 2, 2], abs=1e-3)
     assert [m["cycles"] for m in arms["ours"]["seeds"][0]["measurements"]] == [1, 2, 3]
     assert arms["full"]["last"]["total_effective_rank"]["mean"] == pytest.approx(16, abs=1e-3)
-    values = arms["ours"]["total_values"]["q_proj"]
+    values = arms["ours"]["total_values"]["self_attn.q_proj"]
     assert len(values) == 32  # two layers
     assert sum(value > 1e-4 for value in values) == 12  # of rank 6 each
     assert values == sorted(values, reverse=True)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from relora.model import layer_kind
 from relora.report.arms import Arm, spread
 from relora.report.read import RunFiles
 
@@ -86,11 +87,6 @@ def spectra_of_arms(arms: Sequence[Arm], baseline: str) -> tuple[dict[str, Any] 
         "similarity": _similarities(measured, baseline),
     }
     return found, complaints
-
-
-def kind_of(layer: str) -> str:
-    """Layers of one kind share the last part of their name: q_proj, down_proj."""
-    return layer.rpartition(".")[2]
 
 
 def _arm(arm: Arm, seeds: Sequence[tuple[RunFiles, list[Measurement]]]) -> dict[str, Any]:
@@ -169,7 +165,7 @@ def _pooled(measurement: Measurement) -> dict[str, list[float]]:
     for layer in measurement.layers:
         values = measurement.tensor(layer, "total_values")
         if values is not None:
-            pools.setdefault(kind_of(layer), []).append(values.astype(np.float64))
+            pools.setdefault(layer_kind(layer), []).append(values.astype(np.float64))
     return {
         kind: [float(f"{v:.6g}") for v in np.sort(np.concatenate(values))[::-1] if math.isfinite(v)]
         for kind, values in pools.items()
