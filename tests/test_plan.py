@@ -158,6 +158,36 @@ def test_groups_hold_every_parameter_once(shape: dict[str, object], config: Path
         assert after[group] == before[group]
 
 
+def test_embeddings_of_a_class_of_their_own_are_embeddings(config: Path) -> None:
+    """OPT's learned positions are a subclass, and its head is its embeddings."""
+    sizes = {"hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 32, "num_hidden_layers": 1}
+    shape = {"model_type": "opt", "vocab_size": 64, "num_attention_heads": 2, **sizes}
+    Path("model.json").write_text(json.dumps({**shape, "max_position_embeddings": 30}))
+    groups = count_by_group(build_meta_model(ModelConfig(config=Path("model.json"))))
+    assert groups["embeddings"] == ((64 + 30 + 2) * 16, 0)  # two positions are for padding
+    assert groups["projections"] == (4 * 16 * 16 + 2 * 16 * 32, 0)
+
+
+def test_the_rank_that_updates_can_sum_to_is_that_of_the_largest_layers(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Keys and values of 16 rows beside queries of 32; three cycles of rank 8."""
+    shape = {**LLAMA, "num_key_value_heads": 1, "num_attention_heads": 2}
+    Path("model.json").write_text(json.dumps(shape))
+    assert "sum to rank 24 of 32 at most" in page_of(capsys, str(config), "lora.rank=8")
+
+
+def test_the_disk_that_spectra_take_is_that_of_the_measured_weights(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    size = format_bytes(4 * 2 * (4 * 32 * 32 + 3 * 32 * 64))
+    full = ("lora=null", "relora=null", "warm_start=null")
+    for overrides in ((), full):
+        page = page_of(capsys, str(config), *overrides)
+        assert f"spectra      {size} for the weights they start from" in page
+    assert "weights they start" not in page_of(capsys, str(config), "spectra=null")
+
+
 def test_groups_of_a_llama_are_as_counted_by_hand(config: Path) -> None:
     groups = count_by_group(build_meta_model(ModelConfig(config=Path("model.json"))))
     assert groups == {

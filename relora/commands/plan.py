@@ -75,8 +75,10 @@ def plan(
 
 def count_by_group(model: nn.Module) -> dict[str, tuple[int, int]]:
     """(trainable, frozen) numbers of parameters by what they are, shared ones counted once."""
+    from torch.nn import Embedding
+
     head = model.get_output_embeddings()  # type: ignore[operator]
-    embeddings = {id(m.weight) for m in model.modules() if type(m).__name__ == "Embedding"}
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, Embedding)}
     groups = dict.fromkeys(
         ("projections", "adapters", "embeddings", "head", "norms, biases"), (0, 0)
     )
@@ -131,7 +133,7 @@ def _parameters(config: Config, model: nn.Module, shapes: dict[str, tuple[int, .
         lines.append(f"  {name:<14} {trainable:>14,} {frozen:>18,} {trainable + frozen:>18,}")
     if config.lora is not None:
         rank, cycles = config.lora.rank, len(config.clock.merge_steps()) + 1
-        full = min(min(shape) for shape in shapes.values())
+        full = max(min(shape) for shape in shapes.values())
         lines += [
             f"  {total[0] / sum(total):.1%} is trained once adapters are born; their updates sum "
             f"to rank {min(full, cycles * rank)} of {full} at most",
@@ -280,6 +282,7 @@ def _engines(config: Config) -> list[str]:
 
 
 def _disk(config: Config, model: nn.Module, parameters: int) -> list[str]:
+    from relora.lora.inject import adapted_layers, linear_layers
     from relora.runtime.metrics import format_bytes
     from relora.runtime.saving import checkpoint_bytes
 
@@ -289,10 +292,15 @@ def _disk(config: Config, model: nn.Module, parameters: int) -> list[str]:
     if config.warm_start:
         size += f" ({format_bytes(checkpoint_bytes(parameters, 0))} in the warm start)"
     # DeepSpeed's own: weights in bf16, fp32 masters and two moments.
-    return [
+    lines = [
         f"checkpoint   {size}, {config.train.keep_checkpoints} are kept",
         f"             full rank in bf16 as DeepSpeed saves it: {format_bytes(14 * parameters)}",
     ]
+    if config.spectra:
+        layers = [m for _, m in adapted_layers(model)] or [*linear_layers(model).values()]  # type: ignore[arg-type]
+        start = 4 * sum(layer.weight.numel() for layer in layers)
+        lines.append(f"spectra      {format_bytes(start)} for the weights they start from")
+    return lines
 
 
 def _warnings(
