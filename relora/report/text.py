@@ -293,7 +293,7 @@ def _spectra(report: dict[str, Any]) -> Table:
     note = (
         "Medians over layers, at the last measurement. cycle: s·B·A of one cycle; all: W + s·B·A "
         "minus W₀, the weights at the first of the steps. Overlap: with the cycle before. "
-        "Amplification: ‖ΔW‖ over how much of W lies in ΔW's leading directions (LoRA, arXiv "
+        "Amplification: how many times W₀ the update is in its own leading directions (LoRA, arXiv "
         "2106.09685, §7.3). ‖ΔW‖ is that of all updates. Lost to rounding: the largest share of a "
         "merge."
     )

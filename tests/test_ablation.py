@@ -1,0 +1,79 @@
+"""The README says of the ablation what the committed report says, and nothing else."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ablation import ARMS, COMMITTED, orderings, tables
+from relora.arms import read_arms
+from relora.config import load_config
+from relora.report.text import to_markdown
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf8")
+
+
+@pytest.fixture
+def report() -> dict[str, Any]:
+    """The committed report.json."""
+    return json.loads((COMMITTED / "report.json").read_text(encoding="utf8"))
+
+
+def test_the_readme_s_tables_are_those_of_the_report() -> None:
+    assert tables(COMMITTED, COMMITTED / "arms.json") in README
+
+
+def test_the_report_is_of_the_shipped_arms_and_whole(
+    report: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    shipped = read_arms(ROOT / "configs" / "arms" / "ablation.yaml")
+    assert shipped.arms is not None
+    assert list(shipped.arms) == list(ARMS) == [arm["name"] for arm in report["arms"]]
+    config = load_config(Path("configs/ablation.yaml"))
+    for arm in report["arms"]:
+        assert [run["seed"] for run in arm["seeds"]] == shipped.seeds
+        assert {run["of"] for run in arm["seeds"]} == {config.total_steps}
+        assert arm["status"] == "finished"
+    commits = {run["commit"] for arm in report["arms"] for run in arm["seeds"]}
+    assert len(commits) == 1
+    assert f"commit `{commits.pop()[:7]}`" in README
+
+
+def test_each_arm_has_the_best_of_the_rates_it_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    chosen = json.loads((COMMITTED / "arms.json").read_text(encoding="utf8"))
+    tune = read_arms(ROOT / "configs" / "arms" / "ablation.yaml").tune
+    assert tune is not None
+    for name, arm in chosen.items():
+        config = load_config(Path("configs/ablation.yaml"), arm["overrides"])
+        finite = {float(rate): loss for rate, loss in arm["tried"].items() if loss is not None}
+        best = min(finite, key=lambda rate: finite[rate])
+        assert config.learning_rate(300) == pytest.approx(best * config.clock.lr_factor(300)), name
+        assert len(arm["tried"]) == len(tune.factors)
+
+
+def test_the_committed_text_is_made_from_the_committed_figures(report: dict[str, Any]) -> None:
+    text = (COMMITTED / "report.md").read_text(encoding="utf8")
+    shown = {path.stem: path.name for path in COMMITTED.glob("*.png")}
+    assert text == to_markdown(report, shown)
+
+
+def test_an_ordering_that_is_not_there_is_denied(report: dict[str, Any]) -> None:
+    """Each verdict follows the seeds' figures: set them to the paper's, and to the opposite."""
+
+    def verdicts(factor: float) -> list[str]:
+        made = copy.deepcopy(report)
+        for arm in made["arms"]:
+            there = ARMS[arm["name"]][1] or 100.0
+            for run in arm["seeds"]:
+                run["perplexity"] = there**factor
+        return [row.split("|")[-2].strip() for row in orderings(made)[2:]]
+
+    assert verdicts(1) == ["yes", "no", *["yes"] * 6]  # nothing diverges here
+    assert verdicts(-1) == ["yes", "no", "yes", *["no"] * 5]  # two differences are too small
