@@ -296,7 +296,11 @@ def test_each_part_is_that_of_a_real_engine(
     parts = memory_by_part(engine_config(tmp_path, stage, precision, adapters), world, adapters)
     parts["remainder or host"] = parts["remainder"] + parts["host"]
     ranks = measured(world)[str((stage, precision, adapters))]
-    for part in ("weights", "masters", "moments", "gradients", "remainder or host"):
+    names = ("weights", "masters", "moments", "gradients", "remainder or host")
+    cells = [f"{parts[part]:,.0f} / {ranks[0][part]:,.0f}" for part in names]
+    method = "adapters" if adapters else "full rank"
+    print(f"| {stage} | {precision} | {method} | {world} | {' | '.join(cells)} |")  # with -s
+    for part in names:
         for found in ranks:
             assert found[part] == pytest.approx(parts[part], rel=0.05), part
 
