@@ -12,6 +12,7 @@ import shutil
 import signal
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -1005,6 +1006,7 @@ def test_a_run_that_was_stopped_shows_each_thing_once(
     for stop in (12, 16):
         assert run(run_dir, f"train.stop_after={stop}", pictures=True, **changes) == 75
         assert not [tag for tag in events(run_dir).summary_metadata if "session_end" in tag]
+        time.sleep(1.1)  # TensorBoard reads files in the order of their names: of whole seconds
     assert run(run_dir, pictures=True, **changes) == 0
     found = events(run_dir)
     assert [x.step for x in found.Images("spectra/singular_values")] == MEASURED
