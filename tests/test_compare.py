@@ -13,6 +13,9 @@ import pytest
 
 from relora.commands import compare as command
 from relora.commands.compare import read_report
+from relora.report.spectra import last_of_cycles
+from relora.report.spectra_figures import draw_heat
+from relora.report.svg import PAPER, drawing
 from relora.report.text import tables, to_markdown
 from runs import metric_lines, relora, series, train
 from spectra_files import low_rank, write_spectra
@@ -420,3 +423,27 @@ def test_spectra_of_arms_stand_beside_each_other(runs: Path, tmp_path: Path) -> 
     (ours / "spectra" / "step_00000018.safetensors").write_bytes(b"mine")
     again = read_report([str(full), str(ours)])
     assert "step_00000018.safetensors: is left out" in again["warnings"][0]
+
+
+def test_cycles_are_counted_and_not_measurements(runs: Path, tmp_path: Path) -> None:
+    """Two measurements in each of three cycles, and layers with fewer directions than others."""
+    ours = shutil.copytree(runs / "relora", tmp_path / "ours")
+    block = "model.layers.0.self_attn"
+    names = {f"{block}.q_proj": (16, 16), f"{block}.k_proj": (4, 16)}
+    steps = [(10, None), (12, 1), (15, None), (18, 2), (20, None), (24, None)]
+    for seed, (step, number) in enumerate(steps):
+        updates = {name: low_rank(2, shape, seed) for name, shape in names.items()}
+        write_spectra(ours, step, number, {name: (x, x) for name, x in updates.items()})
+    report = read_report([str(ours)])
+    (arm,) = report["spectra"]["arms"]
+    assert arm["layers"]["cycles"] == [1, 1, 2, 2, 3, 3]
+    assert last_of_cycles(arm["layers"]["cycles"]) == {1: 1, 2: 3, 3: 5}
+    assert last_of_cycles([0, 0]) == {}  # a run without cycles
+    (pair,) = report["spectra"]["similarity"]
+    assert pair["of"] == ["ours, step 18", "ours, step 24"]  # of two cycles, not of one
+    assert pair["layers"] == 2
+    assert np.shape(pair["phi"]) == (4, 4)
+    with drawing(PAPER):
+        heat = draw_heat(report, PAPER)
+    assert [label.get_text() for label in heat.axes[0].get_xticklabels()] == ["1", "2", "3"]
+    assert heat.axes[0].images[0].get_array().shape == (2, 3)
