@@ -20,6 +20,7 @@ LEVELS = {
     "relora": 0,
     "relora.errors": 0,
     "relora.section": 0,
+    "relora.files": 0,
     "relora.reading": 0,
     "relora.lora": 0,
     "relora.model": 0,

@@ -1,0 +1,201 @@
+"""Files: read what others supply, and write so that a crash leaves all of it or nothing.
+
+What people supply may be missing, unreadable, of another kind, damaged, or vanish while it is
+read. Whoever reads it says which error that is (config, data, checkpoint), and gets one in words.
+
+Nothing here removes a path that this process has not made.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import secrets
+import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from relora.errors import UserError
+
+MAX_JSON_BYTES = 1 << 26  # far beyond what any model, world size or tokenizer index needs
+
+# A disk that takes no more, rather than a wrong name.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+
+
+def explain(error: BaseException) -> str:
+    """What went wrong with a file, without its name: `Permission denied`."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"not UTF-8 (byte 0x{error.object[error.start]:02x} at {error.start})"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error) or type(error).__name__
+
+
+@contextmanager
+def supplied(kind: type[UserError], where: object, what: str = "cannot be read") -> Iterator[None]:
+    """Turn what goes wrong with a file, or with what is in it, into an error that a user can mend.
+
+    Args:
+        kind: the error that is raised.
+        where: the file, or what else to call it: the message begins with it.
+        what: the message goes on with it, and ends in the reason.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: UTF-8, JSON, zero bytes
+        raise kind(f"{where}: {what}: {explain(error)}") from error
+
+
+def exists(path: Path) -> bool:
+    """Whether there is something, as far as this process can see: a path may be too long to ask."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is a plain file (or a link to one), as far as this process can see."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def is_dir(path: Path) -> bool:
+    """Whether there is a directory, as far as this process can see."""
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False
+
+
+def read_text(path: Path, kind: type[UserError], limit: int = MAX_JSON_BYTES) -> str:
+    """The text of a plain file of at most `limit` bytes; a link is followed.
+
+    Raises:
+        UserError: of the kind asked for, naming the file: it is missing, no plain file (opening a
+            FIFO would wait for ever), too large, not readable or not UTF-8.
+    """
+    with supplied(kind, path):
+        try:
+            status = path.stat()
+        except FileNotFoundError:
+            raise kind(f"{path}: no such file (looked from {Path.cwd()})") from None
+        if not stat.S_ISREG(status.st_mode):
+            is_directory = stat.S_ISDIR(status.st_mode)
+            raise kind(f"{path}: is {'a directory' if is_directory else 'no plain file'}")
+        if status.st_size > limit:
+            raise kind(f"{path}: {status.st_size:,} bytes is too much for this file")
+        return path.read_text(encoding="utf8")
+
+
+def read_json(path: Path, kind: type[UserError], limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        UserError: as `read_text`, or it is no JSON, or no object.
+    """
+    text = read_text(path, kind, limit)
+    with supplied(kind, path, "not valid JSON"):
+        values = json.loads(text)
+    if not isinstance(values, dict):
+        raise kind(f"{path}: holds no JSON object")
+    return values
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file so that a reader sees the old or the new content, never a part."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf8")
+
+
+def write_json(path: Path, values: Any) -> None:
+    """`write_atomically` of plain values."""
+    write_atomically(path, json.dumps(values, indent=1) + "\n")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to write in place of `path`: whole and on disk at the end, gone after an error.
+
+    Its mode is what the umask says, whatever the writer thinks of it.
+    """
+    temporary = _beside(path)
+    temporary.touch(exist_ok=False)
+    mode = stat.S_IMODE(temporary.stat().st_mode)
+    try:
+        yield temporary
+        temporary.chmod(mode)
+        sync(temporary)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+@contextmanager
+def making(directory: Path, replace: bool = False) -> Iterator[Path]:
+    """An empty directory that becomes `directory`, whole and on disk; gone after an error.
+
+    Args:
+        replace: `directory` may be there with something in it, which is then removed. (An empty
+            one may be there in any case.)
+    """
+    temporary = _beside(directory)
+    temporary.mkdir()
+    try:
+        yield temporary
+        settle(temporary)
+        if replace and directory.is_dir():
+            # Never without either: the old one goes when the new one has its name.
+            old = _beside(directory)
+            directory.rename(old)
+            try:
+                temporary.rename(directory)
+            except BaseException:
+                old.rename(directory)
+                raise
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            temporary.rename(directory)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    sync(directory.parent)
+
+
+def settle(directory: Path) -> None:
+    """Give all files in a new directory the mode that the umask says, and see them on disk."""
+    probe = _beside(directory / "mode")
+    probe.touch(exist_ok=False)
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    for path in directory.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
+        sync(path)
+    sync(directory)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, or a directory's names, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _beside(path: Path) -> Path:
+    """A name in the same directory that nobody else has: of this process, by chance unique."""
+    name = path.name.encode()[:200].decode(errors="ignore")  # names end at 255 bytes
+    return path.with_name(f"{name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
