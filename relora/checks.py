@@ -48,7 +48,13 @@ def cross_checks(config: Config, read_model: bool) -> Iterator[str]:
     yield from _check_lengths(config)
     yield from _check_saving(config)
     yield from _check_spectra(config)
-    yield from _check_deepspeed(config)
+    engine = list(_check_deepspeed(config))
+    yield from engine
+    if read_model and config.deepspeed.extra and not engine:
+        # Late, and only where there is something to ask it: the import takes seconds.
+        from relora.runtime.zero import refusals
+
+        yield from refusals(config.deepspeed, config.optimizer, config.batch.micro_batch_size)
     if read_model and config.model.config is not None:
         try:
             model = read_model_json(config.model.config)

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
 from relora import __version__
-from relora.errors import UserError
+from relora.files import as_user_error, mend_standard_streams
 
 Verbs = argparse._SubParsersAction  # of argparse.ArgumentParser
 OVERRIDES = "dotted overrides of the config file, such as optimizer.lr=1e-3 or relora=null"
@@ -135,7 +136,7 @@ def _add_reading_verbs(verbs: Verbs) -> None:
     generate.add_argument("--max-new-tokens", type=_positive, default=100, metavar="N")
     generate.add_argument("--temperature", type=_at_least_0, default=0.8, help="0 is greedy")
     generate.add_argument("--top-k", type=_positive, default=50, metavar="K")
-    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--seed", type=_whole, default=0)
 
     export = _verb(
         verbs,
@@ -186,6 +187,7 @@ def _add_reading_verbs(verbs: Verbs) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code (0 done, 1 our bug, 2–6 and 75 as in the README)."""
+    mend_standard_streams()
     parser = build_parser()
     known, rest = parser.parse_known_args(argv)
     arguments = vars(known)
@@ -197,16 +199,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     verb = arguments.pop("verb")
     arguments.pop("local_rank")
     try:
-        return getattr(import_module(f"relora.commands.{verb}"), verb)(**arguments) or 0
-    except UserError as error:
+        code = getattr(import_module(f"relora.commands.{verb}"), verb)(**arguments) or 0
+        sys.stdout.flush()  # here, where a full disk behind it is still one message
+        return code
+    except KeyboardInterrupt:  # the verbs that can be stopped in a better way catch it themselves
+        print(f"relora: {verb} was stopped by Ctrl-C", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except Exception as error:
+        told = as_user_error(error)
+        if told is None:
+            raise
         if os.environ.get("LOCAL_RANK", "0") == "0":  # one message a machine, not one a rank
-            print(f"relora: {error}", file=sys.stderr)
-        return error.code
+            print(f"relora: {told}", file=sys.stderr)
+        return told.code
+
+
+def _whole(text: str) -> int:
+    """argparse type: a whole number of 64 bits."""
+    value = int(text)
+    if not -(2**63) <= value < 2**63:
+        raise argparse.ArgumentTypeError("is beyond 64 bits")
+    return value
 
 
 def _positive(text: str) -> int:
     """argparse type: a whole number from 1 up."""
-    value = int(text)
+    value = _whole(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value}: must be at least 1")
     return value
