@@ -204,6 +204,26 @@ def test_what_deepspeed_refuses_is_refused_before_any_work(
     assert expected in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("extra", "named"),
+    [
+        # Ends the process by itself, with 0, in the middle of the run.
+        ({"autotuning": {"enabled": True}}, "deepspeed.extra.autotuning: it ends the process"),
+        ({"data_efficiency": {"enabled": True}}, "deepspeed.extra.data_efficiency: would do noth"),
+        ({"tensor_parallel": {"autotp_size": 2}}, "deepspeed.extra.tensor_parallel: merges count"),
+        ({"zero_optimization": {"zenflow": {"topk_ratio": 0.1}}}, "zero_optimization.zenflow"),
+        # Its config model lets this pass, its engine does not.
+        ({"gradient_predivide_factor": 2.0}, "deepspeed.extra: DeepSpeed builds no engine with"),
+    ],
+)
+def test_what_deepspeed_would_fail_on_later_is_refused(
+    extra: dict[str, Any], named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes: dict[str, Any] = {"deepspeed__extra": extra, "deepspeed__zero_stage": 2}
+    assert relora("train", make_config(tmp_path / "run", **changes)) == 2
+    assert named in capsys.readouterr().err
+
+
 def test_what_deepspeed_takes_is_taken(tmp_path: Path) -> None:
     extra = {
         "wall_clock_breakdown": False,

@@ -26,6 +26,7 @@ import torch.distributed as dist
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from relora.errors import ConfigError
 from relora.runtime.config import DeepSpeedConfig, OptimizerConfig
 from relora.runtime.distributed import Ranks
 
@@ -101,12 +102,21 @@ def build_engine(
     dtype = AUTOCAST.get(deepspeed_config.precision)
     if dtype is not None:
         model.forward = torch.autocast(ranks.device.type, dtype)(model.forward)
-    engine, *_ = deepspeed.initialize(
-        model=model.to(ranks.device),
-        optimizer=optimizer,
-        config=deepspeed_json(deepspeed_config, optimizer_config, micro_batch_size),
-        dist_init_required=False,
-    )
+    try:
+        engine, *_ = deepspeed.initialize(
+            model=model.to(ranks.device),
+            optimizer=optimizer,
+            config=deepspeed_json(deepspeed_config, optimizer_config, micro_batch_size),
+            dist_init_required=False,
+        )
+    except (AssertionError, ValueError, TypeError, NotImplementedError) as error:
+        if not deepspeed_config.extra:
+            raise
+        keys = ", ".join(deepspeed_config.extra)
+        raise ConfigError(
+            f"deepspeed.extra: DeepSpeed builds no engine with {keys} as they are: "
+            f"{str(error) or type(error).__name__}; mend or remove them"
+        ) from error
     if dtype is not None and deepspeed_config.zero_stage == 3:
         # Gathering is no arithmetic, and fp16's autocast refuses to put bf16 pieces together.
         coordinator = engine.optimizer.parameter_offload.get_param_coordinator()
