@@ -169,9 +169,14 @@ def test_every_path_on_the_command_line_is_a_message_if_it_is_no_good(
         (("plan", "x", "--devices", "9" * 5000), "--devices"),
         (("plan", "x", "--tokens-per-s", "9" * 400), "--tokens-per-s"),
         (("compare", "x", "--to", "y", "--watch", "nan"), "--watch"),
+        (("compare", "x", "--to", "y", "--watch", "1e300"), "--watch"),
+        (("prepare", "x", "--workers", "100000"), "--workers"),  # all would be started
+        (("arms", "x", "--to", "y", "--seeds", "9999999999"), "--seeds"),
+        (("generate", "x", "--prompt", "x", "--temperature", "1e-300"), "--temperature"),
+        (("generate", "x", "--prompt", "\udcff"), "--prompt"),
     ],
 )
-def test_numbers_of_the_command_line_fit_in_64_bits(
+def test_arguments_out_of_range_are_refused_by_name(
     arguments: tuple[str, ...], named: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert relora(*arguments) == 2
