@@ -9,43 +9,101 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
-import platform
 import sys
 import sysconfig
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from relora import files
 from relora.data.config import SourceConfig
-from relora.data.files import Document, read_file, require_field, require_readable, text_of
+from relora.data.files import read_file, require_readable
+from relora.data.globs import files_below, matching_files, root_of
+from relora.data.rows import require_field, text_of
+from relora.data.text import Document, LongDocument, digest_of
 from relora.errors import DataError
 
-_PACKAGES = {"site-packages", "dist-packages"}  # the folders that hold them
+AnyDocument = Document | LongDocument
+
+_PACKAGES = frozenset(("site-packages", "dist-packages"))  # the folders that hold them
+_WHOLE_CHARACTERS = 1_000_000  # a document up to that is sampled as it is
+_STRETCH_CHARACTERS = 4096  # the length of the tokenizer's own stretches
 
 
-def iter_documents(source: SourceConfig) -> Iterator[Document]:
+@dataclass
+class Tally:
+    """What was read of a source: documents of each of its parts, and a digest of all text."""
+
+    documents: dict[str, int] = field(default_factory=dict)
+    text: Any = field(default_factory=hashlib.sha256)
+
+    def add(self, part: str, digest: bytes) -> None:
+        """Count a document."""
+        self.documents[part] = self.documents.get(part, 0) + 1
+        self.text.update(digest)
+
+
+def iter_documents(source: SourceConfig, tally: Tally | None = None) -> Iterator[AnyDocument]:
     """The documents of a source that are not empty, always in the same order.
 
-    Raises DataError, naming the file and where possible the line or row, at the first document
-    that cannot be read exactly, and at the end if there was none at all.
+    What is read is counted in `tally`. Raises DataError, naming the file and where possible the
+    line or row, at the first document that cannot be read exactly, and at the end if there was
+    none at all.
     """
-    if source.builtin:
-        documents = _python_modules(source.builtin)
-    elif source.files:
-        documents = itertools.chain.from_iterable(
-            read_file(path, source.text_field) for path in _matching_files(source.files)
-        )
-    else:
-        documents = _read_dataset(source)
     found = False
-    kept: Iterator[Document] = (document for document in documents if document.text)
-    if source.deduplicate:
-        kept = _without_repeats(kept)
-    for document in itertools.islice(kept, source.max_documents):
+    kept = (
+        pair for pair in _documents(source) if isinstance(pair[1], LongDocument) or pair[1].text
+    )
+    digested = _digested(kept, source.deduplicate, tally is not None)
+    for part, document, digest in itertools.islice(digested, source.max_documents):
         found = True
+        if tally:
+            tally.add(part, digest)
         yield document
     if not found:
         raise DataError(f"data.source: {source_name(source)} holds no text: no document at all")
+
+
+def iter_sample(source: SourceConfig) -> Iterator[Document]:
+    """The documents, of which none is too long to be held: long ones come in stretches.
+
+    These are the stretches that the training of a tokenizer cuts all text into.
+    """
+    for document in iter_documents(source):
+        if isinstance(document, Document) and len(document.text) <= _WHOLE_CHARACTERS:
+            yield document
+        else:
+            for stretch in _stretches(document.blocks()):
+                yield Document(document.origin, stretch)
+
+
+def _stretches(blocks: Iterator[str]) -> Iterator[str]:
+    """Text cut at line ends into stretches of at most 4,096 characters, wherever blocks end."""
+    held = ""
+    for block in blocks:
+        held, start = held + block, 0
+        while start + _STRETCH_CHARACTERS < len(held):
+            end = start + _STRETCH_CHARACTERS
+            end = held.rfind("\n", start, end) + 1 or end
+            yield held[start:end]
+            start = end
+        held = held[start:]
+    if held:
+        yield held
+
+
+def _documents(source: SourceConfig) -> Iterator[tuple[str, AnyDocument]]:
+    """Each document with the part of the source that it came from: a pattern, or all of it."""
+    if source.files:
+        for pattern, paths in matching(source.files).items():
+            for path in paths:
+                for document in read_file(path, source.text_field, source.cut):
+                    yield pattern, document
+        return
+    rows = _python_modules(source.builtin) if source.builtin else _read_dataset(source)
+    for document in rows:
+        yield source_name(source), document
 
 
 def source_name(source: SourceConfig) -> str:
@@ -55,56 +113,58 @@ def source_name(source: SourceConfig) -> str:
     return str(source.builtin or source.dataset or source.saved)
 
 
-def source_files(source: SourceConfig) -> list[Path] | None:
-    """The local files a source reads, in reading order; None for a data set from the hub."""
-    if source.builtin:
-        return [root / name for root, name in _python_files(source.builtin)]
-    if source.files:
-        return _matching_files(source.files)
-    if source.saved:
-        return sorted(path for path in source.saved.rglob("*") if path.is_file())
-    return None
+def source_files(source: SourceConfig) -> dict[str, list[tuple[str, Path]]] | None:
+    """The local files a source reads, by its parts, in reading order, each with its name.
 
-
-def describe_source(source: SourceConfig) -> dict[str, Any]:
-    """The settings plus, for local text, a digest of all names, sizes and times, as JSON.
-
-    Two descriptions differ when the text may. A hub data set is described by its settings alone:
-    pin `revision` to be sure of it.
+    That is its name below the folder where the part's pattern begins, so that it stays when all
+    is moved. None for a data set from the hub.
     """
-    described: dict[str, Any] = {"settings": source.model_dump(mode="json")}
     if source.builtin:
-        described["python"] = platform.python_version()
-    files = source_files(source)
-    if files is not None:
-        stats = [(path, path.stat()) for path in files]
-        listing = hashlib.sha256()
-        for path, stat in stats:
-            listing.update(f"{path.absolute()}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
-        described["files"] = len(files)
-        described["bytes"] = sum(stat.st_size for _, stat in stats)
-        described["listing_sha256"] = listing.hexdigest()
-    return described
+        found = [(name, root / name) for root, name in _python_files(source.builtin)]
+        return {source_name(source): found}
+    if source.files:
+        return {
+            pattern: [(_below(root, path), path) for path in paths]
+            for pattern, paths in matching(source.files).items()
+            for root in [root_of(pattern)]
+        }
+    folder = source.saved.expanduser() if source.saved else Path(str(source.dataset))
+    if not files.is_dir(folder):
+        return None if source.dataset else {source_name(source): []}
+    return {source_name(source): [(name, folder / name) for name in files_below(folder)]}
+
+
+def _below(root: Path, path: Path) -> str:
+    return path.name if path == root else os.path.relpath(path, root)
 
 
 def text_bytes(source: SourceConfig) -> int | None:
     """About how many bytes of text there are, for a progress bar; None where nobody knows."""
-    files = source_files(source)
-    if files is None or source.saved or source.max_documents:
+    parts = source_files(source)
+    if parts is None or not (source.files or source.builtin) or source.max_documents:
         return None
-    if any(path.suffix.lower() in (".gz", ".zst", ".parquet") for path in files):
+    paths = [path for part in parts.values() for _, path in part]
+    if any(path.suffix.lower() in (".gz", ".zst", ".parquet") for path in paths):
         return None
-    return sum(path.stat().st_size for path in files)
+    with files.supplied(DataError, "data.source"):
+        return sum(path.stat().st_size for path in paths)
 
 
-def _without_repeats(documents: Iterable[Document]) -> Iterator[Document]:
-    """Each text once, where it first stands; about 100 bytes of memory a document."""
+def _digested(
+    documents: Iterable[tuple[str, AnyDocument]], deduplicate: bool, wanted: bool
+) -> Iterator[tuple[str, AnyDocument, bytes]]:
+    """Each document with a digest of its text, if that is wanted.
+
+    To deduplicate, each text once, where it first stands; about 100 bytes of memory a document.
+    """
     seen: set[bytes] = set()
-    for document in documents:
-        digest = hashlib.blake2b(document.text.encode(), digest_size=16).digest()
-        if digest not in seen:
+    for part, document in documents:
+        digest = digest_of(document, 16) if deduplicate or wanted else b""
+        if deduplicate:
+            if digest in seen:
+                continue
             seen.add(digest)
-            yield document
+        yield part, document, digest
 
 
 def _python_files(which: str) -> list[tuple[Path, str]]:
@@ -114,12 +174,8 @@ def _python_files(which: str) -> list[tuple[Path, str]]:
         roots += [Path(entry) for entry in dict.fromkeys(sys.path) if Path(entry).name in _PACKAGES]
     found = []
     for root in roots:
-        names = []
-        for folder, folders, files in os.walk(root):
-            folders[:] = [name for name in folders if name not in _PACKAGES]
-            below = Path(folder).relative_to(root)
-            names += [(below / name).as_posix() for name in files if name.endswith(".py")]
-        found += [(root, name) for name in sorted(names)]
+        below = files_below(root, _PACKAGES)
+        found += [(root, name) for name in below if name.endswith(".py")]
     if not found:
         raise DataError(
             f"data.source: this interpreter keeps no .py files under {roots[0]}; name files instead"
@@ -130,31 +186,29 @@ def _python_files(which: str) -> list[tuple[Path, str]]:
 def _python_modules(which: str) -> Iterator[Document]:
     """Every module that is UTF-8; the tests of the standard library hold a few that are not."""
     for root, name in _python_files(which):
+        with files.supplied(DataError, root / name):
+            content = (root / name).read_bytes()
         try:
-            yield Document(name, (root / name).read_bytes().decode())
+            yield Document(name, content.decode())
         except UnicodeDecodeError:
             continue
 
 
-def _matching_files(patterns: list[str]) -> list[Path]:
-    """The files that paths and globs name: pattern by pattern, sorted within each, none twice."""
-    found: dict[Path, None] = {}
+def matching(patterns: list[str]) -> dict[str, list[Path]]:
+    """The files that paths and patterns name: pattern by pattern, sorted within, none twice.
+
+    Raises DataError for a pattern that names nothing, and for a file that nobody can read: before
+    anything is written.
+    """
+    found: dict[str, list[Path]] = {}
+    seen: set[str] = set()
     for pattern in patterns:
-        path = Path(pattern).expanduser()
-        fixed = list(itertools.takewhile(lambda part: not set(part) & set("*?["), path.parts))
-        if len(fixed) == len(path.parts):
-            matches = [path] if path.exists() else []
-        else:
-            below = "/".join(path.parts[len(fixed) :])
-            matches = sorted(each for each in Path(*fixed).glob(below) if each.is_file())
-        if not matches:
-            raise DataError(
-                f"data.source.files: {pattern!r} matches no file (looked from {Path.cwd()})"
-            )
-        for each in matches:
-            require_readable(each)  # a file nobody can read is an error before anything is written
-            found[each] = None
-    return list(found)
+        named = matching_files(pattern)
+        for path in named.values():
+            require_readable(path)
+        found.setdefault(pattern, []).extend(named[real] for real in named if real not in seen)
+        seen |= named.keys()
+    return found
 
 
 def _read_dataset(source: SourceConfig) -> Iterator[Document]:

@@ -25,18 +25,16 @@ class _Place(NamedTuple):
     done: int  # parts of the pattern
 
 
-def matching_files(pattern: str) -> list[Path]:
-    """The files that a path or a glob names, sorted by their parts; each real file once.
+def matching_files(pattern: str) -> dict[str, Path]:
+    """The files that a path or a glob names, sorted by their parts, each under its real path.
 
     Raises:
         DataError: nothing of that name, only folders, a link that leads nowhere, a folder that
             cannot be read, `**` beside other characters.
     """
-    path = Path(pattern)
-    if not files.exists(path):
-        path = Path(os.path.expanduser(pattern))  # noqa: PTH111 (pathlib's fails on ~nobody)
+    path = expanded(pattern)
     if files.exists(path):
-        return [path]
+        return {_real(str(path)): path}
     search = _Search(_parts(path, pattern))
     names: dict[str, Path] = {}
     for found in search.run(path.anchor or "."):
@@ -48,18 +46,36 @@ def matching_files(pattern: str) -> list[Path]:
     if not names:
         what = "matches only folders; name their files" if search.folders else "matches no file"
         raise DataError(f"data.source.files: {pattern[:200]!r} {what} (looked from {Path.cwd()})")
-    return sorted(names.values())
+    return dict(sorted(names.items(), key=lambda item: item[1]))
 
 
-def files_below(folder: Path) -> list[Path]:
-    """Every file below a folder, hidden or not, through links too; sorted, each real file once."""
-    names: dict[str, Path] = {}
-    for found in _Search(["**"], hidden=True).run(str(folder)):
-        if not found.is_link:
-            names[found.real] = Path(found.path)
-        elif files.is_file(Path(found.path)):
-            names.setdefault(found.real, Path(found.path))
-    return sorted(names.values())
+def expanded(pattern: str) -> Path:
+    """The pattern with `~` and `~user` replaced, where there is no file of that very name."""
+    path = Path(pattern)
+    return path if files.exists(path) else Path(os.path.expanduser(pattern))  # noqa: PTH111
+
+
+def root_of(pattern: str) -> Path:
+    """The part of a pattern that is there without matching: a file, or the folder it begins at."""
+    path = expanded(pattern)
+    while not files.exists(path) and path != path.parent:
+        path = path.parent
+    return path
+
+
+def files_below(folder: Path, skipped: frozenset[str] = frozenset()) -> list[str]:
+    """Every file below a folder, named from there, in order of these names.
+
+    Hidden or not, through links too, and each real folder once; folders whose name is in
+    `skipped` are left out.
+    """
+    start = os.path.join(folder, "")  # noqa: PTH118
+    found = _Search(["**"], True, skipped).run(start)
+    return sorted(
+        each.path.removeprefix(start)
+        for each in found
+        if not each.is_link or files.is_file(Path(each.path))
+    )
 
 
 def _parts(path: Path, pattern: str) -> list[str]:
@@ -97,9 +113,12 @@ class _Search:
     """What a list of parts leads to. A real folder is entered once with the same parts ahead, so
     links in circles end; and what can be reached without a link is, before links are followed."""
 
-    def __init__(self, parts: list[str], hidden: bool = False) -> None:
+    def __init__(
+        self, parts: list[str], hidden: bool = False, skipped: frozenset[str] = frozenset()
+    ) -> None:
         self.parts = parts
         self.hidden = hidden
+        self.skipped = skipped
         self.folders = 0  # that the last part matched
         self.seen: set[tuple[str, int]] = set()
         self.waiting: deque[_Place] = deque()
@@ -132,7 +151,7 @@ class _Search:
             if hidden or not (part == "**" or fnmatchcase(entry.name, part)):
                 continue
             is_folder, is_link = _is_folder(entry), entry.is_symlink()
-            if not (is_folder or last):
+            if entry.name in self.skipped if is_folder else not last:
                 continue
             path, real = _join(place.path, entry.name), _join(place.real, entry.name)
             real = _real(path) if is_link else real
