@@ -18,7 +18,7 @@ from typing import Any
 
 from relora import files
 from relora.data.config import SourceConfig
-from relora.data.files import read_file, require_readable
+from relora.data.files import TEXT, kind_of, read_file, require_readable
 from relora.data.globs import files_below, matching_files, root_of
 from relora.data.rows import require_field, text_of
 from relora.data.text import Document, LongDocument, digest_of
@@ -42,6 +42,10 @@ class Tally:
         """Count a document."""
         self.documents[part] = self.documents.get(part, 0) + 1
         self.text.update(digest)
+
+    def sha256(self) -> str:
+        """Of all documents so far, one after the other."""
+        return str(self.text.hexdigest())
 
 
 def iter_documents(source: SourceConfig, tally: Tally | None = None) -> Iterator[AnyDocument]:
@@ -138,6 +142,41 @@ def _below(root: Path, path: Path) -> str:
     return path.name if path == root else os.path.relpath(path, root)
 
 
+def require_documents(source: SourceConfig) -> None:
+    """DataError for a source that can only be one document, and for a cut of what is no text."""
+    if not source.files:
+        return
+    paths = [path for part in matching(source.files).values() for path in part]
+    texts = [path for path in paths if kind_of(path) in TEXT]
+    if source.cut and not texts:
+        raise DataError(
+            f"data.source.cut: would do nothing: none of the {len(paths)} files is text "
+            f"({', '.join(TEXT)}); leave it out"
+        )
+    if len(paths) == len(texts) == 1 and not source.cut:
+        raise DataError(
+            f"{paths[0]}: a text file is one document, and training and validation need one each; "
+            "cut it: data.source.cut=blank_lines at blank lines, "
+            "'data.source.cut={separator: \"\\n\"}' at each line's end or at any other text, "
+            "data.source.cut={characters: 10000} by length; or name more files"
+        )
+
+
+def part_counts(source: SourceConfig, tally: Tally | None = None) -> list[dict[str, Any]]:
+    """Each part of a source, such as a pattern: its name, files, and documents if counted."""
+    parts = source_files(source)
+    names: dict[str, int | None] = (
+        {source_name(source): None}
+        if parts is None
+        else {name: len(part) for name, part in parts.items()}
+    )
+    return [
+        {"name": name, "files": count}
+        | ({"documents": tally.documents.get(name, 0)} if tally else {})
+        for name, count in names.items()
+    ]
+
+
 def text_bytes(source: SourceConfig) -> int | None:
     """About how many bytes of text there are, for a progress bar; None where nobody knows."""
     parts = source_files(source)
@@ -171,7 +210,8 @@ def _python_files(which: str) -> list[tuple[Path, str]]:
     """(root, name below it) of every .py file of the standard library, then of the packages."""
     roots = [Path(sysconfig.get_path("stdlib"))]
     if which == "python_packages":
-        roots += [Path(entry) for entry in dict.fromkeys(sys.path) if Path(entry).name in _PACKAGES]
+        entries = [Path(entry) for entry in dict.fromkeys(sys.path)]
+        roots += [each for each in entries if each.name in _PACKAGES and files.is_dir(each)]
     found = []
     for root in roots:
         below = files_below(root, _PACKAGES)
