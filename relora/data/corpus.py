@@ -284,7 +284,7 @@ def _load_dataset(source: SourceConfig) -> Any:
                 revision=source.revision,
                 streaming=source.streaming,
             )
-        found = datasets.load_from_disk(str(source.saved))
+        found = datasets.load_from_disk(str(Path(source.saved or "").expanduser()))
     except Exception as error:  # see above
         raise DataError(f"data set {name}: {type(error).__name__}: {error}") from error
     if not isinstance(found, datasets.DatasetDict):

@@ -28,7 +28,7 @@ from relora import files
 from relora.data import corpus
 from relora.data.config import DataConfig
 from relora.data.identity import describe_source
-from relora.data.reuse import Say, clear, is_complete, take_over, write_index
+from relora.data.reuse import Say, clear, take_over, use_again, what_is_wrong, write_index
 from relora.data.shards import FORMAT, SPLITS, describe, shard_directory
 from relora.data.tokenizer import (
     build_tokenizer,
@@ -59,14 +59,19 @@ def prepare(
         "tokenizer": describe_tokenizer(config.tokenizer),
     }
     directory = shard_directory(config)
-    if is_complete(directory, config, made_from, say):  # it may lie where nobody can write
-        return directory
     with _writing(directory):
+        if what_is_wrong(directory, config, made_from) is None:  # perhaps where nobody can write
+            use_again(directory, config, made_from, say)
+            return directory
         directory.mkdir(parents=True, exist_ok=True)
         with _alone_in(directory, say):
             # Another prepare may have been at work meanwhile.
-            if is_complete(directory, config, made_from, say):
+            wrong = what_is_wrong(directory, config, made_from)
+            if wrong is None:
+                use_again(directory, config, made_from, say)
                 return directory
+            if wrong:
+                say(f"prepared anew, because {wrong}")
             if take_over(config, directory, made_from, say):
                 return directory
             try:
@@ -83,6 +88,8 @@ def _writing(directory: Path) -> Iterator[None]:
     """What the system has against writing, as a DataError."""
     try:
         yield
+    except BrokenPipeError:  # that is about what is printed
+        raise
     except OSError as error:
         raise DataError(
             f"cannot write token shards to {directory}: {files.explain(error)}; make room, or "
