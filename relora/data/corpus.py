@@ -263,7 +263,9 @@ def _read_dataset(source: SourceConfig) -> Iterator[Document]:
         try:
             item = next(numbered, None)
         except Exception as error:  # whatever the network, the hub or a builder may raise
-            raise DataError(f"data set {name}: {type(error).__name__}: {error}") from error
+            raise DataError(
+                f"data set {name}: {type(error).__name__}: {files.explain(error)}"
+            ) from error
         if item is None:
             return
         origin = f"{name} {source.split} row {item[0]}"
@@ -286,7 +288,9 @@ def _load_dataset(source: SourceConfig) -> Any:
             )
         found = datasets.load_from_disk(str(Path(source.saved or "").expanduser()))
     except Exception as error:  # see above
-        raise DataError(f"data set {name}: {type(error).__name__}: {error}") from error
+        raise DataError(
+            f"data set {name}: {type(error).__name__}: {files.explain(error)}"
+        ) from error
     if not isinstance(found, datasets.DatasetDict):
         if source.changed("split"):
             raise DataError(f"{name}: holds one data set without splits; leave out source.split")

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO, cast
 
 from relora.data.text import MAX_DOCUMENT, Document, decoded, undecodable
 from relora.errors import DataError
+from relora.files import explain
 
 _READ_BYTES = 1 << 16
 _SPACES = re.compile(r"[ \t\n\r]*")
@@ -143,7 +144,7 @@ def read_csv(file: BinaryIO, path: Path, field: str) -> Iterator[Document]:
             if row:
                 yield Document(origin, row[column])
     except csv.Error as error:
-        raise DataError(f"{path}:{rows.line_num}: broken CSV: {error}") from error
+        raise DataError(f"{path}:{rows.line_num}: broken CSV: {explain(error)}") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: after line {rows.line_num}: {undecodable(error)}") from error
 
