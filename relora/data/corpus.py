@@ -157,8 +157,8 @@ def require_documents(source: SourceConfig) -> None:
         raise DataError(
             f"{paths[0]}: a text file is one document, and training and validation need one each; "
             "cut it: data.source.cut=blank_lines at blank lines, "
-            "'data.source.cut={separator: \"\\n\"}' where a line ends or at any other text, "
-            "data.source.cut={characters: 10000} by length; or name more files"
+            "'data.source.cut.separator=\"\\n\"' where a line ends or at any other text, "
+            "data.source.cut.characters=10000 by length; or name more files"
         )
 
 
