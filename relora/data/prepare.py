@@ -168,7 +168,9 @@ def _cores() -> int:
 @contextmanager
 def _alone_in(directory: Path, say: Say) -> Iterator[None]:
     """Hold the directory's lock; the system frees it when this process ends, however it ends."""
-    with (directory / "lock").open("w") as lock:
+    # Without waiting, whatever may stand there under that name.
+    flags = os.O_RDWR | os.O_CREAT | os.O_NONBLOCK
+    with os.fdopen(os.open(directory / "lock", flags, 0o666), "rb") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -199,7 +201,9 @@ def _require_unchanged(config: DataConfig, directory: Path, made_from: dict[str,
     """DataError if the source is no longer what it was before it was read."""
     now = describe_source(config.source)
     if now != made_from["source"]:
-        (directory / "made_from.json").unlink()  # the tokenizer may be of either text
+        (directory / "made_from.json").unlink(
+            missing_ok=True
+        )  # the tokenizer may be of either text
         raise DataError(
             f"data.source: {corpus.source_name(config.source)} changed while it was read (files "
             f"{made_from['source']['files']} → {now['files']}, bytes "

@@ -129,10 +129,16 @@ class _JsonList:
         return found > 0
 
 
+def _short_lines(lines: io.TextIOWrapper, path: Path) -> Iterator[str]:
+    while line := lines.readline(MAX_DOCUMENT + 1):
+        _require_length(len(line), f"{path}: a line")
+        yield line
+
+
 def read_csv(file: BinaryIO, path: Path, field: str) -> Iterator[Document]:
     csv.field_size_limit(MAX_DOCUMENT)  # the default refuses a cell above 128 kB
     lines = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
-    rows = csv.reader(iter(lambda: lines.readline(MAX_DOCUMENT), ""), strict=True)
+    rows = csv.reader(_short_lines(lines, path), strict=True)
     try:
         header = next(rows, [])
         require_field(field, header, str(path))
