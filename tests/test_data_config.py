@@ -39,7 +39,7 @@ def test_python_is_short_for_the_builtin_source():
         ({"source": {"files": ["a"], "cut": {"characters": 5}}}, "greater than or equal to 100"),
         ({"num_workers": 100_000}, "must be from 0 to 64: these processes are for each rank"),
         ({"num_workers": -1}, "must be from 0 to 64"),
-        ({"validation_fraction": 1e-300}, "greater than or equal to 1e-12"),
+        ({"validation_fraction": 1e-300}, "validation_fraction"),
         ({"tokenizer": {}}, "either train"),
         ({"tokenizer": {"train": "bpe"}}, "train needs vocab_size"),
         ({"tokenizer": {"path": "a", "vocab_size": 400}}, "would do nothing beside path"),
