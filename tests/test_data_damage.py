@@ -275,7 +275,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
 
 
 def test_a_damaged_data_directory_is_mended_or_refused_by_prepare(project: Project) -> None:
-    check_directories(project, 60, seed=0)
+    check_directories(project, 40, seed=0)
 
 
 @pytest.mark.slow

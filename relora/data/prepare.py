@@ -27,7 +27,7 @@ from tqdm import tqdm
 from relora import files
 from relora.data import corpus
 from relora.data.config import DataConfig
-from relora.data.identity import describe_source
+from relora.data.identity import describe_source, text_digest
 from relora.data.reuse import Say, clear, take_over, use_again, what_is_wrong, write_index
 from relora.data.shards import FORMAT, SPLITS, describe, shard_directory
 from relora.data.tokenizer import (
@@ -59,20 +59,23 @@ def prepare(
         "tokenizer": describe_tokenizer(config.tokenizer),
     }
     directory = shard_directory(config)
+    text = functools.cache(functools.partial(_read_text, config, say))
     with _writing(directory):
-        if what_is_wrong(directory, config, made_from) is None:  # perhaps where nobody can write
+        if (
+            what_is_wrong(directory, config, made_from, text) is None
+        ):  # perhaps where nobody can write
             use_again(directory, config, made_from, say)
             return directory
         directory.mkdir(parents=True, exist_ok=True)
         with _alone_in(directory, say):
             # Another prepare may have been at work meanwhile.
-            wrong = what_is_wrong(directory, config, made_from)
+            wrong = what_is_wrong(directory, config, made_from, text)
             if wrong is None:
                 use_again(directory, config, made_from, say)
                 return directory
             if wrong:
                 say(f"prepared anew, because {wrong}")
-            if take_over(config, directory, made_from, say):
+            if take_over(directory, config, made_from, text, say):
                 return directory
             try:
                 _prepare(config, directory, made_from, seed, workers or _cores(), quiet)
@@ -81,6 +84,14 @@ def prepare(
                     _leave(directory)
                 raise
     return directory
+
+
+def _read_text(config: DataConfig, say: Say) -> str:
+    say(
+        f"{corpus.source_name(config.source)}: names and sizes are those of prepared text, and "
+        "times are not; reading it to compare"
+    )
+    return text_digest(config.source)
 
 
 @contextmanager

@@ -20,11 +20,13 @@ from relora.errors import DataError
 Say = Callable[[str], None]
 
 
-def what_is_wrong(directory: Path, config: DataConfig, made_from: dict[str, Any]) -> str | None:
+def what_is_wrong(
+    directory: Path, config: DataConfig, made_from: dict[str, Any], text: Callable[[], str]
+) -> str | None:
     """Why a directory does not hold whole shards of this text and tokenizer; None if it does.
 
-    "" where nothing has been finished. Nothing is written; where the text is in files of other
-    times than those it was made from, it is read.
+    "" where nothing has been finished. Nothing is written; `text` gives the digest of the text,
+    and is asked where its files have other times.
     """
     if not files.is_file(directory / "index.json"):
         return ""
@@ -32,7 +34,7 @@ def what_is_wrong(directory: Path, config: DataConfig, made_from: dict[str, Any]
         index = read_index(directory)
     except DataError as error:
         return str(error)
-    changes = source_changes(index, config.source, made_from["source"])
+    changes = source_changes(index, config.source, made_from["source"], text)
     changes += _tokenizer_changes(index["tokenizer"], made_from["tokenizer"])
     return ", ".join(changes) or None
 
@@ -53,7 +55,13 @@ def write_index(directory: Path, index: dict[str, Any]) -> None:
     files.write_json(directory / "index.json", {**index, "index_sha256": index_hash(index)})
 
 
-def take_over(config: DataConfig, directory: Path, made_from: dict[str, Any], say: Say) -> bool:
+def take_over(
+    directory: Path,
+    config: DataConfig,
+    made_from: dict[str, Any],
+    text: Callable[[], str],
+    say: Say,
+) -> bool:
     """Fill a directory with shards of the same text that were made under another name of it.
 
     They are hard links where the file system has these, so the other directory may go.
@@ -68,7 +76,7 @@ def take_over(config: DataConfig, directory: Path, made_from: dict[str, Any], sa
         if (
             index.get("validation_fraction") == config.validation_fraction
             and not _tokenizer_changes(index["tokenizer"], made_from["tokenizer"])
-            and same_elsewhere(index, config.source, made_from["source"])
+            and same_elsewhere(index, made_from["source"], text)
         ):
             clear(directory)
             for split in SPLITS:
