@@ -34,12 +34,13 @@ _NOT_OF_FILES = (ChildProcessError, ConnectionError, ProcessLookupError, Blockin
 
 
 def explain(error: BaseException) -> str:
-    """What went wrong with a file, without its name: `Permission denied`."""
+    """What went wrong with a file, on one line and without its name: `Permission denied`."""
     if isinstance(error, UnicodeDecodeError):
         return f"not UTF-8 (byte 0x{error.object[error.start]:02x} at {error.start})"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return str(error) or type(error).__name__
+    said = "".join(each if each.isprintable() else " " for each in str(error))
+    return " ".join(said.split()) or type(error).__name__
 
 
 def as_user_error(error: BaseException) -> UserError | None:

@@ -84,16 +84,25 @@ def load_encoder(directory: Path) -> Callable[[str], list[int]]:
 
     Needs no transformers (seconds to import) where the tokenizer is a fast one.
     """
-    if not (directory / "tokenizer.json").is_file():
+    fast = load_fast(directory)
+    if fast is None:
         slow = load_tokenizer(directory)
         return lambda text: slow.encode(text, add_special_tokens=False, split_special_tokens=True)
+    return lambda text: fast.encode_batch_fast([text], add_special_tokens=False)[0].ids
+
+
+def load_fast(directory: Path) -> Any:
+    """The `tokenizers.Tokenizer` of a directory, which reads no special tokens in a text, and
+    neither truncates nor pads; None for a slow tokenizer."""
+    if not (directory / "tokenizer.json").is_file():
+        return None
     from tokenizers import Tokenizer
 
     fast = Tokenizer.from_file(str(directory / "tokenizer.json"))
     fast.no_truncation()  # both may have been saved with the tokenizer
     fast.no_padding()
     fast.encode_special_tokens = True
-    return lambda text: fast.encode_batch_fast([text], add_special_tokens=False)[0].ids
+    return fast
 
 
 def encode_documents(encoder: Callable[[str], list[int]], texts: list[str]) -> list[np.ndarray]:
