@@ -301,10 +301,15 @@ class Process:
         try:
             return self.popen.wait(timeout)
         except subprocess.TimeoutExpired:
-            for pid in [*self.descendants(), self.popen.pid]:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+            self.kill()
             raise AssertionError(f"still running after {timeout} s:\n{self.text}") from None
+
+    def kill(self) -> None:
+        """End it and all that it has started."""
+        for pid in [*self.descendants(), self.popen.pid]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.popen.wait()
 
     def wait_until(self, condition: Callable[[], bool], timeout: float = 120) -> None:
         """Wait for something to happen while the process runs."""

@@ -43,7 +43,6 @@ case "$*" in
 "-m pip show"*) exit 1 ;; # torch is not installed yet
 *"import torch"*) [[ ${SYSTEM_TORCH-} ]] ;;
 *urlopen*) [[ ${CPU_INDEX-} ]] ;;
-*getsockname*) echo 12345 ;;
 *--extra-index-url*) ;;
 *+cpu*) [[ ${LOCAL_WHEEL-} ]] ;;
 "-m pip install"*) [[ ! ${PIP_FAILS-} ]] || { echo "no network"; exit 1; } ;;
@@ -65,8 +64,7 @@ class Tree:
         (root / "bin").mkdir()
         (root / "tools").mkdir()
         self.fake("python3", FAKE_PYTHON)
-        for tool in ("relora", "deepspeed"):
-            self.fake(tool, RECORD, "tools")
+        self.fake("relora", RECORD, "tools")
         self.environment = {
             "PATH": f"{root}/bin:/usr/bin:/bin",
             "HOME": str(root),
@@ -80,6 +78,11 @@ class Tree:
         path = self.root / folder / name
         path.write_text(text)
         path.chmod(0o755)
+
+    def has_gpus(self, count: int) -> None:
+        """Let the driver know so many."""
+        lines = "".join(f"echo 'GPU {k}: A (UUID: GPU-{k})'\n" for k in range(count))
+        self.fake("nvidia-smi", f"#!/bin/sh\n{lines}")
 
     def run(
         self, *command: str, **environment: str
@@ -244,6 +247,7 @@ def test_without_any_cpu_build_pip_decides(tree: Tree) -> None:
 
 def test_with_a_gpu_the_torch_that_is_there_is_kept(tree: Tree) -> None:
     pins = tree.root / ".venv/constraints.txt"
+    tree.has_gpus(2)
     _, log = tree.set_up("", CUDA_VISIBLE_DEVICES="0,1", SYSTEM_TORCH="1")
     assert "-m venv --system-site-packages" in "\n".join(log)
     assert "+cpu" not in "\n".join(log)
@@ -252,23 +256,56 @@ def test_with_a_gpu_the_torch_that_is_there_is_kept(tree: Tree) -> None:
 
 def test_with_a_gpu_and_no_torch_pip_gives_the_pinned_one(tree: Tree) -> None:
     pins = tree.root / ".venv/constraints.txt"
+    tree.has_gpus(2)
     _, log = tree.set_up("", CUDA_VISIBLE_DEVICES="0")
     assert "--system-site-packages" not in "\n".join(log)
     assert "+cpu" not in "\n".join(log)
     assert "torch==" in pins.read_text()
 
 
-@pytest.mark.parametrize(("visible", "count"), [("", "0"), ("-1", "0"), ("3", "1"), ("0,2,5", "3")])
+@pytest.mark.parametrize(
+    ("visible", "count"),
+    [
+        ("", "0"),
+        ("-1", "0"),
+        ("NoDevFiles", "0"),
+        ("3", "1"),
+        ("0,2,5", "3"),
+        ("0, 2,-1,3", "2"),
+        ("GPU-8f, MIG-GPU-8f/1/0", "2"),
+    ],
+)
 def test_gpus_are_those_that_are_visible(visible: str, count: str, tree: Tree) -> None:
-    done, _ = tree.run("-c", "source launch/env.sh; echo $GPUS", CUDA_VISIBLE_DEVICES=visible)
-    assert done.stdout.strip() == count
+    tree.has_gpus(8)
+    script = ("-c", "source launch/env.sh; echo $GPUS ${DS_ACCELERATOR-none}")
+    done, _ = tree.run(*script, CUDA_VISIBLE_DEVICES=visible)
+    assert done.stdout.split() == [count, "none"]
+    done, _ = tree.run(*script, CUDA_VISIBLE_DEVICES=visible, DS_ACCELERATOR="cpu")
+    assert done.stdout.split() == ["0", "cpu"]  # as was asked for
+    tree.fake("nvidia-smi", "#!/bin/sh\necho 'NVIDIA-SMI has failed'\nexit 9\n")
+    done, _ = tree.run(*script, CUDA_VISIBLE_DEVICES=visible)
+    assert done.stdout.split() == ["0", "cpu"]  # a list of what is not there hinders nothing
 
 
 def test_gpus_are_counted_by_the_driver_if_all_are_visible(tree: Tree) -> None:
     del tree.environment["CUDA_VISIBLE_DEVICES"]
-    tree.fake("nvidia-smi", "#!/bin/sh\necho 'GPU 0: A (UUID: x)'\necho 'GPU 1: A (UUID: y)'\n")
+    tree.has_gpus(2)
     done, _ = tree.run("-c", "source launch/env.sh; echo $GPUS ${DS_ACCELERATOR-none}")
     assert done.stdout.split() == ["2", "none"]
+
+
+@pytest.mark.parametrize("script", ["train.sh", "compare.sh", "quickstart.sh"])
+def test_where_all_gpus_are_hidden_the_launch_is_asked_and_not_the_cpu(
+    script: str, tree: Tree
+) -> None:
+    """`relora launch` and `relora arms` refuse it, with both numbers."""
+    tree.has_gpus(4)
+    refuse = '[[ $1 != launch && $1 != arms ]] || { echo "got ${DS_ACCELERATOR-none}"; exit 2; }\n'
+    tree.fake("relora", RECORD + refuse, "tools")
+    done, log = tree.run(f"launch/{script}", "configs/x.yaml", CUDA_VISIBLE_DEVICES="-1")
+    assert done.returncode == 2, done.stderr
+    assert "got none" in done.stdout
+    assert "--devices 2" in log[-1]
 
 
 def test_nothing_is_ever_compiled(tree: Tree) -> None:
@@ -288,16 +325,12 @@ def finish(tree: Tree, name: str) -> None:
 
 
 def test_the_quickstart_does_everything_once_and_in_order(tree: Tree) -> None:
-    # deepspeed leaves a finished run, relora's verbs what they are asked for
-    tree.fake(
-        "deepspeed",
-        RECORD + 'mkdir -p runs/"$(basename "$9" .yaml)"\n'
-        """echo '"status": "finished"' >runs/"$(basename "$9" .yaml)"/run_state.json\n""",
-        "tools",
-    )
+    # relora's verbs leave what they are asked for
     tree.fake(
         "relora",
         RECORD + 'case "$1" in\n'
+        'launch) mkdir -p runs/"$(basename "$4" .yaml)"\n'
+        """echo '"status": "finished"' >runs/"$(basename "$4" .yaml)"/run_state.json ;;\n"""
         'export) mkdir -p "$4"; touch "$4/config.json" ;;\n'
         "generate) echo 'def main(self):' ;;\n"
         'compare) mkdir -p "$5"; touch "$5/report.html" ;;\n'
@@ -306,7 +339,7 @@ def test_the_quickstart_does_everything_once_and_in_order(tree: Tree) -> None:
     )
     done, log = tree.run("launch/quickstart.sh")
     assert done.returncode == 0, done.stderr
-    launcher = "deepspeed --master_port 12345 --num_gpus 2 --quiet --module relora train"
+    launcher = "relora launch --devices 2"
     assert [line for line in log if not line.startswith("python")] == [
         "relora prepare configs/quickstart_relora.yaml",
         f"{launcher} configs/quickstart_relora.yaml batch.micro_batch_size=8",
@@ -327,7 +360,7 @@ def test_the_quickstart_does_everything_once_and_in_order(tree: Tree) -> None:
     # A changed config is for `relora train` to judge.
     os.utime(tree.root / "configs/quickstart_full.yaml", times=(2e9, 2e9))
     _, log = tree.run("launch/quickstart.sh")
-    assert [line.split()[-2] for line in log if "deepspeed" in line] == [
+    assert [line.split()[-2] for line in log if "launch" in line] == [
         "configs/quickstart_full.yaml"
     ]
 
@@ -338,9 +371,10 @@ def test_the_quickstart_does_everything_once_and_in_order(tree: Tree) -> None:
 def test_the_quickstart_takes_all_gpus_that_divide_its_batch(
     visible: str, ranks: int, micro_batch: int, tree: Tree
 ) -> None:
+    tree.has_gpus(8)
     _, log = tree.run("launch/quickstart.sh", CUDA_VISIBLE_DEVICES=visible)
-    launches = [line for line in log if line.startswith("deepspeed")]
-    assert f"--num_gpus {ranks} " in launches[0]
+    launches = [line for line in log if line.startswith("relora launch")]
+    assert f"--devices {ranks} " in launches[0]
     assert launches[0].endswith(f"batch.micro_batch_size={micro_batch}")
 
 

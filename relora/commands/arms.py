@@ -30,6 +30,7 @@ from relora.config import (
     load_run_config,
 )
 from relora.errors import PREEMPTED, CheckpointError, ConfigError, NumericsError, UserError
+from relora.runtime.devices import choose_devices
 
 DIVERGED = NumericsError.code  # a result, not a reason to stop
 
@@ -50,6 +51,7 @@ def arms(
     Raises:
         ConfigError: the config, an arm or a run of it is wrong; before anything is trained.
     """
+    ranks = len(choose_devices(devices))
     plan = read_arms(arms) if arms else ArmsConfig()
     if seeds is not None:
         plan = plan.model_copy(update={"seeds": list(range(seeds))})
@@ -58,7 +60,7 @@ def arms(
         chosen = standard_arms(config, overrides, to)
     else:
         chosen = [Arm(name, tuple(changes)) for name, changes in plan.arms.items()]
-    work = _Work(config, overrides, to, devices)
+    work = _Work(config, overrides, to, ranks)
     for arm in chosen:  # all of them are sound, before the first is trained
         work.load(arm, to / "none", 0)
     to.mkdir(parents=True, exist_ok=True)
@@ -96,9 +98,7 @@ class _Stopped(Exception):
 class _Work:
     """Trains runs by `relora launch`, passes over what is done, and says how long it will take."""
 
-    def __init__(
-        self, config: Path, overrides: Sequence[str], to: Path, devices: int | None
-    ) -> None:
+    def __init__(self, config: Path, overrides: Sequence[str], to: Path, devices: int) -> None:
         self.config, self.overrides, self.to = config, list(overrides), to
         self.devices = devices
         self.model = load_config(config, overrides).model
@@ -113,8 +113,7 @@ class _Work:
         """
         try:
             config = load_config(self.config, [*self.overrides, *arm.run(directory, seed)])
-            if self.devices:
-                check_world(config, self.devices)
+            check_world(config, self.devices)
         except UserError as error:
             raise type(error)(f"arm {arm.name!r}: {error}") from None
         return config
@@ -146,9 +145,7 @@ class _Work:
         return final_loss(directory)
 
     def _launch(self, arm: Arm, directory: Path, seed: int) -> int:
-        command = [sys.executable, "-m", "relora", "launch"]
-        if self.devices:
-            command += ["--devices", str(self.devices)]
+        command = [sys.executable, "-m", "relora", "launch", "--devices", str(self.devices)]
         command += [str(self.config), *self.overrides, *arm.run(directory, seed)]
         process = subprocess.Popen(command, env=os.environ)
         while True:

@@ -23,6 +23,7 @@ from typing import Any
 
 from relora.config import Config, check_world, load_config
 from relora.errors import PREEMPTED, ConfigError, LostRankError
+from relora.runtime.devices import choose_devices
 
 OURS = (0, 1, 2, 3, 4, 5, 6, PREEMPTED)  # exit codes that a rank gives on purpose
 LOST = LostRankError.code
@@ -46,21 +47,26 @@ def launch(
             raise ConfigError(f"--hostfile: {hostfile}: no such file; its lines are `host slots=N`")
         command, parting = multi_node_command(hostfile, arguments), signal.SIGTERM  # for its hosts
     else:
-        count = devices or _device_count()
-        check_world(settings, count)
+        chosen = choose_devices(devices)
+        check_world(settings, len(chosen))
         # Ended so, `launch.py` cannot stop its ranks one by one; the kernel tells all of them.
-        command, parting = one_node_command(count, arguments), signal.SIGKILL
+        command, parting = one_node_command(chosen, arguments), signal.SIGKILL
     from relora.runtime.rundir import read_run_state
 
     before = read_run_state(settings.run_dir) if settings.run_dir.is_dir() else {}
     return _keep_code(*_run(command, parting), settings, before)
 
 
-def one_node_command(devices: int, arguments: Sequence[str]) -> list[str]:
-    """The per-node launcher of deepspeed, which starts and watches the ranks."""
+def one_node_command(devices: Sequence[str], arguments: Sequence[str]) -> list[str]:
+    """The per-node launcher of deepspeed, which starts and watches the ranks.
+
+    Args:
+        devices: what the launcher makes CUDA_VISIBLE_DEVICES of its ranks, word for word; the
+            rank with local number k takes the k-th.
+    """
     from relora.runtime.distributed import free_port
 
-    world = base64.urlsafe_b64encode(json.dumps({"localhost": list(range(devices))}).encode())
+    world = base64.urlsafe_b64encode(json.dumps({"localhost": list(devices)}).encode())
     return [
         sys.executable,
         "-u",
@@ -90,12 +96,6 @@ def multi_node_command(hostfile: Path, arguments: Sequence[str]) -> list[str]:
         "relora",
         *arguments,
     ]
-
-
-def _device_count() -> int:
-    import torch
-
-    return torch.cuda.device_count() or 1
 
 
 def _run(command: Sequence[str], parting: signal.Signals) -> tuple[int, str | None]:
