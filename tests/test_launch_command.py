@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import termios
+import threading
 import time
 from pathlib import Path
 
@@ -20,6 +21,7 @@ import yaml
 from relora.commands import launch as under_test
 from relora.config import load_config
 from relora.errors import CheckpointError
+from relora.runtime import signals
 from runs import (
     Process,
     alive,
@@ -284,11 +286,9 @@ def test_a_rank_hears_of_its_launcher_s_death(role: str, said: str | None, tmp_p
 
 
 def test_the_launcher_s_death_is_no_second_wish(monkeypatch: pytest.MonkeyPatch) -> None:
-    from relora.runtime import signals
-
     left: list[int] = []
     monkeypatch.setattr(os, "_exit", left.append)
-    monkeypatch.setattr(signals, "ECHO_S", 0.0)
+    monkeypatch.setattr(signals, "ECHO_SAME_S", -1.0)
     gone, term = signals.LAUNCHER_GONE, signal.SIGTERM
     for order, reason, exits in (
         ((gone,), "the loss of its launcher", 0),
@@ -303,12 +303,158 @@ def test_the_launcher_s_death_is_no_second_wish(monkeypatch: pytest.MonkeyPatch)
         try:
             for number in order:
                 signal.raise_signal(number)
-            assert stop
-            assert stop.signal == reason
-            assert len(left) == exits, order
+            wait_for(lambda: stop.signal == reason and len(left) == exits)
         finally:
             stop.restore()
             left.clear()
+
+
+def listeners() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "stop request"]
+
+
+# Signals with the time between them, and how often it then says what, and exits.
+@pytest.mark.parametrize(
+    ("order", "promises", "exits"),
+    [
+        (((signal.SIGTERM, 0),), 1, 0),
+        (((signal.SIGTERM, 0), (signal.SIGTERM, 0.05)), 1, 0),  # `timeout` sends it twice
+        (((signal.SIGINT, 0), (signal.SIGTERM, 0.5)), 1, 0),  # terminal, then launcher
+        (((signal.SIGINT, 0), (signal.SIGTERM, 0.1), (signal.SIGINT, 0.3)), 1, 1),
+        (((signal.SIGINT, 0), (signal.SIGINT, 0.5)), 1, 1),
+        (((signal.SIGINT, 0), (signal.SIGTERM, 2)), 1, 1),
+        (((signal.SIGINT, 0), (signal.SIGINT, 4)), 2, 0),  # too late to mean it: told again
+        (((signal.SIGINT, 0), (signal.SIGINT, 4), (signal.SIGINT, 1)), 2, 1),
+    ],
+)
+def test_a_second_wish_counts_as_the_message_says(
+    order: tuple[tuple[signal.Signals, float], ...],
+    promises: int,
+    exits: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    clock, left = [100.0], []
+    monkeypatch.setattr(os, "_exit", left.append)
+    monkeypatch.setattr(signals.time, "monotonic", lambda: clock[0])
+    wishes = signals.Wishes()
+    stop = signals.StopRequest()
+    try:
+        for number, passed in order:
+            clock[0] += passed
+            stop._hear(number)
+    finally:
+        stop.restore()
+    said = capfd.readouterr().err
+    assert said.count(
+        "relora: stopping after this step, checkpoint follows; again within 3 s:"
+    ) == (promises)
+    assert len(left) == exits
+    assert said.count("exit now, without a checkpoint") == exits
+    # `relora launch` counts by the same rule.
+    clock[0] = 500.0
+    found = []
+    for number, passed in order:
+        clock[0] += passed
+        found.append(wishes.judge(number))
+    assert (found.count("stop"), found.count("now")) == (promises, exits)
+
+
+def test_what_is_told_names_the_pace_and_what_would_be_lost(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    left: list[int] = []
+    monkeypatch.setattr(os, "_exit", left.append)
+    stop = signals.StopRequest()
+    try:
+        for step in range(21, 38):
+            stop.note(step, None if step > 30 else 20, 70.0 if step == 21 else 0.524)
+        stop._hear(signal.SIGINT)
+        stop._hear(signals.EXIT_NOW)
+    finally:
+        stop.restore()
+    lines = capfd.readouterr().err.splitlines()
+    assert lines == [
+        "relora: stopping after this step (0.52 s a step), checkpoint follows; again within 3 s: "
+        "exit now without it",
+        "relora: exit now, without a checkpoint; 17 finished steps and the one under way are lost: "
+        "the same command goes on from step 20",
+    ]
+    assert left
+
+
+def test_ranks_leave_the_counting_to_relora_launch_and_one_speaks(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A signal to a whole group reaches a rank as often as it likes."""
+    left: list[int] = []
+    monkeypatch.setattr(os, "_exit", left.append)
+    monkeypatch.setattr(signals, "ECHO_SAME_S", -1.0)
+    monkeypatch.setenv(signals.FRONT, "1")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        stop = signals.StopRequest()
+        try:
+            for _ in range(3):
+                stop._hear(signal.SIGTERM)
+            assert not left
+            assert capfd.readouterr().err.count("stopping after this step") == (rank == "0")
+            stop._hear(signals.EXIT_NOW)
+            assert left
+            assert capfd.readouterr().err.count("exit now") == (rank == "0")
+        finally:
+            stop.restore()
+            left.clear()
+
+
+# Hears a signal while its main thread is in one long call that runs no bytecode.
+BUSY = """
+import sys, time
+import torch
+from relora.runtime.signals import StopRequest
+
+stop = StopRequest()
+torch.set_num_threads(1)
+a = torch.randn(int(sys.argv[1]), int(sys.argv[1]))
+print("busy", flush=True)
+while True:
+    a @ a
+"""
+
+
+def test_the_answer_comes_at_once_and_not_after_the_computation() -> None:
+    """On a GPU or in a backward pass the main thread is deaf for as long as a step takes."""
+    command = [sys.executable, "-c", BUSY, "8000"]  # seconds a product
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        try:
+            assert process.stdout.readline() == b"busy\n"
+            process.send_signal(signal.SIGINT)
+            assert process.stderr.readline().startswith(b"relora: stopping after this step")
+            time.sleep(0.5)
+            process.send_signal(signal.SIGINT)
+            assert process.stderr.readline().startswith(b"relora: exit now, without a checkpoint")
+            assert process.wait(20) == 128 + signal.SIGINT
+        finally:
+            process.kill()
+
+
+def test_a_forked_process_keeps_its_signals_to_itself() -> None:
+    """Loader workers are forked; what ends one of them is no wish to end the run."""
+    stop = signals.StopRequest()
+    try:
+        child = os.fork()
+        if child == 0:
+            signal.raise_signal(signal.SIGTERM)
+            os._exit(7)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+        time.sleep(0.1)
+        assert not stop
+        assert len(listeners()) == 1
+    finally:
+        stop.restore()
+    wait_for(lambda: not listeners())
 
 
 # Holds the lock for some seconds, and says who it is; or leaves that to a child of its own.

@@ -24,10 +24,18 @@ from typing import Any
 from relora.config import Config, check_world, load_config
 from relora.errors import PREEMPTED, ConfigError, LostRankError
 from relora.runtime.devices import choose_devices
+from relora.runtime.signals import (
+    EXIT_NOW,
+    FRONT,
+    LAUNCHER_GONE,
+    Wishes,
+    caught,
+    following,
+    name_of,
+)
 
 OURS = (0, 1, 2, 3, 4, 5, 6, PREEMPTED)  # exit codes that a rank gives on purpose
 LOST = LostRankError.code
-FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 def launch(
@@ -109,38 +117,27 @@ def _run(command: Sequence[str], parting: signal.Signals) -> tuple[int, str | No
     """
     import psutil  # noqa: F401  (now: a second signal would find it half imported in the handler)
 
-    from relora.runtime.signals import set_parent_death_signal
-
     asked: list[int] = []
+    wishes = Wishes()
     process: subprocess.Popen[bytes] | None = None
 
     def forward(number: int, frame: FrameType | None) -> None:
+        meaning = "stop" if number == LAUNCHER_GONE else wishes.judge(number)
         asked.append(number)
-        if process is not None:
-            _pass_on(process.pid, number)
+        if process is not None and meaning != "echo":
+            _pass_on(process.pid, number if meaning == "stop" else EXIT_NOW)
 
-    front = os.getpid()
-
-    def follow() -> None:
-        set_parent_death_signal(parting)
-        if os.getppid() != front:  # killed before that call
-            os._exit(1)
-
-    previous = {number: signal.signal(number, forward) for number in FORWARDED}
-    try:
-        environment = {**os.environ, "DS_BUILD_OPS": "0"}
+    with caught(forward):
+        environment = {**os.environ, "DS_BUILD_OPS": "0", FRONT: str(os.getpid())}
         process = subprocess.Popen(
-            command, env=environment, start_new_session=True, preexec_fn=follow
+            command, env=environment, start_new_session=True, preexec_fn=following(parting)
         )
         if asked:  # while it was started
             _pass_on(process.pid, asked[-1])
         code = process.wait()
         while _ranks_of(process.pid):  # the launcher was killed; they save, and leave
             time.sleep(0.1)
-        return code, signal.Signals(asked[-1]).name if asked else None
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    return code, name_of(asked[-1]) if asked else None
 
 
 def _pass_on(launcher: int, number: int) -> None:
