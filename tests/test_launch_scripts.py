@@ -12,12 +12,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from runs import logged_step, make_config, run_state, series
+from runs import logged_step, make_config, run_state, series, wait_for
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = [
@@ -550,11 +549,11 @@ def test_slurm_stops_every_rank_once_and_requeues(signals: tuple[str, ...], slur
     slurm.log.write_text("")
     job = start_job(slurm, WAIT="1")
     try:
-        _wait_until(lambda: slurm.log.read_text().count(": train ") == 4)
+        wait_for(lambda: slurm.log.read_text().count(": train ") == 4, job.pid)
         for name in signals:
             job.send_signal(signal.Signals[f"SIG{name}"])
             time.sleep(0.2)
-        assert job.wait(timeout=20) == 0  # the job has not failed
+        assert _code_of(job) == 0  # the job has not failed
     finally:
         job.kill()
     log = slurm.log.read_text().splitlines()
@@ -568,9 +567,9 @@ def test_slurm_requeues_what_was_stopped_before_the_ranks_listened(slurm: Tree) 
     slurm.log.write_text("")
     job = start_job(slurm, WAIT="1", DEAF="1")
     try:
-        _wait_until(lambda: slurm.log.read_text().count(": train ") == 4)
+        wait_for(lambda: slurm.log.read_text().count(": train ") == 4, job.pid)
         job.send_signal(signal.SIGTERM)
-        assert job.wait(timeout=20) == 0
+        assert _code_of(job) == 0
     finally:
         job.kill()
     assert slurm.log.read_text().splitlines()[-1] == "scontrol requeue 4711"
@@ -606,11 +605,11 @@ def test_a_run_under_slurm_goes_on_after_the_requeue(
         job = start_job(slurm)
         try:
             if code == "preempted":
-                _wait_until(lambda: logged_step(run_dir) >= 3, 120)
+                wait_for(lambda: logged_step(run_dir) >= 3, job.pid, 120)
                 asked = logged_step(run_dir)
                 began = time.monotonic()
                 job.send_signal(signal.SIGUSR1)
-            assert job.wait(timeout=120) == 0, (slurm.root / "output").read_text()
+            assert _code_of(job) == 0, (slurm.root / "output").read_text()
             if code == "preempted":
                 print(f"{time.monotonic() - began:.1f} s from the signal to the end of the job")
                 assert asked <= run_state(run_dir)["step"] <= asked + 3
@@ -625,8 +624,6 @@ def test_a_run_under_slurm_goes_on_after_the_requeue(
     assert steps == list(range(1, 21))
 
 
-def _wait_until(condition: Callable[[], bool], seconds: float = 20) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)
+def _code_of(job: subprocess.Popen) -> int:
+    wait_for(lambda: job.poll() is not None, job.pid, 120)
+    return job.returncode
