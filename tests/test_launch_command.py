@@ -660,7 +660,7 @@ def test_config_errors_come_before_any_rank(
         assert all(word in error for word in words), error
 
 
-def test_the_commands_carry_config_and_overrides(tmp_path: Path) -> None:
+def test_the_command_carries_config_and_overrides() -> None:
     one = under_test.one_node_command(["0", "1"], ["train", "c.yaml", "seed=3"])
     assert one[-4:] == ["relora", "train", "c.yaml", "seed=3"]
     assert "deepspeed.launcher.launch" in one
@@ -671,9 +671,6 @@ def test_the_commands_carry_config_and_overrides(tmp_path: Path) -> None:
         if argument.startswith("--master_port=")
     }
     assert len(ports) > 1
-    many = under_test.multi_node_command(tmp_path / "hosts", ["train", "c.yaml"])
-    assert f"--hostfile={tmp_path / 'hosts'}" in many
-    assert many[-3:] == ["relora", "train", "c.yaml"]
 
 
 @pytest.mark.parametrize("code", [0, 1, 2, 3, 4, 5, 75])

@@ -445,6 +445,27 @@ def test_multi_node_asks_every_machine_before_it_starts(tree: Tree) -> None:
     )
 
 
+def test_multi_node_gives_other_shells_words_that_they_leave_alone(tmp_path: Path) -> None:
+    """The folder is named as a shell would love it; what runs there is a real shell."""
+    root = tmp_path / "it's $(touch pwned) `touch pwned` here"
+    root.mkdir()
+    tree = Tree(root)
+    tree.fake("pdsh", RECORD)
+    tree.fake("ssh", RECORD + 'while [[ $1 != -- ]]; do shift; done\nshift 2\nexec sh -c "$*"\n')
+    hostfile = tree.root / "launch/hostfile"
+    hostfile.write_text("node-1 slots=8\nnode-2 slots=8")  # the last line has no end
+    done, log = tree.run("launch/multi_node.sh")
+    assert done.returncode == 0, done.stderr
+    asked = [line for line in log if line.startswith("ssh ")]
+    assert [line.split(" -- ")[1].split()[0] for line in asked] == ["node-1", "node-2"]
+    assert not list(tmp_path.rglob("pwned"))
+    hostfile.write_text("-oProxyCommand=touch${IFS}pwned slots=8\n")
+    done, log = tree.run("launch/multi_node.sh")
+    assert done.returncode == 1
+    assert "-oProxyCommand=touch${IFS}pwned is not the name of a machine" in done.stderr
+    assert not [line for line in log if line.startswith("ssh ")]
+
+
 # Slurm
 
 FAKE_SRUN = (

@@ -10,20 +10,28 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import functools
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from relora.config import Config, check_world, load_config
-from relora.errors import PREEMPTED, ConfigError, LostRankError
+from relora.errors import PREEMPTED, LostRankError
 from relora.runtime.devices import choose_devices
+from relora.runtime.hosts import (
+    ask_hosts,
+    check_choice,
+    multi_node_command,
+    read_hostfile,
+    signal_command,
+)
 from relora.runtime.signals import (
     EXIT_NOW,
     FRONT,
@@ -46,23 +54,29 @@ def launch(
     resume: str = "auto",
 ) -> int:
     """Train on `devices` ranks here, or on the hosts of `hostfile`; returns the run's code."""
+    from relora.runtime.distributed import free_port
+
     settings = load_config(config, overrides)
     arguments = ["train", str(config), *overrides]
     if resume != "auto":
         arguments += ["--resume", resume]
+    pass_on: Callable[[int, int], None]
     if hostfile is not None:
-        if not hostfile.is_file():
-            raise ConfigError(f"--hostfile: {hostfile}: no such file; its lines are `host slots=N`")
-        command, parting = multi_node_command(hostfile, arguments), signal.SIGTERM  # for its hosts
+        slots, port = read_hostfile(hostfile), free_port()
+        check_choice(slots)
+        check_world(settings, sum(slots.values()))
+        command = multi_node_command(slots, ask_hosts(list(slots)), port, arguments)
+        parting, pass_on = signal.SIGTERM, functools.partial(_pass_on_to_hosts, slots, port)
     else:
         chosen = choose_devices(devices)
         check_world(settings, len(chosen))
         # Ended so, `launch.py` cannot stop its ranks one by one; the kernel tells all of them.
         command, parting = one_node_command(chosen, arguments), signal.SIGKILL
+        pass_on = _pass_on
     from relora.runtime.rundir import read_run_state
 
     before = read_run_state(settings.run_dir) if settings.run_dir.is_dir() else {}
-    return _keep_code(*_run(command, parting), settings, before)
+    return _keep_code(*_run(command, parting, pass_on), settings, before)
 
 
 def one_node_command(devices: Sequence[str], arguments: Sequence[str]) -> list[str]:
@@ -90,27 +104,14 @@ def one_node_command(devices: Sequence[str], arguments: Sequence[str]) -> list[s
     ]
 
 
-def multi_node_command(hostfile: Path, arguments: Sequence[str]) -> list[str]:
-    """The front-end of deepspeed, which reaches the hosts by pdsh or ssh."""
-    from relora.runtime.distributed import free_port
-
-    return [
-        sys.executable,
-        "-m",
-        "deepspeed.launcher.runner",
-        f"--hostfile={hostfile}",
-        f"--master_port={free_port()}",
-        "--module",
-        "relora",
-        *arguments,
-    ]
-
-
-def _run(command: Sequence[str], parting: signal.Signals) -> tuple[int, str | None]:
+def _run(
+    command: Sequence[str], parting: signal.Signals, pass_on: Callable[[int, int], None]
+) -> tuple[int, str | None]:
     """Run the launcher in a session of its own and pass our signals to the ranks.
 
     Args:
         parting: what the launcher gets when this process is killed.
+        pass_on: sends the ranks of a launcher, which has a process id, a signal.
 
     Returns:
         Its exit code, and the name of the last signal that came on the way.
@@ -125,7 +126,7 @@ def _run(command: Sequence[str], parting: signal.Signals) -> tuple[int, str | No
         meaning = "stop" if number == LAUNCHER_GONE else wishes.judge(number)
         asked.append(number)
         if process is not None and meaning != "echo":
-            _pass_on(process.pid, number if meaning == "stop" else EXIT_NOW)
+            pass_on(process.pid, number if meaning == "stop" else EXIT_NOW)
 
     with caught(forward):
         environment = {**os.environ, "DS_BUILD_OPS": "0", FRONT: str(os.getpid())}
@@ -133,7 +134,7 @@ def _run(command: Sequence[str], parting: signal.Signals) -> tuple[int, str | No
             command, env=environment, start_new_session=True, preexec_fn=following(parting)
         )
         if asked:  # while it was started
-            _pass_on(process.pid, asked[-1])
+            pass_on(process.pid, asked[-1])
         code = process.wait()
         while _ranks_of(process.pid):  # the launcher was killed; they save, and leave
             time.sleep(0.1)
@@ -147,6 +148,17 @@ def _pass_on(launcher: int, number: int) -> None:
             os.kill(pid, number)
         except ProcessLookupError:
             continue
+
+
+def _pass_on_to_hosts(slots: Mapping[str, int], port: int, launcher: int, number: int) -> None:
+    """`_pass_on` where the ranks are elsewhere; they save together, and the launcher ends by that.
+
+    What ssh starts does not hear of the end of the ssh that started it.
+    """
+    quiet = subprocess.DEVNULL
+    subprocess.Popen(
+        signal_command(slots, port, number), start_new_session=True, stdout=quiet, stderr=quiet
+    )
 
 
 def _ranks_of(launcher: int) -> list[int]:
