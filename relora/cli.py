@@ -14,6 +14,7 @@ from pathlib import Path
 
 from relora import __version__
 from relora.errors import UserError
+from relora.runtime.cores import limit_spinning
 
 Verbs = argparse._SubParsersAction  # of argparse.ArgumentParser
 OVERRIDES = "dotted overrides of the config file, such as optimizer.lr=1e-3 or relora=null"
@@ -186,6 +187,7 @@ def _add_reading_verbs(verbs: Verbs) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code (0 done, 1 our bug, 2–6 and 75 as in the README)."""
+    limit_spinning()
     parser = build_parser()
     known, rest = parser.parse_known_args(argv)
     arguments = vars(known)

@@ -21,6 +21,7 @@ import yaml
 from relora.config import load_config
 from relora.errors import ConfigError
 from relora.runtime import devices, hosts
+from relora.runtime.arguments import decode, encode
 from runs import Process, checkpoints, logged_step, make_config, relora, run_state
 
 SSH = r"""#!/usr/bin/env bash
@@ -191,8 +192,8 @@ def test_what_cannot_hold_on_other_machines_is_refused(
 
 @pytest.mark.parametrize("argument", [*NASTY, "seed=3", "runs/a-b_c.yaml", "lora.targets=[a,b]"])
 def test_an_argument_is_the_same_behind_every_shell(argument: str) -> None:
-    word = hosts.encode(argument)
-    assert hosts.decode(word) == argument
+    word = encode(argument)
+    assert decode(word) == argument
     assert shlex.quote(word) == word  # nothing in it that a shell could touch
     assert "%" not in word
     assert word[0] != "="
@@ -202,13 +203,13 @@ def test_an_argument_is_the_same_behind_every_shell(argument: str) -> None:
 
 def test_a_word_that_only_looks_encoded_is_for_the_command_line_to_judge() -> None:
     for word in ("--encoded=!", "--encoded=e30x", "seed=3"):
-        assert hosts.decode(word) == word
+        assert decode(word) == word
 
 
 def values_of(pid: int) -> list[str]:
     """The arguments of a rank, as they were typed."""
     words = psutil.Process(pid).cmdline()
-    return [hosts.decode(word) for word in words[words.index("train") :]]
+    return [decode(word) for word in words[words.index("train") :]]
 
 
 def test_every_rank_gets_what_was_checked_byte_for_byte(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import subprocess
 import sys
@@ -30,6 +29,7 @@ from relora.config import (
     load_run_config,
 )
 from relora.errors import PREEMPTED, CheckpointError, ConfigError, NumericsError, UserError
+from relora.files import write_atomically, write_json
 from relora.runtime.devices import choose_devices
 from relora.runtime.signals import LAUNCHER_GONE, caught, following
 
@@ -71,8 +71,8 @@ def arms(
     except _Stopped as stopped:
         return stopped.code
     runs = [(name, run) for name, arm in report.items() for run in arm["runs"]]
-    (to / "runs.txt").write_text("".join(f"{n}={run}\n" for n, run in runs), encoding="utf8")
-    (to / "arms.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf8")
+    write_atomically(to / "runs.txt", "".join(f"{name}={run}\n" for name, run in runs))
+    write_json(to / "arms.json", report)
     print(f"all {len(runs)} runs are done: {to / 'runs.txt'}")
     return 0
 

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from relora.errors import ConfigError, UserError
+from relora.runtime.cores import threads_per_rank
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,8 @@ def read_ranks() -> Ranks:
     """This process's place, from the launcher's environment; one lone rank without a launcher.
 
     Fills in the variables that torch.distributed needs where there was no launcher, and shares
-    the machine's cores between its ranks when they compute on the CPU.
+    the machine's cores between its ranks when they compute on the CPU, unless OMP_NUM_THREADS or
+    MKL_NUM_THREADS says how many threads a rank takes.
     """
     for name, value in {
         "RANK": "0",
@@ -112,7 +114,8 @@ def read_ranks() -> Ranks:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
+        if threads := threads_per_rank(local_world):
+            torch.set_num_threads(threads)
     return Ranks(read_rank(), world, local_rank, local_world, device)
 
 
@@ -168,4 +171,5 @@ def memory_gib(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**30
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    unit = 1 if sys.platform == "darwin" else 2**10  # bytes there, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -21,14 +21,13 @@ from pathlib import Path
 
 from relora.errors import ConfigError
 from relora.files import is_file, read_text
+from relora.runtime.arguments import encode
 from relora.runtime.devices import listed
 from relora.runtime.signals import FRONT
 
 LINE = "a line is `host slots=N`: a name that ssh knows, and how many GPUs of it to use, from 1 up"
 # What pdsh and ssh take for a name and for nothing else; user@ may stand before it.
 HOST = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9_.-]*@)?[A-Za-z0-9][A-Za-z0-9_.-]*")
-PLAIN = re.compile(r"[A-Za-z0-9_.,:+/-][A-Za-z0-9_.,:+/=@-]*")
-ENCODED = "--encoded="
 # Variables that ranks elsewhere get from here, by their beginnings: those of deepspeed's own
 # launcher, and those that decide what a rank computes with.
 EXPORTED: tuple[str, ...] = ("MLFLOW", "MV2", "NCCL", "PYTHON", "UCX")
@@ -151,23 +150,6 @@ def signal_command(slots: Mapping[str, int], port: int, number: int) -> list[str
         f"pkill -{number:d} -P $p || kill -{number:d} $p; done"
     )
     return _pdsh(slots, f"exec sh -c {_quote(script)}")
-
-
-def encode(argument: str) -> str:
-    """The argument itself if every shell leaves it alone, else a word that `decode` understands."""
-    if PLAIN.fullmatch(argument) and not argument.startswith(ENCODED):
-        return argument
-    return ENCODED + base64.urlsafe_b64encode(json.dumps(argument).encode()).decode()
-
-
-def decode(argument: str) -> str:
-    """What `encode` was given; other words are as they are, for the command line to judge."""
-    if not argument.startswith(ENCODED):
-        return argument
-    try:
-        return str(json.loads(base64.urlsafe_b64decode(argument.removeprefix(ENCODED))))
-    except ValueError:
-        return argument
 
 
 def _world(slots: Mapping[str, int]) -> str:

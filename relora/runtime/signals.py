@@ -33,7 +33,7 @@ ECHO_SAME_S = 0.2
 LAUNCHER_GONE: signal.Signals = getattr(signal, "SIGRTMIN", signal.SIGUSR2)
 # What `relora launch` sends to its ranks when it was asked a second time. They leave the counting
 # to it: it alone gets each wish once.
-EXIT_NOW = int(LAUNCHER_GONE) + 1
+EXIT_NOW = int(signal.SIGRTMIN) + 1 if hasattr(signal, "SIGRTMIN") else int(signal.SIGQUIT)
 FRONT = "RELORA_FRONT"  # set by it in their environment
 PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None)  # now: between fork and exec it could wait for ever
