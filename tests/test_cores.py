@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from relora.cli import main
 from relora.runtime import cores
 
 ASK = (
@@ -102,3 +103,11 @@ def test_the_command_line_limits_spinning_before_torch_is_loaded() -> None:
         [sys.executable, "-c", code], env=clean, capture_output=True, text=True, check=True
     )
     assert done.stdout.splitlines()[-1] == f"{cores.SPINS} False"
+
+
+def test_windows_is_refused_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert main(["plan", "any.yaml"]) == 2
+    assert capsys.readouterr().err == "relora: needs Linux; on Windows that is WSL 2\n"
