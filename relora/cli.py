@@ -14,7 +14,9 @@ from importlib import import_module
 from pathlib import Path
 
 from relora import __version__
+from relora.errors import ConfigError
 from relora.files import as_user_error, mend_standard_streams
+from relora.runtime.cores import limit_spinning
 
 Verbs = argparse._SubParsersAction  # of argparse.ArgumentParser
 OVERRIDES = "dotted overrides of the config file, such as optimizer.lr=1e-3 or relora=null"
@@ -186,6 +188,10 @@ def _add_reading_verbs(verbs: Verbs) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code (0 done, 1 our bug, 2–6 and 75 as in the README)."""
     mend_standard_streams()
+    limit_spinning()
+    if sys.platform == "win32":  # signals, file locks and DeepSpeed's launcher are another matter
+        print("relora: needs Linux; on Windows that is WSL 2", file=sys.stderr)
+        return ConfigError.code
     parser = build_parser()
     known, rest = parser.parse_known_args(argv)
     arguments = vars(known)

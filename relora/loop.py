@@ -76,11 +76,15 @@ def _train(run: Run, stop: StopRequest) -> bool | None:
         run.consumed += config.batch.global_batch_size
         loss, stops = _exchange(run, result.loss, bool(stop))
         run.interval.append(time.perf_counter() - began)
+        stop.note(run.step, None if run.saving else run.saved_at, run.interval[-1])
 
         # An update that was not finite happened on no rank: data moves on, the clock does not.
         in_a_row = 0 if result.applied else in_a_row + 1
         if not result.applied:
             _note_skipped(run, in_a_row)
+            if stops:
+                _save_early(run)
+                return False
             continue
         run.step += 1
         if config.train.spike and _has_jumped(run, loss, config.train.spike):
@@ -223,6 +227,15 @@ def _note_skipped(run: Run, in_a_row: int) -> None:
             "the newest checkpoint is from before; lower the learning rate, or raise "
             "train.max_skipped"
         )
+
+
+def _save_early(run: Run) -> None:
+    """The checkpoint of a run that stops while its updates are skipped.
+
+    If this step has one already, or is none yet, a resume takes the same data and skips it again.
+    """
+    if run.step > 0:
+        save(run, background=False)
 
 
 def _has_jumped(run: Run, loss: float, spike: SpikeConfig) -> bool:
