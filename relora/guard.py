@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import json
 import shutil
 import sys
 from collections.abc import Callable
@@ -20,6 +18,7 @@ from relora.errors import (
     NumericsError,
     UserError,
 )
+from relora.files import NO_ROOM, making, write_atomically, write_json
 from relora.loop import train_run
 from relora.model import load_model_config
 from relora.run import leave_run, start_run
@@ -28,15 +27,13 @@ from relora.runtime.distributed import Ranks, is_lost_rank
 from relora.runtime.lost import describe_loss, forget_marks
 from relora.runtime.rundir import (
     PATIENCE_S,
+    clear_leftovers,
     describe_environment,
     lock,
     read_run_state,
-    write_atomically,
     write_run_state,
 )
 from relora.runtime.signals import StopRequest
-
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
 def guarded(config: Config, shards: TokenShards, ranks: Ranks, wanted: Path | None = None) -> int:
@@ -134,19 +131,21 @@ def _open_run_dir(config: Config, shards: TokenShards, ranks: Ranks) -> Any:
     # The other ranks wait in a collective meanwhile, which has a timeout.
     claim = lock(run_dir, min(PATIENCE_S, 30 * config.deepspeed.timeout_minutes))
     forget_marks(run_dir)
+    clear_leftovers(run_dir)
     write_atomically(run_dir / "config.yaml", dump_config(config))
-    environment = json.dumps(describe_environment(ranks), indent=1)
-    write_atomically(run_dir / "environment.json", environment + "\n")
+    environment = describe_environment(ranks)
+    write_json(run_dir / "environment.json", environment)
     # Read only if it is to be written: what the run started from may be gone by now.
     _make_once(run_dir / "model", lambda to: load_model_config(config.model).save_pretrained(to))
-    _make_once(run_dir / "tokenizer", lambda path: shutil.copytree(shards.tokenizer_dir, path))
+    _make_once(
+        run_dir / "tokenizer",
+        lambda to: shutil.copytree(shards.tokenizer_dir, to, dirs_exist_ok=True),
+    )
     return claim
 
 
 def _make_once(directory: Path, make: Callable[[Path], object]) -> None:
     """Make a directory whole or not at all, if it is not there."""
     if not directory.is_dir():
-        temporary = directory.with_name(f"{directory.name}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        make(temporary)
-        temporary.rename(directory)
+        with making(directory) as temporary:
+            make(temporary)

@@ -13,14 +13,14 @@ import torch
 from relora import console
 from relora.config import Config
 from relora.data.shards import TokenShards
-from relora.errors import DataError
+from relora.errors import DataError, UserError
 from relora.lora.inject import adapted_layers, add_adapters, find_targets
 from relora.model import build_meta_model, build_model, count_parameters, make_trainable
 from relora.restart.merge import init_adapters_, shrink_
 from relora.runtime import zero
 from relora.runtime.checkpoint import (
     Checkpoint,
-    complete_checkpoints,
+    named_checkpoints,
     newest_sound,
     open_checkpoint,
 )
@@ -96,7 +96,9 @@ def start_run(config: Config, shards: TokenShards, ranks: Ranks, wanted: Path | 
         shrink_(engine.module, checkpoint.state["shrink"])
         run.losses = checkpoint.state["losses"] if config.train.spike else []
         metrics.say(f"going on from step {step} ({checkpoint.directory})")
-        run.abandoned = [p for p in complete_checkpoints(config.run_dir) if step_of(p) > step]
+        # Damaged ones too, but nothing that no run has made.
+        later_ones = [p for p in named_checkpoints(config.run_dir) if step_of(p) > step]
+        run.abandoned = [p for p in later_ones if p.is_dir() and not p.is_symlink()]
         if wanted is not None and run.abandoned:
             later = ", ".join(path.name for path in run.abandoned)
             metrics.say(
@@ -125,7 +127,7 @@ def _build_engine(
     Weights the source lacks are as at the start of the run; adapters it lacks are born.
     """
     if source is None:
-        model = _first_model(config)
+        model = _first_model(config, ranks)
     else:  # its structure is enough, and the run directory has that
         model = build_model(structure_of(config), config.seed)
     if config.clock.has_adapters(step):
@@ -153,12 +155,28 @@ def _build_engine(
     return engine, places
 
 
-def _first_model(config: Config) -> Any:
+def _first_model(config: Config, ranks: Ranks) -> Any:
     """The model at step 0: from scratch, from a transformers directory, or from another run."""
     pretrained = config.model.pretrained
     if pretrained is None or not is_subject(pretrained):
         return build_model(config.model, config.seed)
-    model = merged_model(open_subject(pretrained))
+    # Rank 0 chooses: the other run may be at work, and all must start from one checkpoint.
+    opened = problem = None
+    if ranks.is_main:
+        try:
+            opened = open_subject(pretrained)
+        except UserError as error:
+            problem = error
+    ranks.agree(problem)
+    directory = ranks.share(opened and opened.checkpoint.directory)
+    if opened is None:
+        try:
+            opened = open_subject(directory)
+        except UserError as error:
+            problem = error
+    ranks.agree(problem)
+    assert opened is not None
+    model = merged_model(opened)
     return make_trainable(model, config.model.gradient_checkpointing)
 
 

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from relora.config import Config, load_run_config
 from relora.errors import CheckpointError
+from relora.files import is_file
 from relora.model import ModelConfig, build_model
-from relora.runtime.checkpoint import Checkpoint, newest_checkpoint, run_of
+from relora.runtime.checkpoint import (
+    Checkpoint,
+    is_checkpoint,
+    open_subject_checkpoint,
+    run_of,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,20 +39,34 @@ class Subject:
 
 def is_subject(path: Path) -> bool:
     """Whether `path` is a run directory or one of its checkpoints."""
-    return (path / "config.yaml").is_file() or (path / "manifest.json").is_file()
+    return is_file(path / "config.yaml") or is_checkpoint(path)
 
 
-def open_subject(path: Path) -> Subject:
+def say_aside(text: str) -> None:
+    """A line beside a command's output, which may be read by a program."""
+    print(f"relora: {text}", file=sys.stderr)
+
+
+def open_subject(path: Path, say: Callable[[str], None] = say_aside) -> Subject:
     """Find the checkpoint that `path` (a run or a checkpoint) means, and its run.
+
+    A flipped bit would load without a word, so every file is hashed. All are held open: the run
+    may retire the checkpoint as soon as it was found.
+
+    Args:
+        say: is told of every newer checkpoint that was passed over.
 
     Raises:
         CheckpointError: there is none, or it is damaged.
     """
-    directory = newest_checkpoint(path)
-    run_dir = run_of(directory)
-    if not (run_dir / "config.yaml").is_file():
-        raise CheckpointError(f"{directory}: {run_dir} is no run directory: it has no config.yaml")
-    checkpoint = Checkpoint(directory, thorough=True)  # a flipped bit would load without a word
+    checkpoint, complaints = open_subject_checkpoint(path)
+    run_dir = run_of(checkpoint.directory)
+    if not is_file(run_dir / "config.yaml"):
+        raise CheckpointError(
+            f"{checkpoint.directory}: {run_dir} is no run directory: it has no config.yaml"
+        )
+    for complaint in complaints:
+        say(f"passed over {complaint}")
     return Subject(run_dir, load_run_config(run_dir), checkpoint)
 
 
@@ -53,7 +75,7 @@ def structure_of(config: Config) -> ModelConfig:
 
     So what a run started from may go; its checkpoints hold every weight.
     """
-    if not (config.run_dir / "model" / "config.json").is_file():
+    if not is_file(config.run_dir / "model" / "config.json"):
         return config.model
     checkpointing = config.model.gradient_checkpointing
     path = config.run_dir / "model" / "config.json"

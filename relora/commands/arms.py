@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import subprocess
@@ -30,6 +29,7 @@ from relora.config import (
     load_run_config,
 )
 from relora.errors import PREEMPTED, CheckpointError, ConfigError, NumericsError, UserError
+from relora.files import write_atomically, write_json
 
 DIVERGED = NumericsError.code  # a result, not a reason to stop
 
@@ -80,8 +80,8 @@ def arms(
             }
     except _Stopped as stopped:
         return stopped.code
-    (to / "runs.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf8")
-    (to / "arms.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf8")
+    write_atomically(to / "runs.txt", "".join(f"{line}\n" for line in lines))
+    write_json(to / "arms.json", report)
     print(f"all {runs} runs are done: {to / 'runs.txt'}")
     return 0
 

@@ -159,7 +159,7 @@ def check_model(config: Config) -> None:
     Raises:
         ConfigError: targets, rank or context do not fit the model.
     """
-    from relora.runtime.checkpoint import newest_checkpoint
+    from relora.runtime.checkpoint import is_checkpoint, named_checkpoints, no_checkpoint
     from relora.subject import is_subject, structure_of
 
     pretrained = config.model.pretrained
@@ -167,7 +167,8 @@ def check_model(config: Config) -> None:
         check_same_model(config)
     elif pretrained is not None:
         if is_subject(pretrained):
-            newest_checkpoint(pretrained)
+            if not is_checkpoint(pretrained) and not named_checkpoints(pretrained):
+                raise no_checkpoint(pretrained)
         else:
             check_pretrained(pretrained)
     model = build_meta_model(structure_of(config))

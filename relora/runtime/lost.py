@@ -20,6 +20,7 @@ import stat
 import time
 from pathlib import Path
 
+from relora.files import write_atomically
 from relora.runtime.distributed import Ranks
 from relora.runtime.rundir import read_run_state
 
@@ -97,9 +98,7 @@ def _leave_mark(run_dir: Path, rank: int, reason: str) -> None:
     directory = run_dir / ".ranks"
     with contextlib.suppress(OSError):  # the error that brought us here matters more
         directory.mkdir(exist_ok=True)
-        temporary = directory / f"{rank:05d}.tmp"
-        temporary.write_text(reason, encoding="utf8")
-        temporary.replace(directory / f"{rank:05d}")
+        write_atomically(directory / f"{rank:05d}", reason, durable=False)
 
 
 def _read_marks(run_dir: Path) -> dict[int, str]:

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from relora.errors import CheckpointError, NumericsError
+from relora.files import write_json
 from relora.runtime.config import SpikeConfig
 from relora.runtime.distributed import Ranks
-from relora.runtime.rundir import write_atomically
 
 
 class Rollback(NamedTuple):
@@ -112,7 +112,7 @@ def record_rollbacks(run_dir: Path, rollbacks: Sequence[Rollback], ranks: Ranks)
     if ranks.is_main:
         values = [rollback._asdict() for rollback in rollbacks]
         try:
-            write_atomically(path, json.dumps(values, indent=1) + "\n")
+            write_json(path, values)
         except OSError as error:
             problem = CheckpointError(f"{path}: cannot be written: {error}; make room")
     ranks.agree(problem)
