@@ -74,7 +74,7 @@ class Checkpoint:
                 )
             for name in names:
                 self._list_pieces(directory / name, files.descriptors[name])
-            self.bytes = sum(os.fstat(file).st_size for file in files.descriptors.values())
+            self.bytes = files.bytes
         self._check_whole()
 
     @property

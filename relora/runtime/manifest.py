@@ -46,6 +46,7 @@ class Files(NamedTuple):
 
     manifest: dict[str, Any]
     descriptors: dict[str, int]  # of every file that the manifest names
+    bytes: int  # of these and the manifest
 
 
 @contextmanager
@@ -57,9 +58,8 @@ def holding(directory: Path) -> Iterator[Files]:
     """
     _refuse_link(directory)
     with ExitStack() as stack:
-        manifest = _parse_json(
-            directory / "manifest.json", _open(directory / "manifest.json", stack)
-        )
+        first = _open(directory / "manifest.json", stack)
+        manifest = _parse_json(directory / "manifest.json", first)
         if manifest.get("format") != FORMAT:
             raise CheckpointError(
                 f"{directory}: has format {str(manifest.get('format'))[:20]}, this version reads "
@@ -75,7 +75,9 @@ def holding(directory: Path) -> Iterator[Files]:
                 raise CheckpointError(
                     f"{directory / name}: has {size} bytes, {written} were written"
                 )
-        yield Files(manifest, files)
+        yield Files(
+            manifest, files, sum(os.fstat(each).st_size for each in (first, *files.values()))
+        )
 
 
 def compare_hashes(directory: Path, files: Files) -> None:

@@ -171,7 +171,7 @@ def drop_after(path: Path, step: int) -> list[str]:
     Returns:
         A complaint about each other line that is broken; it is removed.
     """
-    if not path.exists():
+    if not path.is_file():
         return []
     kept: list[bytes] = []
     complaints = []
