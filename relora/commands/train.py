@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from relora.config import (
     MAY_CHANGE,
+    PATHS,
     Config,
     check_world,
     differences,
@@ -60,13 +61,14 @@ def train(config: Path, overrides: Sequence[str], resume: str = "auto") -> int:
 
     from relora.data.shards import open_shards
     from relora.guard import guarded
+    from relora.moved import prepared_data
     from relora.runtime import zero
 
     ranks = read_ranks()
     shards = problem = None
     try:
         # Machines may have disks of their own: one rank on each reads its shards through.
-        shards = open_shards(settings.data, verify=ranks.local_rank == 0)
+        shards = open_shards(prepared_data(settings), verify=ranks.local_rank == 0)
         check_vocabulary(settings, shards)
     except UserError as error:
         if ranks.world == 1:
@@ -127,11 +129,17 @@ def is_finished(config: Config, wanted: Path | None = None) -> bool:
         raise ConfigError(f"run_dir: {config.run_dir} is not a directory; choose another")
     if not saved.is_file():
         return False
+    before = load_run_config(config.run_dir)
     changes = [
         f"{path}: was {old!r}, is now {new!r}"
-        for path, old, new in differences(load_run_config(config.run_dir), config)
-        if not path.startswith(MAY_CHANGE)
+        for path, old, new in differences(before, config)
+        if not path.startswith(MAY_CHANGE) and (path not in PATHS or None in (old, new))
     ]
+    if not changes and before != config:
+        from relora.moved import other_contents
+
+        check_same_model(config)
+        changes = list(other_contents(before, config))
     if changes:
         raise ConfigError(
             "\n  ".join(

@@ -9,12 +9,11 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -22,8 +21,7 @@ from relora import files
 from relora.config import Config, build_config, load_run_config
 from relora.errors import CheckpointError, ConfigError
 from relora.files import exists, is_file, supplied
-from relora.runtime.checkpoint import is_checkpoint, named_checkpoints
-from relora.runtime.manifest import holding, read_state
+from relora.runtime.checkpoint import newest_state
 from relora.runtime.metrics import decode_line
 from relora.runtime.rundir import check_plain, read_run_state
 
@@ -132,7 +130,7 @@ def read_run(run_dir: Path) -> RunFiles:
         raise CheckpointError(f"{run_dir}: its config cannot be read: {error}") from None
     start, complaints = _read_start(settings)
     log, evaluations, events, last = _read_metrics(metrics, start)
-    newest, unsound = _newest_state(run_dir)
+    newest, unsound = newest_state(run_dir)
     return RunFiles(
         path=run_dir,
         config=settings,
@@ -245,36 +243,13 @@ def is_number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) < LARGEST
 
 
-class _State(NamedTuple):
-    """What a report needs of a checkpoint."""
-
-    state: dict[str, Any]
-    bytes: int  # on disk
-
-
-def _newest_state(subject: Path) -> tuple[_State | None, list[str]]:
-    """That of a checkpoint, or of a run's newest that is whole; complaints about newer ones."""
-    complaints: dict[Path, str] = {}
-    while True:
-        found = [subject] if is_checkpoint(subject) else named_checkpoints(subject)
-        left = [path for path in found if path not in complaints]
-        if not left:
-            return None, list(complaints.values())
-        try:
-            with holding(left[-1]) as held:
-                return _State(read_state(left[-1], held), held.bytes), list(complaints.values())
-        except CheckpointError as error:
-            if os.path.lexists(left[-1]):  # and not retired by its run in this moment
-                complaints[left[-1]] = str(error)
-
-
 def _read_start(config: Config) -> tuple[Start | None, list[str]]:
     """What the weights of `model.pretrained` had cost, if they come from a run."""
     given = config.model.pretrained
     if given is None:
         return None, []
     unknown = f"what the weights it starts from ({given}) had cost is unknown and not counted"
-    found, unsound = _newest_state(given)
+    found, unsound = newest_state(given)
     complaints = [f"passed over {complaint}" for complaint in unsound]
     if found is None:
         return None, [*complaints, unknown]

@@ -258,6 +258,32 @@ def open_newest(run_dir: Path) -> tuple[Checkpoint | None, list[str]]:
     return None, []
 
 
+class Standing(NamedTuple):
+    """A checkpoint's state.json, and its bytes on disk."""
+
+    state: dict[str, Any]
+    bytes: int
+
+
+def newest_state(subject: Path) -> tuple[Standing | None, list[str]]:
+    """How a checkpoint stands, or a run's newest that is whole, and complaints about newer ones.
+
+    Nothing is hashed, so a flipped bit in its tensors is not noticed. None if there is none.
+    """
+    complaints: dict[Path, str] = {}
+    while True:
+        found = [subject] if is_checkpoint(subject) else named_checkpoints(subject)
+        left = [path for path in found if path not in complaints]
+        if not left:
+            return None, list(complaints.values())
+        try:
+            with holding(left[-1]) as held:
+                return Standing(read_state(left[-1], held), held.bytes), list(complaints.values())
+        except CheckpointError as error:
+            if os.path.lexists(left[-1]):  # and not retired by its run in this moment
+                complaints[left[-1]] = str(error)
+
+
 def newest_sound(run_dir: Path, ranks: Ranks) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint whose files are all as written, and complaints about newer ones.
 

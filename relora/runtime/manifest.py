@@ -218,7 +218,13 @@ def _is_scale(value: Any) -> bool:
 
 
 # Of checkpoints from before these were kept.
-_DEFAULTS: dict[str, Any] = {"shrink": 1.0, "loss_scale": None, "losses": []}
+_DEFAULTS: dict[str, Any] = {
+    "shrink": 1.0,
+    "loss_scale": None,
+    "losses": [],
+    "config": None,
+    "run_files": {},
+}
 _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(
         ("step", "consumed", "skipped", "merges", "world_size"), (_is_count, "a whole number ≥ 0")
@@ -231,6 +237,8 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
         "a list of numbers ≥ 0",
     ),
     "data": (lambda value: isinstance(value, str), "text"),
+    "config": (lambda value: value is None or isinstance(value, dict), "a mapping"),
+    "run_files": (_is_table(lambda value: isinstance(value, str)), "a hash for each name"),
     "shapes": (_is_table(_is_shape), "a list of whole numbers for each parameter"),
     "adam_steps": (_is_table(_is_amount), "a number ≥ 0 for each parameter"),
 }

@@ -167,6 +167,47 @@ def _is_leaving(holder: dict[str, Any]) -> bool:
     return status == psutil.STATUS_ZOMBIE or holder.get("launcher") not in (None, parent)
 
 
+def read_stretches(run_dir: Path) -> list[dict[str, Any]]:
+    """environment.json: for each stretch of a run what it ran on and `from_step`, oldest first.
+
+    A run that goes on with other ranks, settings or code, or on another machine, begins another.
+
+    Raises:
+        CheckpointError: the file is there and is not what a run writes.
+    """
+    path = run_dir / "environment.json"
+    if not os.path.lexists(path):
+        return []
+    newest = read_json(path, CheckpointError)
+    earlier = newest.pop("earlier", [])
+    stretches = [*earlier, newest] if isinstance(earlier, list) else [newest, {"from_step": None}]
+    for stretch in stretches:
+        # Before there were stretches, the last environment was taken for that of the whole run.
+        if not isinstance(stretch, dict) or not _is_count(stretch.setdefault("from_step", 0)):
+            raise CheckpointError(f"{path}: is not what a run writes")
+    return stretches
+
+
+def record_stretch(run_dir: Path, step: int, environment: dict[str, Any]) -> str | None:
+    """Note what a run goes on with from a step; those it went back from are forgotten.
+
+    The newest stands at the top of environment.json, those before it under `earlier`.
+
+    Returns:
+        A complaint if what was there cannot be read; it is made anew.
+    """
+    complaint = None
+    try:
+        before = [s for s in read_stretches(run_dir) if s["from_step"] < step]
+    except CheckpointError as error:
+        before, complaint = [], f"{error}; made anew, and what the run ran on before is not known"
+    if before and {**before[-1], "from_step": step} == {**environment, "from_step": step}:
+        step = before.pop()["from_step"]
+    values = {"from_step": step, **environment}
+    write_json(run_dir / "environment.json", values | ({"earlier": before} if before else {}))
+    return complaint
+
+
 @functools.cache
 def installed_versions() -> dict[str, str | None]:
     """Versions of relora and of what it stands on; None for what is not installed."""
