@@ -22,6 +22,7 @@ from relora.errors import (
     LostRankError,
     UserError,
 )
+from relora.files import exists, is_dir, is_file
 from relora.model import build_meta_model, check_pretrained
 
 # torch and all that imports it waits until the config has been checked.
@@ -105,8 +106,8 @@ def find_checkpoint(run_dir: Path, path: Path) -> Path:
     names = [checkpoint.name for checkpoint in complete_checkpoints(run_dir)]
     has = f"{home} has {', '.join(names)}" if names else f"{home} has none"
     resolved = path.resolve()
-    if not resolved.is_dir():
-        raise ConfigError(f"--resume: {path}: no such checkpoint; {has}")
+    if not is_dir(resolved):
+        raise ConfigError(f"--resume: {str(path)[:300]}: no such checkpoint; {has}")
     if resolved.parent != home.resolve() or not is_checkpoint_name(resolved.name):
         raise ConfigError(
             f"--resume: {path} is no checkpoint of this run; {has}. To start another run from its "
@@ -122,12 +123,13 @@ def is_finished(config: Config, wanted: Path | None = None) -> bool:
         ConfigError: it holds another run, or one that is past the wanted length already.
     """
     from relora.runtime.manifest import step_of
-    from relora.runtime.rundir import read_run_state
+    from relora.runtime.rundir import check_plain, read_run_state
 
     saved = config.run_dir / "config.yaml"
-    if config.run_dir.exists() and not config.run_dir.is_dir():
+    if exists(config.run_dir) and not is_dir(config.run_dir):
         raise ConfigError(f"run_dir: {config.run_dir} is not a directory; choose another")
-    if not saved.is_file():
+    check_plain(saved)
+    if not is_file(saved):
         return False
     before = load_run_config(config.run_dir)
     changes = [
@@ -200,8 +202,8 @@ def check_same_model(config: Config) -> None:
     """
     from relora.model import ModelConfig, load_model_config
 
-    begun = (config.run_dir / "model" / "config.json").is_file()
-    if not begun or (config.model.pretrained and not config.model.pretrained.exists()):
+    begun = is_file(config.run_dir / "model" / "config.json")
+    if not begun or (config.model.pretrained and not exists(config.model.pretrained)):
         return
     old = load_model_config(ModelConfig(pretrained=config.run_dir)).to_dict()
     new = load_model_config(config.model).to_dict()
