@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 
 from relora import files
-from relora.config import Config, build_config, load_run_config
+from relora.config import Config, build_config, leaves, load_run_config
 from relora.errors import CheckpointError, ConfigError
 from relora.files import exists, is_file, supplied
 from relora.runtime.checkpoint import newest_state
 from relora.runtime.metrics import decode_line
-from relora.runtime.rundir import check_plain, read_run_state
+from relora.runtime.rundir import check_plain, read_run_state, read_stretches
 
 COLUMNS = (
     "step",
@@ -35,6 +35,8 @@ COLUMNS = (
     "perf/step_ms",
     "perf/memory_gib",
 )
+# Of an environment: what decides how long a step takes.
+MACHINE = ("device", "world_size", "threads_per_rank", "platform")
 LARGEST = 1e300  # no figure is beyond it; sums of such stay finite
 BLOCK = 2000  # lines that are decoded at once
 AT_WORK = ("running", "preempted", "unknown")  # these may still get further by themselves
@@ -63,6 +65,25 @@ class Evaluations:
 
 
 @dataclass(frozen=True)
+class Stretch:
+    """What a run ran on for a while."""
+
+    begin: int  # after this step
+    end: int  # as far as the run has got
+    environment: dict[str, Any]
+
+    def holds(self, steps: np.ndarray) -> np.ndarray:
+        """Which of the steps are its own."""
+        return (steps > self.begin) & (steps <= self.end)
+
+    @property
+    def speed(self) -> dict[str, Any]:
+        """What decides how long a step takes."""
+        flat = leaves(self.environment)
+        return {k: v for k, v in flat.items() if k in MACHINE or k.startswith("settings.")}
+
+
+@dataclass(frozen=True)
 class RunFiles:
     """One run directory."""
 
@@ -71,7 +92,7 @@ class RunFiles:
     status: str
     reason: str
     model: dict[str, Any] | None  # model/config.json
-    environment: dict[str, Any]
+    stretches: list[Stretch]
     log: dict[str, np.ndarray]
     evaluations: Evaluations
     events: list[dict[str, Any]]  # all lines that are neither training figures nor evaluations
@@ -88,9 +109,25 @@ class RunFiles:
         return int(max(logged, default=0))
 
     @property
+    def main(self) -> Stretch:
+        """The longest stretch: figures of speed and memory are of it alone."""
+        return max(self.stretches, key=lambda stretch: stretch.end - stretch.begin)
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        """What the run ran on, for most of it."""
+        return self.main.environment
+
+    @property
+    def mixed(self) -> bool:
+        """Whether its time is a mixture: of other machines, ranks or settings."""
+        return any(stretch.speed != self.main.speed for stretch in self.stretches)
+
+    @property
     def world(self) -> int:
         """Ranks; 1 if the run does not say."""
-        return int(self.environment.get("world_size") or 1)
+        world = self.environment.get("world_size")
+        return world if type(world) is int and 0 < world < 2**31 else 1
 
     @property
     def gave_up(self) -> bool:
@@ -101,10 +138,14 @@ class RunFiles:
         """Event lines that have `key` as a number."""
         return [line for line in self.events if is_number(line.get(key))]
 
-    def median(self, key: str) -> float | None:
-        """Median of a training figure; robust against a pause of the machine."""
+    def of_main(self, key: str) -> np.ndarray:
+        """A training figure in the longest stretch, where it is finite."""
         values = self.log[key]
-        values = values[np.isfinite(values)]
+        return values[np.isfinite(values) & self.main.holds(self.log["step"])]
+
+    def median(self, key: str) -> float | None:
+        """Median of a training figure in the longest stretch; robust against a pause."""
+        values = self.of_main(key)
         return float(np.median(values)) if len(values) else None
 
 
@@ -131,13 +172,16 @@ def read_run(run_dir: Path) -> RunFiles:
     start, complaints = _read_start(settings)
     log, evaluations, events, last = _read_metrics(metrics, start)
     newest, unsound = newest_state(run_dir)
+    complaints += [f"passed over {complaint}" for complaint in unsound]
+    steps = [*log["step"], *evaluations.step]
+    stretches, unknown = _read_stretches(run_dir, int(max(steps, default=0)))
     return RunFiles(
         path=run_dir,
         config=settings,
         status=status,
         reason=str(state.get("reason", "")),
         model=read_json(run_dir / "model" / "config.json"),
-        environment=read_json(run_dir / "environment.json") or {},
+        stretches=stretches,
         log=log,
         evaluations=evaluations,
         events=events,
@@ -145,8 +189,25 @@ def read_run(run_dir: Path) -> RunFiles:
         data=newest and str(newest.state["data"]),
         start=start,
         silent_s=max(0.0, time.time() - last) if status == "running" and last else None,
-        complaints=[*complaints, *(f"passed over {complaint}" for complaint in unsound)],
+        complaints=complaints + unknown,
     )
+
+
+def _read_stretches(run_dir: Path, last: int) -> tuple[list[Stretch], list[str]]:
+    """A run's stretches up to its last step, at least one, and what is wrong with their file."""
+    complaints = []
+    try:
+        found = read_stretches(run_dir)
+    except CheckpointError as error:  # the figures do not depend on it
+        found, complaints = [], [f"{error}; what it ran on is unknown"]
+    begins = [min(stretch.pop("from_step"), last) for stretch in found] or [0]
+    ends = [*begins[1:], last]
+    stretches = [
+        Stretch(begin, end, environment)
+        for begin, end, environment in zip(begins, ends, found or [{}], strict=True)
+    ]
+    # One that has not got to a step yet says nothing of the run so far.
+    return [s for s in stretches if s.end > s.begin] or stretches[-1:], complaints
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

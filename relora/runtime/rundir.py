@@ -203,7 +203,7 @@ def record_stretch(run_dir: Path, step: int, environment: dict[str, Any]) -> str
         before, complaint = [], f"{error}; made anew, and what the run ran on before is not known"
     if before and {**before[-1], "from_step": step} == {**environment, "from_step": step}:
         step = before.pop()["from_step"]
-    values = {"from_step": step, **environment}
+    values = {**environment, "from_step": step}
     write_json(run_dir / "environment.json", values | ({"earlier": before} if before else {}))
     return complaint
 
