@@ -13,12 +13,13 @@ from typing import Any
 import torch
 
 from relora import console
+from relora.advice import idle_settings
 from relora.config import OF_SPEED, Config, leaves
 from relora.data.shards import TokenShards
 from relora.data.tokenizer import tokenizer_hash
 from relora.errors import CheckpointError, DataError, UserError
 from relora.files import making, supplied
-from relora.lora.inject import adapted_layers, add_adapters, find_targets
+from relora.lora.inject import adapted_layers, add_adapters, find_targets, linear_layers
 from relora.model import build_meta_model, build_model, count_parameters, make_trainable
 from relora.restart.merge import init_adapters_, shrink_
 from relora.runtime import zero
@@ -114,6 +115,9 @@ def start_run(
     run.rollbacks = read_rollbacks(config.run_dir, ranks)
     for line in console.header(config, count_parameters(engine.module), shards, ranks):
         metrics.say(line)
+    sequences = len(shards.validation) // config.data.sequence_length
+    for line in idle_settings(config, _measured_shapes(run), step, sequences):
+        metrics.say(f"{'note':9} {line}")
     if checkpoint:
         run.consumed = checkpoint.state["consumed"]
         run.skipped = checkpoint.state["skipped"]
@@ -136,6 +140,15 @@ def start_run(
         run.owes_merge = checkpoint.state["merges"] < config.clock.merges_before(step)
     _note_progress(run, step)
     return run
+
+
+def _measured_shapes(run: Run) -> dict[str, tuple[int, ...]]:
+    """Shapes of the weights whose spectra are measured, if any are, by layer."""
+    if run.config.spectra is None:
+        return {}
+    module = run.engine.module
+    names = [name for name, _ in adapted_layers(module)] or list(linear_layers(module))
+    return {name: tuple(run.places[f"{name}.weight"].shape) for name in names}
 
 
 def _describe_files(
