@@ -111,7 +111,7 @@ def other_contents(old: Config, new: Config) -> Iterator[str]:
 
 def _same_weights(one: Path, other: Path) -> bool:
     """Whether two places hold the same weights, byte for byte."""
-    if one.resolve() == other.resolve():
+    if os.path.realpath(one) == os.path.realpath(other):
         return True
     a, b = _weight_files(one), _weight_files(other)
     return a.keys() == b.keys() and all(filecmp.cmp(a[n], b[n], shallow=False) for n in a)

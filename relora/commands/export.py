@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -57,7 +58,7 @@ def write_export(to: Path, subject: Subject, model: PreTrainedModel) -> None:
     """
     from safetensors import SafetensorError
 
-    target = to.resolve()  # a link goes on to be one
+    target = Path(os.path.realpath(to))  # a link goes on to be one
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with making(target, replace=True) as temporary:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -105,10 +106,10 @@ def find_checkpoint(run_dir: Path, path: Path) -> Path:
     home = run_dir / "checkpoints"
     names = [checkpoint.name for checkpoint in complete_checkpoints(run_dir)]
     has = f"{home} has {', '.join(names)}" if names else f"{home} has none"
-    resolved = path.resolve()
+    resolved = Path(os.path.realpath(path))
     if not is_dir(resolved):
         raise ConfigError(f"--resume: {str(path)[:300]}: no such checkpoint; {has}")
-    if resolved.parent != home.resolve() or not is_checkpoint_name(resolved.name):
+    if resolved.parent != Path(os.path.realpath(home)) or not is_checkpoint_name(resolved.name):
         raise ConfigError(
             f"--resume: {path} is no checkpoint of this run; {has}. To start another run from its "
             f"weights, set model.pretrained={path} and another run_dir"
