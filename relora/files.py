@@ -159,8 +159,13 @@ def making(directory: Path, replace: bool = False) -> Iterator[Path]:
     """
     temporary = beside(directory)
     temporary.mkdir()
+    mode = stat.S_IMODE(temporary.stat().st_mode)
     try:
         yield temporary
+        # What was copied in has brought its modes along, that of a read-only medium perhaps.
+        for path in (temporary, *temporary.rglob("*")):
+            if path.is_dir() and not path.is_symlink():
+                path.chmod(mode)
         settle(temporary)
         if replace and directory.is_dir():
             # Never without either: the old one goes when the new one has its name.

@@ -214,7 +214,7 @@ def test_readers_of_a_run_that_retires_checkpoints_never_fail(
     process = Process(tmp_path / "out.txt", "train", config)
     process.wait_for_step(run_dir, 10)
     steps = set()
-    for turn in range(6):
+    for turn in range(2):
         for command in (
             ("verify", run_dir),
             ("evaluate", run_dir, "--max-sequences", 2),
@@ -227,7 +227,7 @@ def test_readers_of_a_run_that_retires_checkpoints_never_fail(
         assert process.popen.poll() is None, process.text
     process.popen.send_signal(signal.SIGTERM)
     assert process.wait() == 75, process.text
-    assert len(steps) > 3  # the run went on meanwhile
+    assert len(steps) > 1  # the run went on meanwhile
     assert "passed over" not in capsys.readouterr().err
 
 
