@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 UNSAFE_ZERO = {
     "round_robin_gradients": "DeepSpeed maps fp32 masters to the wrong parameters with it",
     "offload_param": "merges do not reach weights that were moved off the device",
+    "zenflow": "its optimizer keeps moments of its own, which merges do not reset",
     "mics_shard_size": "merges count on each entry having one owner among all ranks",
     "zero_quantized_weights": "a merge into quantised weights loses most of the update",
     "zero_quantized_nontrainable_weights": "a merge into quantised weights loses most of it",
@@ -39,6 +40,13 @@ REFUSED_EXTRA = {
     "remove it",
     "checkpoint": "checkpoints are relora's own: those of DeepSpeed lose frozen weights when the "
     "ranks change; remove it",
+    "autotuning": "it ends the process after a few steps, as if the run were done; remove it",
+    "compile": "would do nothing; remove it",
+    "data_efficiency": "would do nothing, since batches are relora's own; remove it",
+    "pipeline": "would do nothing, since the model is not cut into stages; remove it",
+    "tensor_parallel": "merges count on each weight being whole, or partitioned by ZeRO; remove it",
+    "expert_parallel": "merges count on each weight being whole, or partitioned by ZeRO; remove it",
+    "hybrid_engine": "it swaps the layers for its own, without their adapters; remove it",
     "elasticity": "the global batch is fixed, and a run goes on with any number of ranks that "
     "divides it; remove it",
 }
@@ -54,7 +62,13 @@ def cross_checks(config: Config, read_model: bool) -> Iterator[str]:
     yield from _check_lengths(config)
     yield from _check_saving(config)
     yield from _check_spectra(config)
-    yield from _check_deepspeed(config)
+    engine = list(_check_deepspeed(config))
+    yield from engine
+    if read_model and config.deepspeed.extra and not engine:
+        # Late, and only where there is something to ask it: the import takes seconds.
+        from relora.runtime.zero import refusals
+
+        yield from refusals(config.deepspeed, config.optimizer, config.batch.micro_batch_size)
     if read_model and config.model.config is not None:
         try:
             model = read_model_json(config.model.config)

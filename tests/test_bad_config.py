@@ -385,7 +385,7 @@ def test_all_mistakes_are_shown_at_once(
         (b"- a\n- b\n", "bad.yaml: a config file is a mapping of sections, such as `model:`"),
         (b"seed: 1\nseed: 2\n", "bad.yaml: not valid YAML: line 2: seed is given twice"),
         (b"? [a, b]\n: 1\n", "bad.yaml: not valid YAML: line 1: a key must be a name"),
-        (b"\xff\xfe", "bad.yaml: not valid YAML: 'utf-8' codec can't decode byte 0xff"),
+        (b"\xff\xfe", "bad.yaml: cannot be read: not UTF-8 (byte 0xff at 0)"),
         (b"model: [\n", "bad.yaml: not valid YAML: while parsing"),
         (b"model: !!python/name:os.system\n", "bad.yaml: not valid YAML: could not determine a"),
         (

@@ -23,7 +23,7 @@ from relora.errors import ConfigError, DataError
         (b"\xff", "not UTF-8"),
         (b'{"n": ' + b"7" * 4301 + b"}", "not valid JSON"),
         (b"[" * 100_000, "not valid JSON"),
-        (b" " * 101, "too much"),
+        (b" " * 101, "101 bytes is no file"),
     ],
 )
 def test_a_json_file_that_is_none_is_one_message(
