@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from relora.commands.compare import read_report
 from runs import (
     MODELS,
     differing,
@@ -127,7 +128,13 @@ def test_text_that_moved_is_the_same_once_it_was_prepared(
     assert relora("prepare", config, *settings) == 0
     assert relora("train", config, *settings) == 0
     assert "data.source.files: was ['text/*.txt']" in capsys.readouterr().out
-    assert trajectory(run_dir) == trajectory(moved / "runs" / "whole")
+    whole = moved / "runs" / "whole"
+    assert trajectory(run_dir) == trajectory(whole)
+    # Nor does a report take them for other data, or for more than one arm's.
+    report = read_report([str(whole), str(run_dir)])
+    assert not [line for line in report["warnings"] if "data" in line]
+    (arm,) = read_report([f"same={whole}", f"same={run_dir}"])["arms"]
+    assert len(arm["seeds"]) == 2
 
 
 def test_another_model_under_another_name_is_refused(

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from relora.config import leaves
-from relora.report.arms import Arm
+from relora.report.arms import Arm, only_moved
 from relora.report.read import MACHINE, RunFiles, Stretch
 from relora.runtime.metrics import format_duration
 
@@ -91,6 +91,7 @@ def _unlike(arms: Sequence[Arm], baseline: Arm) -> Iterator[str]:
             for path in dict.fromkeys([*one, *other]):
                 why = next((w for p, w in UNFAIR.items() if path.startswith(p)), None)
                 skipped = path in HARMLESS and (known or path != "model.config")
+                skipped = skipped or only_moved(path, first, run)
                 if path in LENGTHS and run.config.total_steps == first.config.total_steps:
                     continue
                 if why is None or skipped or one.get(path) == other.get(path):

@@ -21,6 +21,7 @@ from relora import files
 from relora.config import Config, build_config, leaves, load_run_config
 from relora.errors import CheckpointError, ConfigError
 from relora.files import exists, is_file, supplied
+from relora.moved import moved_path
 from relora.runtime.checkpoint import newest_state
 from relora.runtime.metrics import decode_line
 from relora.runtime.rundir import check_plain, read_run_state, read_stretches
@@ -169,7 +170,7 @@ def read_run(run_dir: Path) -> RunFiles:
         settings = load_run_config(run_dir)
     except ConfigError as error:
         raise CheckpointError(f"{run_dir}: its config cannot be read: {error}") from None
-    start, complaints = _read_start(settings)
+    start, complaints = _read_start(settings, run_dir)
     log, evaluations, events, last = _read_metrics(metrics, start)
     newest, unsound = newest_state(run_dir)
     complaints += [f"passed over {complaint}" for complaint in unsound]
@@ -304,13 +305,13 @@ def is_number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) < LARGEST
 
 
-def _read_start(config: Config) -> tuple[Start | None, list[str]]:
+def _read_start(config: Config, run_dir: Path) -> tuple[Start | None, list[str]]:
     """What the weights of `model.pretrained` had cost, if they come from a run."""
     given = config.model.pretrained
     if given is None:
         return None, []
     unknown = f"what the weights it starts from ({given}) had cost is unknown and not counted"
-    found, unsound = newest_state(given)
+    found, unsound = newest_state(moved_path(given, config, run_dir))
     complaints = [f"passed over {complaint}" for complaint in unsound]
     if found is None:
         return None, [*complaints, unknown]

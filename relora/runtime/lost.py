@@ -20,6 +20,7 @@ import stat
 import time
 from pathlib import Path
 
+from relora.errors import CheckpointError
 from relora.files import write_atomically
 from relora.runtime.distributed import Ranks
 from relora.runtime.rundir import read_run_state
@@ -49,7 +50,10 @@ def is_to_tell(run_dir: Path, ranks: Ranks) -> bool:
         (run_dir / ".ranks").mkdir(exist_ok=True)
         (run_dir / ".ranks" / "told").touch(exist_ok=False)
     except FileExistsError:
-        return read_run_state(run_dir).get("status") == "running"
+        try:
+            return read_run_state(run_dir).get("status") == "running"
+        except CheckpointError:  # it is not what a rank has told; this one can
+            return True
     except OSError:  # no room for a file without content either
         return ranks.is_main
     return True
