@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import platform
 import resource
 import shutil
 import signal
@@ -331,9 +333,18 @@ def test_an_environment_that_cannot_be_read_is_made_anew(
     assert json.loads(path.read_text())["from_step"] == 14
 
 
-@pytest.mark.parametrize("content", [b"\xff" * 9, b"null", b'{"pid": 1e99}', b'{"pid": "x"}'])
-def test_a_lock_file_may_hold_anything(content: bytes, run_dir: Path) -> None:
-    (run_dir / ".lock").write_bytes(content)
+@pytest.mark.parametrize("pid", ["null", '"x"', "1e99", "9" * 30, "-1", None])
+def test_a_lock_file_may_hold_anything(
+    pid: str | None, run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Held by somebody, it is a refusal; free, it is overwritten."""
+    path = run_dir / ".lock"
+    held = f'{{"pid": {pid}, "host": "{platform.node()}"}}'.encode()
+    path.write_bytes(held if pid else b"\xff" * 9)
+    with path.open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert train(run_dir, train__save_every=5) == 4
+        assert "process unknown trains in it already" in only_line(capsys)
     assert train(run_dir, "train.stop_after=15", train__save_every=5) == 75
 
 
