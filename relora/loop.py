@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from relora import console
-from relora.config import leaves
 from relora.data.loader import eval_batches, train_batches
 from relora.data.tokenizer import load_tokenizer
 from relora.errors import NumericsError
@@ -318,7 +317,7 @@ def _evaluate(run: Run) -> None:
     if run.config.train.sample_prompt is not None:
         run.metrics.text(run.step, "eval/sample", _sample(run, run.config.train.sample_prompt))
     if run.step == run.config.clock.total:
-        run.metrics.conclude(leaves(run.config.model_dump(mode="json")), values)
+        run.metrics.conclude(console.hyperparameters(run.config), values)
 
 
 def _sample(run: Run, prompt: str) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,16 +13,19 @@ from typing import Any
 import torch
 
 from relora import console
-from relora.config import Config
+from relora.advice import idle_settings
+from relora.config import OF_SPEED, Config, leaves
 from relora.data.shards import TokenShards
-from relora.errors import DataError
-from relora.lora.inject import adapted_layers, add_adapters, find_targets
+from relora.data.tokenizer import tokenizer_hash
+from relora.errors import CheckpointError, DataError, UserError
+from relora.files import making, supplied
+from relora.lora.inject import adapted_layers, add_adapters, find_targets, linear_layers
 from relora.model import build_meta_model, build_model, count_parameters, make_trainable
 from relora.restart.merge import init_adapters_, shrink_
 from relora.runtime import zero
 from relora.runtime.checkpoint import (
     Checkpoint,
-    complete_checkpoints,
+    named_checkpoints,
     newest_sound,
     open_checkpoint,
 )
@@ -28,11 +33,22 @@ from relora.runtime.distributed import Ranks
 from relora.runtime.manifest import step_of
 from relora.runtime.metrics import Metrics
 from relora.runtime.places import Places, capture
-from relora.runtime.rundir import installed_versions, write_run_state
+from relora.runtime.rundir import (
+    describe_environment,
+    installed_versions,
+    record_stretch,
+    write_run_state,
+)
 from relora.runtime.saving import Saving
 from relora.runtime.sources import Layered, Source, weights_of
 from relora.runtime.spikes import Rollback, read_rollbacks
-from relora.subject import is_subject, merged_model, open_subject, structure_of
+from relora.subject import (
+    hash_run_files,
+    is_subject,
+    merged_model,
+    open_subject,
+    structure_of,
+)
 
 
 @dataclass
@@ -58,6 +74,7 @@ class Run:
     loss_scale: zero.LossScale | None = None  # with precision fp16
     losses: list[float] = field(default_factory=list)  # of the last steps, for train.spike
     rollbacks: list[Rollback] = field(default_factory=list)  # what the run has gone back from
+    files: dict[str, str] = field(default_factory=dict)  # hashes of the run's own; on rank 0
 
     @property
     def elapsed(self) -> float:
@@ -65,8 +82,18 @@ class Run:
         return time.perf_counter() - self.started
 
 
-def start_run(config: Config, shards: TokenShards, ranks: Ranks, wanted: Path | None = None) -> Run:
-    """Build the run as it was at its newest sound checkpoint (or the wanted one), or at step 0."""
+def start_run(
+    config: Config,
+    shards: TokenShards,
+    ranks: Ranks,
+    wanted: Path | None = None,
+    notes: Sequence[str] = (),
+) -> Run:
+    """Build the run as it was at its newest sound checkpoint (or the wanted one), or at step 0.
+
+    Args:
+        notes: what to say first.
+    """
     checkpoint, complaints = find_checkpoint(config, ranks, wanted)
     step = checkpoint.step if checkpoint else 0
     if checkpoint and checkpoint.state["data"] != shards.fingerprint:
@@ -74,18 +101,23 @@ def start_run(config: Config, shards: TokenShards, ranks: Ranks, wanted: Path | 
             f"{shards.directory}: holds other tokens than the run in {config.run_dir} was trained "
             "on so far; put the old shards back, or start in another run_dir"
         )
+    files, made_anew = _describe_files(config, shards, ranks, checkpoint, step)
     metrics = Metrics(config.run_dir, ranks.is_main, resumed_at=step)
     ranks.agree(metrics.problem)
-    for complaint in complaints:
-        metrics.say(f"passed over {complaint}")
+    passed_over = [f"passed over {complaint}" for complaint in complaints]
+    for line in (*notes, *passed_over, *made_anew):
+        metrics.say(line)
     engine, places = _build_engine(config, ranks, step, checkpoint)
     run = Run(config, ranks, shards, metrics, engine, places, step, started=time.perf_counter())
-    run.wanted = wanted
+    run.wanted, run.files = wanted, files
     if config.deepspeed.precision == "fp16":
         run.loss_scale = zero.LossScale()
     run.rollbacks = read_rollbacks(config.run_dir, ranks)
     for line in console.header(config, count_parameters(engine.module), shards, ranks):
         metrics.say(line)
+    sequences = len(shards.validation) // config.data.sequence_length
+    for line in idle_settings(config, _measured_shapes(run), step, sequences):
+        metrics.say(f"{'note':9} {line}")
     if checkpoint:
         run.consumed = checkpoint.state["consumed"]
         run.skipped = checkpoint.state["skipped"]
@@ -96,7 +128,9 @@ def start_run(config: Config, shards: TokenShards, ranks: Ranks, wanted: Path | 
         shrink_(engine.module, checkpoint.state["shrink"])
         run.losses = checkpoint.state["losses"] if config.train.spike else []
         metrics.say(f"going on from step {step} ({checkpoint.directory})")
-        run.abandoned = [p for p in complete_checkpoints(config.run_dir) if step_of(p) > step]
+        # Damaged ones too, but nothing that no run has made.
+        later_ones = [p for p in named_checkpoints(config.run_dir) if step_of(p) > step]
+        run.abandoned = [p for p in later_ones if p.is_dir() and not p.is_symlink()]
         if wanted is not None and run.abandoned:
             later = ", ".join(path.name for path in run.abandoned)
             metrics.say(
@@ -106,6 +140,71 @@ def start_run(config: Config, shards: TokenShards, ranks: Ranks, wanted: Path | 
         run.owes_merge = checkpoint.state["merges"] < config.clock.merges_before(step)
     _note_progress(run, step)
     return run
+
+
+def _measured_shapes(run: Run) -> dict[str, tuple[int, ...]]:
+    """Shapes of the weights whose spectra are measured, if any are, by layer."""
+    if run.config.spectra is None:
+        return {}
+    module = run.engine.module
+    names = [name for name, _ in adapted_layers(module)] or list(linear_layers(module))
+    return {name: tuple(run.places[f"{name}.weight"].shape) for name in names}
+
+
+def _describe_files(
+    config: Config, shards: TokenShards, ranks: Ranks, checkpoint: Checkpoint | None, step: int
+) -> tuple[dict[str, str], list[str]]:
+    """Hashes of the run's own model and tokenizer, and what had to be made anew. Collective.
+
+    Raises:
+        CheckpointError: the model is another than that of the checkpoint, or nothing can be written
+            (every rank raises).
+    """
+    files: dict[str, str] = {}
+    said: list[str] = []
+    problem = None
+    if ranks.is_main:
+        run_dir = config.run_dir
+        try:
+            with supplied(CheckpointError, run_dir):
+                said, files = keep_tokenizer(run_dir, shards), hash_run_files(run_dir)
+                if (
+                    checkpoint
+                    and checkpoint.state["run_files"].get("model", files["model"])
+                    != (files["model"])
+                ):
+                    raise CheckpointError(
+                        f"{run_dir / 'model' / 'config.json'}: is not as it was when "
+                        f"{checkpoint.directory} was written; put the old one back"
+                    )
+                complaint = record_stretch(run_dir, step, _environment(config, shards, ranks))
+                said += [complaint] if complaint else []
+        except CheckpointError as error:
+            problem = error
+    ranks.agree(problem)
+    return files, said
+
+
+def _environment(config: Config, shards: TokenShards, ranks: Ranks) -> dict[str, Any]:
+    """What this process is part of; `settings` are those that change how long a step takes."""
+    values = leaves(config.model_dump(mode="json"))
+    return {
+        **describe_environment(ranks),
+        "settings": {path: values[path] for path in OF_SPEED if path in values},
+        "shards": str(shards.directory.resolve()),
+    }
+
+
+def keep_tokenizer(run_dir: Path, shards: TokenShards) -> list[str]:
+    """Make the run's tokenizer that of its shards, if it is not; rank 0 alone."""
+    own = run_dir / "tokenizer"
+    with contextlib.suppress(OSError):
+        if tokenizer_hash(own) == shards.index["tokenizer_sha256"]:
+            return []
+    there = own.exists()
+    with making(own, replace=True) as temporary:
+        shutil.copytree(shards.tokenizer_dir, temporary, dirs_exist_ok=True)
+    return [f"{own}: was not the tokenizer of the shards; made anew"] if there else []
 
 
 def find_checkpoint(
@@ -125,7 +224,7 @@ def _build_engine(
     Weights the source lacks are as at the start of the run; adapters it lacks are born.
     """
     if source is None:
-        model = _first_model(config)
+        model = _first_model(config, ranks)
     else:  # its structure is enough, and the run directory has that
         model = build_model(structure_of(config), config.seed)
     if config.clock.has_adapters(step):
@@ -153,12 +252,28 @@ def _build_engine(
     return engine, places
 
 
-def _first_model(config: Config) -> Any:
+def _first_model(config: Config, ranks: Ranks) -> Any:
     """The model at step 0: from scratch, from a transformers directory, or from another run."""
     pretrained = config.model.pretrained
     if pretrained is None or not is_subject(pretrained):
         return build_model(config.model, config.seed)
-    model = merged_model(open_subject(pretrained))
+    # Rank 0 chooses: the other run may be at work, and all must start from one checkpoint.
+    opened = problem = None
+    if ranks.is_main:
+        try:
+            opened = open_subject(pretrained)
+        except UserError as error:
+            problem = error
+    ranks.agree(problem)
+    directory = ranks.share(opened and opened.checkpoint.directory)
+    if opened is None:
+        try:
+            opened = open_subject(directory)
+        except UserError as error:
+            problem = error
+    ranks.agree(problem)
+    assert opened is not None
+    model = merged_model(opened)
     return make_trainable(model, config.model.gradient_checkpointing)
 
 
@@ -209,6 +324,7 @@ def save(run: Run, background: bool) -> None:
         "loss_scale": run.loss_scale and [run.loss_scale.value, run.loss_scale.calm],
         "world_size": run.ranks.world,
         "config": run.config.model_dump(mode="json"),  # for who reads the checkpoint elsewhere
+        "run_files": run.files,
         "versions": installed_versions(),
     }
     began = time.perf_counter()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from relora.config import Config
+from relora.files import replacing
 
 CURVE_WIDTH, CURVE_HEIGHT = 80, 8
 MAX_CYCLES = 12  # more cycles than this are cut out of the middle of the timeline
@@ -127,5 +128,6 @@ def draw(config: Config, path: Path) -> None:
     axes.legend(frameon=False, fontsize=8)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150, format="png")
+    with replacing(path, durable=False) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
     plt.close(figure)

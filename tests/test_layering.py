@@ -36,6 +36,7 @@ LEVELS = {
     "relora.arms": 2,
     "relora.console": 2,
     "relora.subject": 2,
+    "relora.moved": 2,
     "relora.dryrun": 2,
     "relora.estimate": 2,
     "relora.timeline": 2,

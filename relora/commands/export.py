@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from relora import __version__
-from relora.errors import ConfigError
+from relora.errors import CheckpointError, ConfigError
+from relora.files import making, supplied
 from relora.model import has_transformers_weights
 from relora.runtime.metrics import format_count, read_metrics
-from relora.subject import Subject, merged_model, open_subject
+from relora.subject import Subject, merged_model, open_subject, say_aside
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,17 +44,32 @@ def export(subject: Path, to: Path, format: str, dtype: str, force: bool) -> int
     }
     model.config.update(special)
     model.generation_config = GenerationConfig(**special)
-    temporary = to.resolve().with_name(f"{to.resolve().name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    shutil.copytree(opened.tokenizer_dir, temporary, dirs_exist_ok=True)
-    (temporary / "README.md").write_text(model_card(opened, model), encoding="utf8")
-    if to.exists():
-        shutil.rmtree(to)
-    temporary.rename(to)
+    write_export(to, opened, model)
     print(f"{to}: step {opened.checkpoint.step} of {opened.run_dir}, {dtype}; load it with")
     print(f'    AutoModelForCausalLM.from_pretrained("{to}")')
     return 0
+
+
+def write_export(to: Path, subject: Subject, model: PreTrainedModel) -> None:
+    """Write all files of an export, or none; an earlier one stays until the new one is whole.
+
+    Raises:
+        CheckpointError: they cannot be written (the disk is full, say), or the run has lost some.
+    """
+    from safetensors import SafetensorError
+
+    target = Path(os.path.realpath(to))  # a link goes on to be one
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with making(target, replace=True) as temporary:
+            model.save_pretrained(temporary)
+            shutil.copytree(subject.tokenizer_dir, temporary, dirs_exist_ok=True)
+            (temporary / "README.md").write_text(model_card(subject, model), encoding="utf8")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"--to: {to}: the export cannot be written: {error}; what was there is as it was; make "
+            "room, or choose another directory"
+        ) from None
 
 
 def check_target(to: Path, force: bool) -> None:
@@ -61,8 +78,9 @@ def check_target(to: Path, force: bool) -> None:
     Raises:
         ConfigError: something else is there, such as the run itself.
     """
-    if not to.exists() or (to.is_dir() and not any(to.iterdir())):
-        return
+    with supplied(ConfigError, f"--to: {str(to)[:300]}"):
+        if not to.exists() or (to.is_dir() and not any(to.iterdir())):
+            return
     if not (has_transformers_weights(to) and (to / "README.md").is_file()):
         raise ConfigError(f"--to: {to} exists and is no export; choose another directory")
     if not force:
@@ -72,7 +90,12 @@ def check_target(to: Path, force: bool) -> None:
 def model_card(subject: Subject, model: PreTrainedModel) -> str:
     """A short README with the run's figures, all of them from the run directory."""
     config, step = subject.config, subject.checkpoint.step
-    lines = [line for line in read_metrics(subject.run_dir) if line["step"] <= step]
+    try:
+        metrics = read_metrics(subject.run_dir)
+    except CheckpointError as error:  # the weights do not depend on it
+        say_aside(f"{error}; the model card goes without the figures of the training")
+        metrics = []
+    lines = [line for line in metrics if line["step"] <= step]
     evaluations = [line for line in lines if "eval/loss" in line]
     parameters = sum(p.numel() for p in model.parameters())
     tokens = subject.checkpoint.state["consumed"] * config.data.sequence_length

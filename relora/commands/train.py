@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from relora.config import (
     MAY_CHANGE,
+    PATHS,
     Config,
     check_world,
     differences,
@@ -21,6 +23,7 @@ from relora.errors import (
     LostRankError,
     UserError,
 )
+from relora.files import exists, is_dir, is_file
 from relora.model import build_meta_model, check_pretrained
 
 # torch and all that imports it waits until the config has been checked.
@@ -60,13 +63,14 @@ def train(config: Path, overrides: Sequence[str], resume: str = "auto") -> int:
 
     from relora.data.shards import open_shards
     from relora.guard import guarded
+    from relora.moved import prepared_data
     from relora.runtime import zero
 
     ranks = read_ranks()
     shards = problem = None
     try:
         # Machines may have disks of their own: one rank on each reads its shards through.
-        shards = open_shards(settings.data, verify=ranks.local_rank == 0)
+        shards = open_shards(prepared_data(settings), verify=ranks.local_rank == 0)
         check_vocabulary(settings, shards)
     except UserError as error:
         if ranks.world == 1:
@@ -102,10 +106,10 @@ def find_checkpoint(run_dir: Path, path: Path) -> Path:
     home = run_dir / "checkpoints"
     names = [checkpoint.name for checkpoint in complete_checkpoints(run_dir)]
     has = f"{home} has {', '.join(names)}" if names else f"{home} has none"
-    resolved = path.resolve()
-    if not resolved.is_dir():
-        raise ConfigError(f"--resume: {path}: no such checkpoint; {has}")
-    if resolved.parent != home.resolve() or not is_checkpoint_name(resolved.name):
+    resolved = Path(os.path.realpath(path))
+    if not is_dir(resolved):
+        raise ConfigError(f"--resume: {str(path)[:300]}: no such checkpoint; {has}")
+    if resolved.parent != Path(os.path.realpath(home)) or not is_checkpoint_name(resolved.name):
         raise ConfigError(
             f"--resume: {path} is no checkpoint of this run; {has}. To start another run from its "
             f"weights, set model.pretrained={path} and another run_dir"
@@ -120,18 +124,25 @@ def is_finished(config: Config, wanted: Path | None = None) -> bool:
         ConfigError: it holds another run, or one that is past the wanted length already.
     """
     from relora.runtime.manifest import step_of
-    from relora.runtime.rundir import read_run_state
+    from relora.runtime.rundir import check_plain, read_run_state
 
     saved = config.run_dir / "config.yaml"
-    if config.run_dir.exists() and not config.run_dir.is_dir():
+    if exists(config.run_dir) and not is_dir(config.run_dir):
         raise ConfigError(f"run_dir: {config.run_dir} is not a directory; choose another")
-    if not saved.is_file():
+    check_plain(saved)
+    if not is_file(saved):
         return False
+    before = load_run_config(config.run_dir)
     changes = [
         f"{path}: was {old!r}, is now {new!r}"
-        for path, old, new in differences(load_run_config(config.run_dir), config)
-        if not path.startswith(MAY_CHANGE)
+        for path, old, new in differences(before, config)
+        if not path.startswith(MAY_CHANGE) and (path not in PATHS or None in (old, new))
     ]
+    if not changes and before != config:
+        from relora.moved import other_contents
+
+        check_same_model(config)
+        changes = list(other_contents(before, config))
     if changes:
         raise ConfigError(
             "\n  ".join(
@@ -159,7 +170,7 @@ def check_model(config: Config) -> None:
     Raises:
         ConfigError: targets, rank or context do not fit the model.
     """
-    from relora.runtime.checkpoint import newest_checkpoint
+    from relora.runtime.checkpoint import is_checkpoint, named_checkpoints, no_checkpoint
     from relora.subject import is_subject, structure_of
 
     pretrained = config.model.pretrained
@@ -167,7 +178,8 @@ def check_model(config: Config) -> None:
         check_same_model(config)
     elif pretrained is not None:
         if is_subject(pretrained):
-            newest_checkpoint(pretrained)
+            if not is_checkpoint(pretrained) and not named_checkpoints(pretrained):
+                raise no_checkpoint(pretrained)
         else:
             check_pretrained(pretrained)
     model = build_meta_model(structure_of(config))
@@ -191,8 +203,8 @@ def check_same_model(config: Config) -> None:
     """
     from relora.model import ModelConfig, load_model_config
 
-    begun = (config.run_dir / "model" / "config.json").is_file()
-    if not begun or (config.model.pretrained and not config.model.pretrained.exists()):
+    begun = is_file(config.run_dir / "model" / "config.json")
+    if not begun or (config.model.pretrained and not exists(config.model.pretrained)):
         return
     old = load_model_config(ModelConfig(pretrained=config.run_dir)).to_dict()
     new = load_model_config(config.model).to_dict()

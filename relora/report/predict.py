@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from relora.config import OF_SPEED, Config, build_config
 from relora.errors import UserError
 from relora.lora.config import LoRAConfig
 from relora.model import ModelConfig
@@ -32,9 +33,9 @@ def predict(run: RunFiles) -> Prediction:
     from relora.subject import structure_of
 
     config = run.config.model_copy(update={"run_dir": run.path})
-    config = config.model_copy(update={"model": structure_of(config)})
     adapters = config.lora is not None
     try:
+        config = _as_of_main(config.model_copy(update={"model": structure_of(config)}), run)
         plain, _ = _count(config.model, None)
         trainable, frozen = _count(config.model, config.lora)
         memory = peak_memory(config, run.world)
@@ -56,6 +57,19 @@ def predict(run: RunFiles) -> Prediction:
         parameters=plain,
         flops=lambda steps: before + training_flops(config, steps),
     )
+
+
+def _as_of_main(config: Config, run: RunFiles) -> Config:
+    """The config with the settings of the run's longest stretch, whose speed is shown."""
+    settings = run.environment.get("settings")
+    if not isinstance(settings, dict):  # of a run from before they were kept
+        return config
+    values = config.model_dump(mode="json")
+    for path, value in settings.items():
+        if path in OF_SPEED:
+            section, _, key = path.partition(".")
+            values[section] = {**(values[section] or {}), key: value}
+    return build_config(values, f"{run.path / 'environment.json'}: settings", read_model=False)
 
 
 def _count(model: ModelConfig, lora: LoRAConfig | None) -> tuple[int, int]:
