@@ -21,7 +21,7 @@ from relora.errors import (
     UserError,
 )
 from relora.loop import train_run
-from relora.model import load_model_config
+from relora.model import save_structure
 from relora.run import leave_run, start_run
 from relora.runtime import lost
 from relora.runtime.distributed import Ranks, is_lost_rank
@@ -138,7 +138,7 @@ def _open_run_dir(config: Config, shards: TokenShards, ranks: Ranks) -> Any:
     environment = json.dumps(describe_environment(ranks), indent=1)
     write_atomically(run_dir / "environment.json", environment + "\n")
     # Read only if it is to be written: what the run started from may be gone by now.
-    _make_once(run_dir / "model", lambda to: load_model_config(config.model).save_pretrained(to))
+    _make_once(run_dir / "model", lambda to: save_structure(config.model, to))
     _make_once(run_dir / "tokenizer", lambda path: shutil.copytree(shards.tokenizer_dir, path))
     return claim
 

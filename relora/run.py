@@ -14,7 +14,8 @@ from relora import console
 from relora.config import Config
 from relora.data.shards import TokenShards
 from relora.errors import DataError
-from relora.lora.inject import adapted_layers, add_adapters, find_targets
+from relora.lora.choose import describe_left, find_targets
+from relora.lora.inject import adapted_layers, add_adapters
 from relora.model import build_meta_model, build_model, count_parameters, make_trainable
 from relora.restart.merge import init_adapters_, shrink_
 from relora.runtime import zero
@@ -86,6 +87,9 @@ def start_run(config: Config, shards: TokenShards, ranks: Ranks, wanted: Path | 
     run.rollbacks = read_rollbacks(config.run_dir, ranks)
     for line in console.header(config, count_parameters(engine.module), shards, ranks):
         metrics.say(line)
+    if ranks.is_main and config.lora is not None:
+        for line in describe_left(build_meta_model(structure_of(config)), config.lora):
+            metrics.say(f"{'in full':9} {line}")
     if checkpoint:
         run.consumed = checkpoint.state["consumed"]
         run.skipped = checkpoint.state["skipped"]
