@@ -146,9 +146,9 @@ def _obstacle(model: PreTrainedModel, name: str, layer: Any) -> str | None:
     if not hasattr(layer, "lora_A") and not computes_linear(layer):
         return f"a {type(layer).__name__}, which does not compute x Wᵀ + b"
     owner, _, last = name.rpartition(".")
-    parent = model.get_submodule(owner)
-    if last in _read_directly(type(parent)):
-        return f"its weight is read by {type(parent).__name__} itself"
+    parent: Any = type(model.get_submodule(owner))
+    if last in _read_directly(parent):
+        return f"its weight is read by {parent.__name__} itself"
     if _uses(model)[id(layer.weight)] > 1:
         return "its weight is shared with another module"
     return None

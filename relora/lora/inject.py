@@ -37,7 +37,8 @@ def add_adapters(model: PreTrainedModel, config: LoRAConfig) -> list[str]:
         layer = model.get_submodule(name)
         # The object stays what it is to its parent, to hooks and to shared weights; it gains a
         # forward and two parameters.
-        layer.__class__ = adapted_class(type(layer))
+        kind: Any = type(layer)
+        layer.__class__ = adapted_class(kind)
         assert isinstance(layer, LoRALayer)
         layer.add_lora_(config.rank, config.scale, config.dropout)
     return names

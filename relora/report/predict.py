@@ -48,7 +48,9 @@ def predict(run: RunFiles) -> Prediction:
             source = run.start.config.model_copy(update={"model": config.model})
             before = training_flops(source, run.start.step)
         training_flops(config, 0)
-        left = tuple(describe_left(build_meta_model(config.model), config.lora)) if adapters else ()
+        left: tuple[str, ...] = ()
+        if config.lora is not None:
+            left = tuple(describe_left(build_meta_model(config.model), config.lora))
     except (UserError, ValueError) as error:
         return Prediction(complaint=str(error))
     return Prediction(
