@@ -216,30 +216,10 @@ def load_model_config(config: ModelConfig) -> PretrainedConfig:
         assert config.pretrained is not None
         path = find_model_directory(config.pretrained) / "config.json"
     values = read_model_json(path)
-    check_special_ids(path, values)
     try:
         return AutoConfig.for_model(**values)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{path}: transformers does not know this model: {error}") from None
-
-
-def check_special_ids(path: Path, values: dict[str, Any]) -> None:
-    """Whether the tokens that a model's JSON gives a meaning are in its vocabulary.
-
-    Raises:
-        ConfigError: one is not; −1, which torch would take for the last row, is none either.
-    """
-    size = values.get("vocab_size")
-    if type(size) is not int:
-        return
-    for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        given = values.get(key)
-        for number in given if isinstance(given, list) else [given]:
-            if type(number) is int and not 0 <= number < size:
-                raise ConfigError(
-                    f"model: {path}: {key}: {number} is not in the vocabulary; it must be "
-                    f"0 … {size - 1}, or null"
-                )
 
 
 def find_model_directory(path: Path) -> Path:
