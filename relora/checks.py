@@ -202,9 +202,25 @@ def _check_model_json(config: Config, model: dict[str, Any]) -> Iterator[str]:
             f"data.sequence_length: {length} is longer than the model's context of {context} "
             f"({config.model.config}); take at most {context}"
         )
+    yield from _check_special_ids(str(config.model.config), model)
     vocab, wanted = model.get("vocab_size"), config.data.tokenizer.vocab_size
     if isinstance(vocab, int) and wanted is not None and wanted > vocab:
         yield (
             f"data.tokenizer.vocab_size: {wanted} does not fit the model's vocabulary of {vocab} "
             f"({config.model.config}); make them equal"
         )
+
+
+def _check_special_ids(path: str, model: dict[str, Any]) -> Iterator[str]:
+    """Tokens that a model's JSON gives a meaning; torch would take −1 for the last row."""
+    size = model.get("vocab_size")
+    if type(size) is not int:
+        return
+    for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        given = model.get(key)
+        for number in given if isinstance(given, list) else [given]:
+            if type(number) is int and not 0 <= number < size:
+                yield (
+                    f"model.config: {path}: {key}: {number} is not in the vocabulary; it must be "
+                    f"0 … {size - 1}, or null"
+                )

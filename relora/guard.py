@@ -18,7 +18,7 @@ from relora.errors import (
 )
 from relora.files import NO_ROOM, is_file, making, write_atomically
 from relora.loop import train_run
-from relora.model import load_model_config
+from relora.model import save_structure
 from relora.moved import moved_lines
 from relora.run import leave_run, start_run
 from relora.runtime import lost
@@ -137,5 +137,5 @@ def _open_run_dir(config: Config) -> tuple[Any, list[str]]:
     # Read only if it is to be written: what the run started from may be gone by now.
     if not is_file(run_dir / "model" / "config.json"):
         with making(run_dir / "model", replace=True) as temporary:
-            load_model_config(config.model).save_pretrained(temporary)
+            save_structure(config.model, temporary)
     return claim, moved

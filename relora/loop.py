@@ -73,7 +73,7 @@ def _train(run: Run, stop: StopRequest) -> bool | None:
         lr = config.learning_rate(run.step)
         result = _update(run, micro_batches, lr)
         run.consumed += config.batch.global_batch_size
-        loss, stops = _exchange(run, result.loss, bool(stop))
+        loss, auxiliary, stops = _exchange(run, result, bool(stop))
         run.interval.append(time.perf_counter() - began)
         stop.note(run.step, None if run.saving else run.saved_at, run.interval[-1])
 
@@ -96,7 +96,7 @@ def _train(run: Run, stop: StopRequest) -> bool | None:
         last = run.step == clock.total
         halt = stops or run.step == config.train.stop_after
         if last or due(run.step, config.train.log_every):
-            _log(run, loss, lr, result.grad_norm)
+            _log(run, loss, auxiliary, lr, result.grad_norm)
         if last or due(run.step, config.train.eval_every):
             _evaluate(run)
             halt = halt or ranks.any(bool(stop))  # it may have taken long
@@ -120,22 +120,23 @@ def _follow_clock(run: Run, batch: Tensor) -> None:
         _measure(run, None)
 
 
-def _exchange(run: Run, loss: float, stop: bool) -> tuple[float, bool]:
-    """The one message of a step: the mean loss, and whether some rank was asked to stop.
+def _exchange(run: Run, result: zero.StepResult, stop: bool) -> tuple[float, float | None, bool]:
+    """The one message of a step: the mean losses, and whether some rank was asked to stop.
 
     In passing, a background save that every rank has written is completed, and a rank that cannot
     write its figures ends the run.
     """
     written = run.saving is not None and run.saving.written
     full = run.metrics.problem is not None
-    loss, stops, writers, troubles = run.ranks.sum(
-        [loss / run.ranks.world, float(stop), float(written), float(full)]
+    world, extra = run.ranks.world, result.auxiliary
+    loss, auxiliary, stops, writers, troubles = run.ranks.sum(
+        [result.loss / world, (extra or 0.0) / world, float(stop), float(written), float(full)]
     )
     if troubles:
         run.ranks.agree(run.metrics.problem)
     if writers == run.ranks.world:
         finish_save(run)
-    return loss, stops > 0
+    return loss, None if extra is None else auxiliary, stops > 0
 
 
 def _batches(run: Run) -> Iterator[list[Tensor]]:
@@ -267,7 +268,7 @@ def _pass_over(run: Run) -> None:
     run.consumed = place
 
 
-def _log(run: Run, loss: float, lr: float, grad_norm: float) -> None:
+def _log(run: Run, loss: float, auxiliary: float | None, lr: float, grad_norm: float) -> None:
     """The figures of this step, and the speed since the last log."""
     config = run.config
     seconds = sum(run.interval) / len(run.interval)
@@ -283,6 +284,8 @@ def _log(run: Run, loss: float, lr: float, grad_norm: float) -> None:
         "perf/memory_gib": memory_gib(run.ranks.device),
         "time/elapsed_s": run.elapsed,
     }
+    if auxiliary is not None:
+        values["train/auxiliary_loss"] = auxiliary
     if run.loss_scale:
         values["train/loss_scale"] = run.loss_scale.value
     cycle = config.clock.place_in_cycle(run.step)

@@ -3,18 +3,25 @@ checkpoint directory."""
 
 from __future__ import annotations
 
+import copy
 import json
+import math
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import model_validator
 
 from relora.errors import ConfigError
+from relora.files import read_json
 from relora.section import Section
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel
+
+
+GENERATION_CONFIG = "generation_config.json"
 
 
 class ModelConfig(Section):
@@ -71,7 +78,30 @@ def build_model(config: ModelConfig, seed: int) -> PreTrainedModel:
 
     torch.manual_seed(seed)
     model = _load_pretrained(config.pretrained) if config.pretrained else _from_config(config)
+    free_padding_rows(model, draw=config.pretrained is None)
     return make_trainable(model, config.gradient_checkpointing)
+
+
+def free_padding_rows(model: nn.Module, draw: bool) -> None:
+    """Let every row of the embeddings train, in place: batches here hold no padding.
+
+    torch gives the row of the padding token no gradient, and transformers starts it as zeros; but
+    many models pad with EOS, which ends every document.
+
+    Args:
+        draw: give a row of zeros values like the others', by a generator of its own.
+    """
+    import torch
+
+    for module in model.modules():
+        if not isinstance(module, torch.nn.Embedding) or module.padding_idx is None:
+            continue
+        row = module.weight.data[module.padding_idx]
+        module.padding_idx = None
+        if draw and not row.any() and len(module.weight) > 1:
+            others = module.weight.data
+            drawn = torch.empty_like(row).normal_(generator=torch.Generator().manual_seed(0))
+            row.copy_(drawn * others.norm() / math.sqrt(others.numel() - row.numel()))
 
 
 def make_trainable(model: PreTrainedModel, gradient_checkpointing: bool) -> PreTrainedModel:
@@ -89,7 +119,88 @@ def build_meta_model(config: ModelConfig) -> PreTrainedModel:
     import torch
 
     with torch.device("meta"):
-        return _from_config(config)
+        model = _from_config(config)
+    free_padding_rows(model, draw=False)
+    return model
+
+
+def check_causal(config: ModelConfig) -> None:
+    """Whether the model predicts each token from those before it alone; by trying.
+
+    Two layers of it are built and run on a few tokens, of which the last is changed: a later token
+    must not move an earlier logit. Nothing else about an architecture is believed.
+
+    Raises:
+        ConfigError: it looks ahead, or cannot be run on tokens alone.
+    """
+    import torch
+
+    structure = load_model_config(config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = _shallow(structure).eval()
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    special = _special_ids(structure)
+    plain = [n for n in range(vocabulary) if n not in special][:9] or list(range(vocabulary))[:9]
+    ids = torch.tensor([(plain * 9)[:8]])
+    changed = ids.clone()
+    changed[0, -1] = plain[-1]
+    where = config.config or config.pretrained
+    try:
+        with torch.no_grad():
+            before, after = (model(input_ids=x).logits[:, :-1].float() for x in (ids, changed))
+    except Exception as error:  # of any code of any architecture
+        raise ConfigError(
+            f"model: {where}: {structure.model_type} cannot be run on tokens alone "
+            f"({type(error).__name__}: {str(error)[:200]}); take a causal language model"
+        ) from error
+    moved = float((after - before).abs().max() / before.abs().max().clamp_min(1e-30))
+    if not moved < 1e-3:
+        raise ConfigError(
+            f"model: {where}: {structure.model_type} as configured is no causal language model: "
+            "its logits change with tokens that come later, so it would learn to copy what it is "
+            'to predict; take a causal one (BERT and its like are with "is_decoder": true)'
+        )
+
+
+def _shallow(structure: PretrainedConfig) -> PreTrainedModel:
+    """The model with two layers, or whole where its config lists things for each layer."""
+    from transformers import AutoModelForCausalLM
+
+    small = copy.deepcopy(structure)
+    if getattr(small, "num_hidden_layers", 0) > 2:
+        try:
+            small.num_hidden_layers = 2
+            for key, value in vars(small).items():
+                if isinstance(value, list) and len(value) == structure.num_hidden_layers:
+                    setattr(small, key, value[:2])
+            return AutoModelForCausalLM.from_config(small)
+        except Exception:  # other code may count on the number of layers
+            small = copy.deepcopy(structure)
+    return AutoModelForCausalLM.from_config(small)
+
+
+def _special_ids(structure: PretrainedConfig) -> set[int]:
+    """Ids of the tokens that a model's config gives a meaning."""
+    found: set[int] = set()
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        value = getattr(structure, name, None)
+        found |= {value} if isinstance(value, int) else set(value or ())
+    return found
+
+
+def save_structure(config: ModelConfig, directory: Path) -> None:
+    """Write what a run keeps of its model beside the weights: all but them.
+
+    The generation settings of pretrained weights (stop tokens, sampling) are among it, so that an
+    export has them when what the run started from is long gone.
+    """
+    load_model_config(config).save_pretrained(directory)
+    if config.pretrained is not None:
+        settings = find_model_directory(config.pretrained) / GENERATION_CONFIG
+        if settings.is_file():
+            read_json(settings, ConfigError)
+            shutil.copyfile(settings, directory / GENERATION_CONFIG)
 
 
 def load_model_config(config: ModelConfig) -> PretrainedConfig:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ from relora.data.shards import TokenShards
 from relora.data.tokenizer import tokenizer_hash
 from relora.errors import CheckpointError, DataError, UserError
 from relora.files import making, supplied
-from relora.lora.inject import adapted_layers, add_adapters, find_targets, linear_layers
+from relora.lora.choose import describe_left, find_targets, linear_layers
+from relora.lora.inject import adapted_layers, add_adapters
 from relora.model import build_meta_model, build_model, count_parameters, make_trainable
 from relora.restart.merge import init_adapters_, shrink_
 from relora.runtime import zero
@@ -113,33 +114,48 @@ def start_run(
     if config.deepspeed.precision == "fp16":
         run.loss_scale = zero.LossScale()
     run.rollbacks = read_rollbacks(config.run_dir, ranks)
-    for line in console.header(config, count_parameters(engine.module), shards, ranks):
+    for line in _header(run) if ranks.is_main else ():
         metrics.say(line)
-    sequences = len(shards.validation) // config.data.sequence_length
-    for line in idle_settings(config, _measured_shapes(run), step, sequences):
-        metrics.say(f"{'note':9} {line}")
     if checkpoint:
-        run.consumed = checkpoint.state["consumed"]
-        run.skipped = checkpoint.state["skipped"]
-        run.started -= checkpoint.state["elapsed_s"]
-        run.saved_at = step
-        if run.loss_scale:
-            run.loss_scale = zero.LossScale(*checkpoint.state["loss_scale"])
-        shrink_(engine.module, checkpoint.state["shrink"])
-        run.losses = checkpoint.state["losses"] if config.train.spike else []
-        metrics.say(f"going on from step {step} ({checkpoint.directory})")
-        # Damaged ones too, but nothing that no run has made.
-        later_ones = [p for p in named_checkpoints(config.run_dir) if step_of(p) > step]
-        run.abandoned = [p for p in later_ones if p.is_dir() and not p.is_symlink()]
-        if wanted is not None and run.abandoned:
-            later = ", ".join(path.name for path in run.abandoned)
-            metrics.say(
-                f"going back: {later} will go once the first checkpoint from here is complete"
-            )
-        # A boundary at what was to be the end was no merge; now it is one.
-        run.owes_merge = checkpoint.state["merges"] < config.clock.merges_before(step)
+        _take_up(run, checkpoint)
     _note_progress(run, step)
     return run
+
+
+def _header(run: Run) -> Iterator[str]:
+    """What is said before the first step: the run, what trains in full, what does nothing."""
+    config, shards = run.config, run.shards
+    yield from console.header(config, count_parameters(run.engine.module), shards, run.ranks)
+    if config.lora is not None:
+        for line in describe_left(build_meta_model(structure_of(config)), config.lora):
+            yield f"{'in full':9} {line}"
+    sequences = len(shards.validation) // config.data.sequence_length
+    for line in idle_settings(config, _measured_shapes(run), run.step, sequences):
+        yield f"{'note':9} {line}"
+
+
+def _take_up(run: Run, checkpoint: Checkpoint) -> None:
+    """Be as far as the checkpoint says."""
+    config, step = run.config, run.step
+    run.consumed = checkpoint.state["consumed"]
+    run.skipped = checkpoint.state["skipped"]
+    run.started -= checkpoint.state["elapsed_s"]
+    run.saved_at = step
+    if run.loss_scale:
+        run.loss_scale = zero.LossScale(*checkpoint.state["loss_scale"])
+    shrink_(run.engine.module, checkpoint.state["shrink"])
+    run.losses = checkpoint.state["losses"] if config.train.spike else []
+    run.metrics.say(f"going on from step {step} ({checkpoint.directory})")
+    # Damaged ones too, but nothing that no run has made.
+    later_ones = [p for p in named_checkpoints(config.run_dir) if step_of(p) > step]
+    run.abandoned = [p for p in later_ones if p.is_dir() and not p.is_symlink()]
+    if run.wanted is not None and run.abandoned:
+        later = ", ".join(path.name for path in run.abandoned)
+        run.metrics.say(
+            f"going back: {later} will go once the first checkpoint from here is complete"
+        )
+    # A boundary at what was to be the end was no merge; now it is one.
+    run.owes_merge = checkpoint.state["merges"] < config.clock.merges_before(step)
 
 
 def _measured_shapes(run: Run) -> dict[str, tuple[int, ...]]:

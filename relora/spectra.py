@@ -37,7 +37,8 @@ from relora.analysis import (
 )
 from relora.errors import CheckpointError
 from relora.files import TEMPORARY, replacing
-from relora.lora.inject import adapted_layers, linear_layers
+from relora.lora.choose import linear_layers
+from relora.lora.inject import adapted_layers
 from relora.lora.layers import LoRALayer, delta_rows
 from relora.model import layer_kind
 from relora.run import Run

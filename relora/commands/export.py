@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from relora import __version__
 from relora.errors import CheckpointError, ConfigError
 from relora.files import making, supplied
-from relora.model import has_transformers_weights
+from relora.model import GENERATION_CONFIG, has_transformers_weights
 from relora.runtime.metrics import format_count, read_metrics
 from relora.subject import Subject, merged_model, open_subject, say_aside
 
@@ -30,20 +30,13 @@ def export(subject: Path, to: Path, format: str, dtype: str, force: bool) -> int
     opened = open_subject(subject)
 
     import torch
-    from transformers import GenerationConfig
 
     from relora.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(opened.tokenizer_dir)
     model = merged_model(opened).to(getattr(torch, dtype))
     model.config.use_cache = True
-    special = {
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    model.config.update(special)
-    model.generation_config = GenerationConfig(**special)
+    set_special_tokens(model, tokenizer, opened.run_dir / "model")
     write_export(to, opened, model)
     print(f"{to}: step {opened.checkpoint.step} of {opened.run_dir}, {dtype}; load it with")
     print(f'    AutoModelForCausalLM.from_pretrained("{to}")')
@@ -70,6 +63,33 @@ def write_export(to: Path, subject: Subject, model: PreTrainedModel) -> None:
             f"--to: {to}: the export cannot be written: {error}; what was there is as it was; make "
             "room, or choose another directory"
         ) from None
+
+
+def set_special_tokens(model: PreTrainedModel, tokenizer: Any, structure: Path) -> None:
+    """Give the model's configs the tokenizer's BOS, EOS and padding, in place.
+
+    Generation settings that the run started from (several stop tokens, sampling) stay as they are;
+    the tokenizer fills what they lack.
+
+    Args:
+        structure: the run's `model/`, which has them if there were any.
+    """
+    from transformers import GenerationConfig
+
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    special = {name: getattr(tokenizer, name) for name in names}
+    given = GenerationConfig(**special)
+    if (structure / GENERATION_CONFIG).is_file():
+        given = GenerationConfig.from_pretrained(structure)
+        for name in names:
+            if getattr(given, name) is None:
+                setattr(given, name, special[name])
+    model.generation_config = given
+    for name in names:
+        old = getattr(model.config, name, None)
+        # A list of stop tokens that has the tokenizer's among it says more.
+        if not (isinstance(old, list) and special[name] in old):
+            setattr(model.config, name, special[name])
 
 
 def check_target(to: Path, force: bool) -> None:

@@ -126,6 +126,8 @@ def _header(config: Config, model: nn.Module, path: str) -> list[str]:
 
 
 def _parameters(config: Config, model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> list[str]:
+    from relora.lora.choose import describe_left
+
     lines = [f"parameters {'trainable':>20} {'frozen':>18} {'together':>18}"]
     groups = count_by_group(model)
     total = [sum(counts) for counts in zip(*groups.values(), strict=True)]
@@ -138,6 +140,8 @@ def _parameters(config: Config, model: nn.Module, shapes: dict[str, tuple[int, .
             f"  {total[0] / sum(total):.1%} is trained once adapters are born; their updates sum "
             f"to rank {min(full, cycles * rank)} of {full} at most",
         ]
+        wrap = textwrap.TextWrapper(WIDTH, initial_indent="  ", subsequent_indent="    ")
+        lines += [wrap.fill(line) for line in describe_left(model, config.lora)]  # type: ignore[arg-type]
     return lines
 
 
@@ -282,7 +286,8 @@ def _engines(config: Config) -> list[str]:
 
 
 def _disk(config: Config, model: nn.Module, parameters: int) -> list[str]:
-    from relora.lora.inject import adapted_layers, linear_layers
+    from relora.lora.choose import linear_layers
+    from relora.lora.inject import adapted_layers
     from relora.runtime.metrics import format_bytes
     from relora.runtime.saving import checkpoint_bytes
 

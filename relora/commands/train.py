@@ -24,7 +24,7 @@ from relora.errors import (
     UserError,
 )
 from relora.files import exists, is_dir, is_file
-from relora.model import build_meta_model, check_pretrained
+from relora.model import build_meta_model, check_causal, check_pretrained
 
 # torch and all that imports it waits until the config has been checked.
 if TYPE_CHECKING:
@@ -171,6 +171,7 @@ def check_model(config: Config) -> None:
         ConfigError: targets, rank or context do not fit the model.
     """
     from relora.runtime.checkpoint import is_checkpoint, named_checkpoints, no_checkpoint
+    from relora.runtime.distributed import read_rank
     from relora.subject import is_subject, structure_of
 
     pretrained = config.model.pretrained
@@ -182,6 +183,8 @@ def check_model(config: Config) -> None:
                 raise no_checkpoint(pretrained)
         else:
             check_pretrained(pretrained)
+    if structure_of(config) is config.model and read_rank() == 0:  # one is enough, and costs
+        check_causal(config.model)
     model = build_meta_model(structure_of(config))
     context = getattr(model.config, "max_position_embeddings", None)
     if context is not None and config.data.sequence_length > context:

@@ -64,6 +64,7 @@ def build_report(arms: Sequence[Arm], baseline: str | None = None) -> dict[str, 
     memory = {arm.name: over_seeds(arm, peak_memory_gib) for arm in arms}
     spectra, complaints = spectra_of_arms(arms, base.name)
     unpredicted = {p.complaint for p in predictions.values() if p.complaint}
+    complaints += [f"{name}: {line}" for name, p in predictions.items() for line in p.left]
     complaints += [f"not predicted: {complaint}" for complaint in sorted(unpredicted)]
     report = {
         "format": FORMAT,

@@ -22,6 +22,7 @@ class Prediction:
     checkpoint_bytes: float | None = None
     trainable: int | None = None  # parameters, in the last phase
     parameters: int | None = None
+    left: tuple[str, ...] = ()  # what trains in full without adapters, and why
     flops: Callable[[int], float] | None = field(default=None, compare=False)
     complaint: str | None = None
 
@@ -29,6 +30,8 @@ class Prediction:
 def predict(run: RunFiles) -> Prediction:
     """Ask the planner about a run; its own copy of the model's structure is taken."""
     from relora.estimate import bytes_per_step, memory_by_part, peak_memory, training_flops
+    from relora.lora.choose import describe_left
+    from relora.model import build_meta_model
     from relora.runtime.saving import checkpoint_bytes
     from relora.subject import structure_of
 
@@ -46,6 +49,9 @@ def predict(run: RunFiles) -> Prediction:
             source = run.start.config.model_copy(update={"model": config.model})
             before = training_flops(source, run.start.step)
         training_flops(config, 0)
+        left: tuple[str, ...] = ()
+        if config.lora is not None:
+            left = tuple(describe_left(build_meta_model(config.model), config.lora))
     except (UserError, ValueError) as error:
         return Prediction(complaint=str(error))
     return Prediction(
@@ -55,6 +61,7 @@ def predict(run: RunFiles) -> Prediction:
         checkpoint_bytes=float(checkpoint_bytes(trainable, frozen)),
         trainable=trainable,
         parameters=plain,
+        left=left,
         flops=lambda steps: before + training_flops(config, steps),
     )
 
