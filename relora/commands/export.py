@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from relora import __version__
-from relora.errors import ConfigError
+from relora.errors import CheckpointError, ConfigError
 from relora.model import has_transformers_weights
 from relora.runtime.metrics import format_count, read_metrics
 from relora.subject import Subject, merged_model, open_subject
@@ -31,8 +31,9 @@ def export(subject: Path, to: Path, format: str, dtype: str, force: bool) -> int
     from transformers import GenerationConfig
 
     from relora.data.tokenizer import load_tokenizer
+    from relora.data.transformers_tokenizer import place_tokenizer
 
-    tokenizer = load_tokenizer(opened.tokenizer_dir)
+    tokenizer = load_tokenizer(opened.tokenizer_dir, CheckpointError)
     model = merged_model(opened).to(getattr(torch, dtype))
     model.config.use_cache = True
     special = {
@@ -45,7 +46,7 @@ def export(subject: Path, to: Path, format: str, dtype: str, force: bool) -> int
     temporary = to.resolve().with_name(f"{to.resolve().name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)
-    shutil.copytree(opened.tokenizer_dir, temporary, dirs_exist_ok=True)
+    place_tokenizer(opened.tokenizer_dir, temporary, CheckpointError)
     (temporary / "README.md").write_text(model_card(opened, model), encoding="utf8")
     if to.exists():
         shutil.rmtree(to)

@@ -54,6 +54,7 @@ class Job(NamedTuple):
     eos_id: int
     dtype: str
     validation_fraction: float
+    begin_ids: tuple[int, ...] = ()  # what a document begins with
 
 
 class Piece(NamedTuple):
@@ -173,12 +174,13 @@ def make_part(job: Job, path: Path, pieces: list[Piece]) -> int:
     threshold = int(job.validation_fraction * 2**64)
     tokens: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
     counts = np.zeros((len(SPLITS), 2), dtype=np.int64)  # documents, bytes
-    eos = np.array([job.eos_id])
+    begin, eos = np.array(job.begin_ids, dtype=np.int64), np.array([job.eos_id])
     for piece, data, ids in zip(pieces, texts, _encode(job, pieces), strict=True):
         # By content alone, so a document stays in its split whatever is added around it.
         draw = piece.draw or hashlib.blake2b(data, digest_size=_DRAW_BYTES).digest()
         split = int(int.from_bytes(draw) < threshold)
-        tokens[SPLITS[split]] += [ids] if piece.after else [ids, eos]
+        around = [] if piece.before else [begin], [] if piece.after else [eos]
+        tokens[SPLITS[split]] += [*around[0], ids, *around[1]]
         counts[split] += not piece.before, len(data)
     arrays = {
         split: np.concatenate(lots or [eos[:0]]).astype(job.dtype) for split, lots in tokens.items()
