@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from relora import console
+from relora.data.beginning import encode_prompt
 from relora.data.loader import eval_batches, train_batches
 from relora.data.tokenizer import load_tokenizer
 from relora.errors import NumericsError
@@ -328,6 +329,6 @@ def _sample(run: Run, prompt: str) -> str:
     tokenizer = load_tokenizer(run.shards.tokenizer_dir)
     count = min(SAMPLE_TOKENS, run.config.data.sequence_length // 2)
     room = run.config.data.sequence_length - count  # as long as the model is trained on
-    ids = torch.tensor([tokenizer.encode(prompt, add_special_tokens=False)[-room:]])
+    ids = torch.tensor([encode_prompt(tokenizer, prompt)[-room:]])
     ids = continue_greedily(run.engine, ids.to(run.ranks.device), count)
     return str(tokenizer.decode(ids[0]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +32,7 @@ def export(subject: Path, to: Path, format: str, dtype: str, force: bool) -> int
 
     from relora.data.tokenizer import load_tokenizer
 
-    tokenizer = load_tokenizer(opened.tokenizer_dir)
+    tokenizer = load_tokenizer(opened.tokenizer_dir, CheckpointError)
     model = merged_model(opened).to(getattr(torch, dtype))
     model.config.use_cache = True
     set_special_tokens(model, tokenizer, opened.run_dir / "model")
@@ -51,12 +50,14 @@ def write_export(to: Path, subject: Subject, model: PreTrainedModel) -> None:
     """
     from safetensors import SafetensorError
 
+    from relora.data.transformers_tokenizer import place_tokenizer
+
     target = Path(os.path.realpath(to))  # a link goes on to be one
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with making(target, replace=True) as temporary:
             model.save_pretrained(temporary)
-            shutil.copytree(subject.tokenizer_dir, temporary, dirs_exist_ok=True)
+            place_tokenizer(subject.tokenizer_dir, temporary, CheckpointError)
             (temporary / "README.md").write_text(model_card(subject, model), encoding="utf8")
     except (OSError, SafetensorError) as error:
         raise CheckpointError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from relora.errors import ConfigError
+from relora.errors import CheckpointError, ConfigError
 from relora.subject import merged_model, open_subject
 
 
@@ -22,11 +22,12 @@ def generate(
 
     import torch
 
+    from relora.data.beginning import encode_prompt
     from relora.data.tokenizer import load_tokenizer
     from relora.runtime.distributed import lone_rank
 
-    tokenizer = load_tokenizer(opened.tokenizer_dir)
-    ids = torch.tensor([tokenizer.encode(prompt, add_special_tokens=False)], dtype=torch.long)
+    tokenizer = load_tokenizer(opened.tokenizer_dir, CheckpointError)
+    ids = torch.tensor([encode_prompt(tokenizer, prompt)], dtype=torch.long)
     if not ids.numel():
         raise ConfigError("--prompt: is empty; give at least one character to go on from")
     model: Any = merged_model(opened).eval()

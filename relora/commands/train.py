@@ -72,6 +72,8 @@ def train(config: Path, overrides: Sequence[str], resume: str = "auto") -> int:
         # Machines may have disks of their own: one rank on each reads its shards through.
         shards = open_shards(prepared_data(settings), verify=ranks.local_rank == 0)
         check_vocabulary(settings, shards)
+        if ranks.local_rank == 0:
+            check_tokenizer(settings, shards)
     except UserError as error:
         if ranks.world == 1:
             raise
@@ -245,6 +247,19 @@ def check_vocabulary(config: Config, shards: TokenShards) -> None:
             f"data.tokenizer: has {shards.vocab_size} tokens, the model's vocabulary only {size}; "
             "make the model's vocab_size at least that"
         )
+
+
+def check_tokenizer(config: Config, shards: TokenShards) -> None:
+    """Whether an export will give the ids that the run is trained on.
+
+    Raises:
+        DataError: transformers builds another tokenizer for this type of model.
+    """
+    from relora.data.transformers_tokenizer import require_agreement
+    from relora.model import load_model_config
+    from relora.subject import structure_of
+
+    require_agreement(shards.tokenizer_dir, load_model_config(structure_of(config)))
 
 
 def check_same_shards(shards: TokenShards, ranks: Ranks) -> None:

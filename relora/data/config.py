@@ -96,6 +96,9 @@ class TokenizerConfig(Section):
     # `train` only: how much text of the corpus sentencepiece sees
     training_megabytes: float = Field(default=20.0, gt=0)
     path: str | None = None  # a .model file, a transformers tokenizer directory, or a hub name
+    # `path` only. null: documents and prompts begin with what the tokenizer itself puts before a
+    # text (BOS, where its post-processor has it). false: with nothing, in the export too.
+    add_bos: bool | None = None
 
     @model_validator(mode="after")
     def _train_or_path(self) -> TokenizerConfig:
@@ -105,6 +108,16 @@ class TokenizerConfig(Section):
             raise ValueError("train needs vocab_size, for example 32100")
         if self.path and self.changed("vocab_size", "training_megabytes"):
             raise ValueError("vocab_size and training_megabytes would do nothing beside path")
+        if self.add_bos:
+            raise ValueError(
+                "add_bos: only false can be set; null already takes what the tokenizer puts before "
+                "a text, and another beginning belongs into its tokenizer.json (post_processor)"
+            )
+        if self.add_bos is False and not self.path:
+            raise ValueError(
+                "add_bos: false would do nothing: a tokenizer trained here puts nothing before a "
+                "text; remove it"
+            )
         return self
 
 

@@ -16,7 +16,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from relora import files
 from relora.data import corpus
+from relora.data.beginning import begin_ids
 from relora.data.config import DataConfig
 from relora.data.identity import describe_source, text_digest
 from relora.data.reuse import Say, clear, take_over, use_again, what_is_wrong, write_index
@@ -37,20 +38,26 @@ from relora.data.tokenizer import (
     tokenizer_hash,
 )
 from relora.data.units import Job, cut_units, make_part, make_parts, part_path, read_part
-from relora.errors import DataError
+from relora.errors import DataError, UserError
 
 _SAY_EVERY = 10  # seconds
 
 
 def prepare(
-    config: DataConfig, *, seed: int = 0, workers: int | None = None, quiet: bool = False
+    config: DataConfig,
+    *,
+    seed: int = 0,
+    workers: int | None = None,
+    quiet: bool = False,
+    check_tokenizer: Callable[[Path], object] | None = None,
 ) -> Path:
     """Make the token shards of a config, if they are not there yet, and return their directory.
 
     `seed` chooses the text a tokenizer is trained on where there is more than enough of it. What
     is prepared already stays, whatever the seed: runs that differ in it share their data.
-    `workers` is the number of processes that tokenize, by default one per core. Raises DataError
-    when the text or the tokenizer is unusable; then no index.json is left.
+    `workers` is the number of processes that tokenize, by default one per core. `check_tokenizer`
+    is called with the tokenizer's directory before text is tokenized, and may raise. Raises
+    DataError when the text or the tokenizer is unusable; then no index.json is left.
     """
     say = _say(quiet)
     corpus.require_documents(config.source)
@@ -78,8 +85,13 @@ def prepare(
             if take_over(directory, config, made_from, text, say):
                 return directory
             try:
+                _start_or_go_on(directory, made_from, say)
+                if not (directory / "tokenizer").is_dir():
+                    _make_tokenizer(config, directory, made_from, seed, say)
+                if check_tokenizer:
+                    check_tokenizer(directory / "tokenizer")
                 _prepare(config, directory, made_from, seed, workers or _cores(), quiet)
-            except DataError:
+            except UserError:
                 if not (directory / "tokenizer").is_dir():  # nothing to go on with
                     _leave(directory)
                 raise
@@ -125,14 +137,6 @@ def _prepare(
     quiet: bool,
 ) -> None:
     say = _say(quiet)
-    _start_or_go_on(directory, made_from, say)
-    began = time.monotonic()
-    if not (directory / "tokenizer").is_dir():
-        _make_tokenizer(config, directory, seed)
-        say(
-            f"tokenizer: {config.tokenizer.train or config.tokenizer.path}, "
-            f"{time.monotonic() - began:.1f} s"
-        )
     tokenizer = load_tokenizer(directory / "tokenizer")
     vocab_size = max(tokenizer.get_vocab().values()) + 1  # ids may have gaps
     job = Job(
@@ -141,6 +145,7 @@ def _prepare(
         eos_id=int(tokenizer.eos_token_id),
         dtype="uint16" if vocab_size <= 1 << 16 else "uint32",
         validation_fraction=config.validation_fraction,
+        begin_ids=tuple(begin_ids(tokenizer)),
     )
     began = time.monotonic()
     parts = directory / "parts"
@@ -161,6 +166,7 @@ def _prepare(
         "tokenizer_seed": seed,
         "parts": corpus.part_counts(config.source, tally),
         "text_sha256": tally.sha256(),
+        **({"begin_ids": job.begin_ids} if job.begin_ids else {}),
         **made_from,
     }
     write_index(directory, index)
@@ -198,10 +204,14 @@ def _start_or_go_on(directory: Path, made_from: dict[str, Any], say: Say) -> Non
     # An index that is still there is of other text, or damaged: then nothing is to be trusted.
     if files.exists(record) and not files.exists(directory / "index.json"):
         try:
-            if files.read_json(record, DataError) == made_from:
-                if (directory / "tokenizer").is_dir():
-                    say(f"{directory}: going on with an unfinished prepare")
-                return
+            kept = files.read_json(record, DataError)
+            sha256 = kept.pop("tokenizer_sha256", None)
+            if kept == made_from:
+                if _hash_of_tokenizer(directory) == sha256:
+                    if sha256:
+                        say(f"{directory}: going on with an unfinished prepare")
+                    return
+                say(f"{directory / 'tokenizer'}: is not as it was made; all is made anew")
         except DataError as error:
             say(f"{error}; all is made anew")
     clear(directory)
@@ -223,11 +233,23 @@ def _require_unchanged(config: DataConfig, directory: Path, made_from: dict[str,
         )
 
 
-def _make_tokenizer(config: DataConfig, directory: Path, seed: int) -> None:
+def _make_tokenizer(
+    config: DataConfig, directory: Path, made_from: dict[str, Any], seed: int, say: Say
+) -> None:
+    began = time.monotonic()
     with files.making(directory / "tokenizer") as temporary:
         build_tokenizer(
             config.tokenizer, lambda: corpus.iter_sample(config.source), temporary, seed
         )
+    record = {**made_from, "tokenizer_sha256": _hash_of_tokenizer(directory)}
+    files.write_json(directory / "made_from.json", record)
+    kind = config.tokenizer.train or config.tokenizer.path
+    say(f"tokenizer: {kind}, {time.monotonic() - began:.1f} s")
+
+
+def _hash_of_tokenizer(directory: Path) -> str | None:
+    tokenizer = directory / "tokenizer"
+    return tokenizer_hash(tokenizer) if files.is_dir(tokenizer) else None
 
 
 def _tokenize(

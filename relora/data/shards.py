@@ -24,6 +24,7 @@ from relora import files
 from relora.data.config import DataConfig
 from relora.data.corpus import source_name
 from relora.data.identity import settings_of
+from relora.data.tokenizer import settings_of as tokenizer_settings
 from relora.data.tokenizer import tokenizer_hash
 from relora.errors import ConfigError, DataError
 
@@ -51,7 +52,7 @@ def shard_directory(config: DataConfig) -> Path:
     settings = {
         "format": FORMAT,
         "source": settings_of(config.source),
-        "tokenizer": config.tokenizer.model_dump(mode="json"),
+        "tokenizer": tokenizer_settings(config.tokenizer),
         "validation_fraction": config.validation_fraction,
     }
     fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]

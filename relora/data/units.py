@@ -40,6 +40,7 @@ class Job(NamedTuple):
     eos_id: int
     dtype: str
     validation_fraction: float
+    begin_ids: tuple[int, ...] = ()  # what a document begins with
 
 
 def cut_units(documents: Iterator[Document | LongDocument]) -> Iterator[list[Piece]]:
@@ -119,14 +120,15 @@ def make_part(job: Job, path: Path, pieces: list[Piece]) -> int:
     threshold = int(job.validation_fraction * 2**64)
     tokens: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
     counts = np.zeros((len(SPLITS), 2), dtype=np.int64)  # documents, bytes
-    eos = np.array([job.eos_id])
+    begin, eos = np.array(job.begin_ids, dtype=np.int64), np.array([job.eos_id])
     for piece, (text, ids) in zip(pieces, _encode(job, pieces), strict=True):
         data = text.encode()
         # By content alone, so a document stays in its split whatever is added around it.
         draw = piece.draw or hashlib.blake2b(data, digest_size=DRAW_BYTES).digest()
         split = int(int.from_bytes(draw) < threshold)
-        tokens[SPLITS[split]] += [ids] if piece.after else [ids, eos]
-        counts[split] += not piece.before, len(data)
+        first, last = not piece.before, not piece.after
+        tokens[SPLITS[split]] += [*[begin] * first, ids, *[eos] * last]
+        counts[split] += first, len(data)
     arrays = {
         split: np.concatenate(lots or [eos[:0]]).astype(job.dtype) for split, lots in tokens.items()
     }
