@@ -281,8 +281,8 @@ def test_a_damaged_data_directory_is_mended_or_refused_by_prepare(project: Proje
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_many_damaged_data_directories(project: Project) -> None:
-    for seed in range(1, 11):
-        check_directories(project, 400, seed)
+    for seed in range(1, 6):
+        check_directories(project, 200, seed)
 
 
 @pytest.mark.parametrize("name", ["made_from.json", "parts/00000000.npz", "parts/00000001.npz"])

@@ -114,9 +114,10 @@ def _writing(directory: Path) -> Iterator[None]:
     except BrokenPipeError:  # that is about what is printed
         raise
     except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
         raise DataError(
-            f"cannot write token shards to {directory}: {files.explain(error)}; make room, or "
-            "name another place by data.dir"
+            f"cannot write token shards to {directory}: {files.explain(error)}{where}; make room, "
+            "or name another place by data.dir"
         ) from error
 
 

@@ -64,7 +64,7 @@ def take_over(
 ) -> bool:
     """Fill a directory with shards of the same text that were made under another name of it.
 
-    They are hard links where the file system has these, so the other directory may go.
+    The shards are hard links where the file system has these, so the other directory may go.
     """
     for other in sorted(config.dir.iterdir()):
         if other == directory or not files.is_file(other / "index.json"):
@@ -83,7 +83,7 @@ def take_over(
                 _link(other / f"{split}.bin", directory / f"{split}.bin")
             with files.making(directory / "tokenizer") as folder:
                 for path in (other / "tokenizer").iterdir():
-                    _link(path, folder / path.name)
+                    shutil.copyfile(path, folder / path.name)
             index = {**index, **made_from, "parts": _renamed(index, config)}
             write_index(directory, index)
             say(f"{directory}: the same text and tokenizer as {other}, taken from there")
