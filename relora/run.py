@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,14 +13,13 @@ import torch
 
 from relora import console
 from relora.advice import idle_settings
-from relora.config import OF_SPEED, Config, leaves
+from relora.config import Config
 from relora.data.shards import TokenShards
-from relora.data.tokenizer import tokenizer_hash
-from relora.errors import CheckpointError, DataError, UserError
-from relora.files import making, supplied
+from relora.errors import DataError, UserError
 from relora.lora.choose import describe_left, find_targets, linear_layers
 from relora.lora.inject import adapted_layers, add_adapters
 from relora.model import build_meta_model, build_model, count_parameters, make_trainable
+from relora.own_files import describe_files
 from relora.restart.merge import init_adapters_, shrink_
 from relora.runtime import zero
 from relora.runtime.checkpoint import (
@@ -34,22 +32,11 @@ from relora.runtime.distributed import Ranks
 from relora.runtime.manifest import step_of
 from relora.runtime.metrics import Metrics
 from relora.runtime.places import Places, capture
-from relora.runtime.rundir import (
-    describe_environment,
-    installed_versions,
-    record_stretch,
-    write_run_state,
-)
+from relora.runtime.rundir import installed_versions, write_run_state
 from relora.runtime.saving import Saving
 from relora.runtime.sources import Layered, Source, weights_of
 from relora.runtime.spikes import Rollback, read_rollbacks
-from relora.subject import (
-    hash_run_files,
-    is_subject,
-    merged_model,
-    open_subject,
-    structure_of,
-)
+from relora.subject import is_subject, merged_model, open_subject, structure_of
 
 
 @dataclass
@@ -102,7 +89,7 @@ def start_run(
             f"{shards.directory}: holds other tokens than the run in {config.run_dir} was trained "
             "on so far; put the old shards back, or start in another run_dir"
         )
-    files, made_anew = _describe_files(config, shards, ranks, checkpoint, step)
+    files, made_anew = describe_files(config, shards, ranks, checkpoint, step)
     metrics = Metrics(config.run_dir, ranks.is_main, resumed_at=step)
     ranks.agree(metrics.problem)
     passed_over = [f"passed over {complaint}" for complaint in complaints]
@@ -165,62 +152,6 @@ def _measured_shapes(run: Run) -> dict[str, tuple[int, ...]]:
     module = run.engine.module
     names = [name for name, _ in adapted_layers(module)] or list(linear_layers(module))
     return {name: tuple(run.places[f"{name}.weight"].shape) for name in names}
-
-
-def _describe_files(
-    config: Config, shards: TokenShards, ranks: Ranks, checkpoint: Checkpoint | None, step: int
-) -> tuple[dict[str, str], list[str]]:
-    """Hashes of the run's own model and tokenizer, and what had to be made anew. Collective.
-
-    Raises:
-        CheckpointError: the model is another than that of the checkpoint, or nothing can be written
-            (every rank raises).
-    """
-    files: dict[str, str] = {}
-    said: list[str] = []
-    problem = None
-    if ranks.is_main:
-        run_dir = config.run_dir
-        try:
-            with supplied(CheckpointError, run_dir):
-                said, files = keep_tokenizer(run_dir, shards), hash_run_files(run_dir)
-                if (
-                    checkpoint
-                    and checkpoint.state["run_files"].get("model", files["model"])
-                    != (files["model"])
-                ):
-                    raise CheckpointError(
-                        f"{run_dir / 'model' / 'config.json'}: is not as it was when "
-                        f"{checkpoint.directory} was written; put the old one back"
-                    )
-                complaint = record_stretch(run_dir, step, _environment(config, shards, ranks))
-                said += [complaint] if complaint else []
-        except CheckpointError as error:
-            problem = error
-    ranks.agree(problem)
-    return files, said
-
-
-def _environment(config: Config, shards: TokenShards, ranks: Ranks) -> dict[str, Any]:
-    """What this process is part of; `settings` are those that change how long a step takes."""
-    values = leaves(config.model_dump(mode="json"))
-    return {
-        **describe_environment(ranks),
-        "settings": {path: values[path] for path in OF_SPEED if path in values},
-        "shards": str(shards.directory.resolve()),
-    }
-
-
-def keep_tokenizer(run_dir: Path, shards: TokenShards) -> list[str]:
-    """Make the run's tokenizer that of its shards, if it is not; rank 0 alone."""
-    own = run_dir / "tokenizer"
-    with contextlib.suppress(OSError):
-        if tokenizer_hash(own) == shards.index["tokenizer_sha256"]:
-            return []
-    there = own.exists()
-    with making(own, replace=True) as temporary:
-        shutil.copytree(shards.tokenizer_dir, temporary, dirs_exist_ok=True)
-    return [f"{own}: was not the tokenizer of the shards; made anew"] if there else []
 
 
 def find_checkpoint(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,8 +10,9 @@ from typing import TYPE_CHECKING
 
 from relora.config import Config, build_config, load_run_config
 from relora.errors import CheckpointError, ConfigError
-from relora.files import is_file, read_json, supplied
+from relora.files import is_file, supplied
 from relora.model import ModelConfig, build_model
+from relora.own_files import hash_run_files
 from relora.runtime.checkpoint import (
     Checkpoint,
     is_checkpoint,
@@ -108,18 +107,6 @@ def _config_of(checkpoint: Checkpoint, run_dir: Path) -> Config:
         return build_config(values, where, read_model=False)
     except ConfigError as error:
         raise CheckpointError(str(error)) from None
-
-
-def hash_run_files(run_dir: Path) -> dict[str, str]:
-    """SHA-256 of what a checkpoint needs of its run directory, by a name of it."""
-    from relora.data.tokenizer import tokenizer_hash
-
-    model = read_json(run_dir / "model" / "config.json", CheckpointError)
-    model.pop("transformers_version", None)
-    return {
-        "model": hashlib.sha256(json.dumps(model, sort_keys=True).encode()).hexdigest(),
-        "tokenizer": tokenizer_hash(run_dir / "tokenizer"),
-    }
 
 
 def structure_of(config: Config) -> ModelConfig:

@@ -37,6 +37,7 @@ LEVELS = {
     "relora.console": 2,
     "relora.subject": 2,
     "relora.moved": 2,
+    "relora.own_files": 2,
     "relora.dryrun": 2,
     "relora.estimate": 2,
     "relora.timeline": 2,
