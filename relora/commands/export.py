@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from relora import __version__
 from relora.errors import ConfigError
-from relora.model import has_transformers_weights
 from relora.runtime.metrics import format_count, read_metrics
+from relora.structure import has_transformers_weights
 from relora.subject import Subject, merged_model, open_subject
 
 if TYPE_CHECKING:
