@@ -107,7 +107,7 @@ def _adapters(config: Config, shapes: dict[str, tuple[int, ...]]) -> Iterator[st
             f"lora.rank {rank}: A and B hold as many numbers as the weight itself in {len(large)} "
             f"of {len(shapes)} layers ({large[0]})"
         )
-    cycles, full = len(config.clock.merge_steps()) + 1, max(map(min, shapes.values()))
+    cycles, full = len(config.clock.merge_steps()) + 1, max(map(min, shapes.values()), default=0)
     if cycles * rank > 2 * full:
         yield (
             f"lora.rank {rank}: {cycles} cycles add up to rank {cycles * rank}, and no adapted "

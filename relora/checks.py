@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from relora.errors import ConfigError
-from relora.model import read_model_json
 from relora.runtime.config import refusal
+from relora.structure import check_context, read_model_json
 
 if TYPE_CHECKING:
     from relora.config import Config
@@ -195,13 +195,10 @@ def _check_deepspeed(config: Config) -> Iterator[str]:
 
 
 def _check_model_json(config: Config, model: dict[str, Any]) -> Iterator[str]:
-    context = model.get("max_position_embeddings", model.get("n_positions"))
-    length = config.data.sequence_length
-    if isinstance(context, int) and length > context:
-        yield (
-            f"data.sequence_length: {length} is longer than the model's context of {context} "
-            f"({config.model.config}); take at most {context}"
-        )
+    try:
+        check_context(model, config.data.sequence_length, str(config.model.config))
+    except ConfigError as error:
+        yield str(error)
     yield from _check_special_ids(str(config.model.config), model)
     vocab, wanted = model.get("vocab_size"), config.data.tokenizer.vocab_size
     if isinstance(vocab, int) and wanted is not None and wanted > vocab:

@@ -4,7 +4,6 @@ checkpoint directory."""
 from __future__ import annotations
 
 import copy
-import json
 import math
 import shutil
 from pathlib import Path
@@ -15,6 +14,13 @@ from pydantic import model_validator
 from relora.errors import ConfigError
 from relora.files import read_json
 from relora.section import Section
+from relora.structure import (
+    check_pretrained,
+    find_model_directory,
+    one_line,
+    read_structure,
+    refuse_failures,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -40,23 +46,6 @@ class ModelConfig(Section):
         if (self.config is None) == (self.pretrained is None):
             raise ValueError("give either config (a JSON file) or pretrained (a directory)")
         return self
-
-
-def read_model_json(path: Path) -> dict[str, Any]:
-    """The transformers config JSON at `path`, as plain values.
-
-    Raises:
-        ConfigError: no such file, no JSON, or no `model_type` in it.
-    """
-    if not path.is_file():
-        raise ConfigError(f"model.config: {path}: no such file (looked from {Path.cwd()})")
-    try:
-        values = json.loads(path.read_text(encoding="utf8"))
-    except ValueError as error:
-        raise ConfigError(f"model.config: {path}: not valid JSON: {error}") from None
-    if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
-        raise ConfigError(f'model.config: {path}: needs a "model_type", such as "llama"')
-    return values
 
 
 def layer_kind(name: str) -> str:
@@ -209,55 +198,11 @@ def load_model_config(config: ModelConfig) -> PretrainedConfig:
     Raises:
         ConfigError: the file or directory is not one that transformers can build from.
     """
-    from transformers import AutoConfig
-
-    path = config.config
-    if path is None:
-        assert config.pretrained is not None
-        path = find_model_directory(config.pretrained) / "config.json"
-    values = read_model_json(path)
-    try:
-        return AutoConfig.for_model(**values)
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"{path}: transformers does not know this model: {error}") from None
-
-
-def find_model_directory(path: Path) -> Path:
-    """The directory with `config.json` that `model.pretrained` means: itself, or a run's `model/`.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    candidates = [path, path / "model"]
-    if (path / "manifest.json").is_file():  # a checkpoint, two levels below its run
-        candidates.append(path.resolve().parent.parent / "model")
-    for candidate in candidates:
-        if (candidate / "config.json").is_file():
-            return candidate
-    raise ConfigError(
-        f"model.pretrained: {path}: holds no config.json; give a transformers model directory, "
-        "a run directory or one of its checkpoints"
-    )
-
-
-def check_pretrained(path: Path) -> None:
-    """Whether a transformers directory holds weights at all.
-
-    Raises:
-        ConfigError: it does not, or is no such directory.
-    """
-    find_model_directory(path)
-    if not has_transformers_weights(path):
-        raise ConfigError(
-            f"model.pretrained: {path}: holds no weights (model.safetensors); give a transformers "
-            "model directory with them, a run directory or one of its checkpoints"
-        )
-
-
-def has_transformers_weights(directory: Path) -> bool:
-    """Whether transformers can load weights from `directory` (safetensors, one file or many)."""
-    names = ("model.safetensors", "model.safetensors.index.json")
-    return any((directory / name).is_file() for name in names)
+    if config.config is not None:
+        return read_structure(config.config)
+    assert config.pretrained is not None
+    path = find_model_directory(config.pretrained) / "config.json"
+    return read_structure(path, "model.pretrained")
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
@@ -268,16 +213,22 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 def _load_pretrained(directory: Path) -> PreTrainedModel:
     import torch
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     check_pretrained(directory)
+    structure = load_model_config(ModelConfig(pretrained=directory))
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=torch.float32, local_files_only=True, output_loading_info=True
+            directory,
+            config=structure,
+            dtype=torch.float32,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ConfigError(f"model.pretrained: {directory}: {error}") from None
+    except Exception as error:  # what transformers raises at other people's files may be anything
+        raise ConfigError(f"model.pretrained: {directory}: {one_line(error)}") from error
     model, report = loaded
     # transformers would draw these at random and go on.
     lacking = sorted({*report["missing_keys"], *(str(key) for key in report["mismatched_keys"])})
@@ -290,7 +241,5 @@ def _from_config(config: ModelConfig) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     structure = load_model_config(config)
-    try:
-        return AutoModelForCausalLM.from_config(structure)
-    except (ValueError, RuntimeError) as error:
-        raise ConfigError(f"model: {error}") from None
+    where = f"model: {config.config or config.pretrained}"
+    return refuse_failures(lambda: AutoModelForCausalLM.from_config(structure), where)

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from relora import __version__
 from relora.errors import CheckpointError, ConfigError
 from relora.files import making, supplied
-from relora.model import GENERATION_CONFIG, has_transformers_weights
+from relora.model import GENERATION_CONFIG
 from relora.runtime.metrics import format_count, read_metrics
+from relora.structure import has_transformers_weights
 from relora.subject import Subject, merged_model, open_subject, say_aside
 
 if TYPE_CHECKING:

@@ -25,6 +25,7 @@ from relora.errors import (
 )
 from relora.files import exists, is_dir, is_file
 from relora.model import build_meta_model, check_causal, check_pretrained
+from relora.structure import changed_keys, check_context
 
 # torch and all that imports it waits until the config has been checked.
 if TYPE_CHECKING:
@@ -188,12 +189,8 @@ def check_model(config: Config) -> None:
     if structure_of(config) is config.model and read_rank() == 0:  # one is enough, and costs
         check_causal(config.model)
     model = build_meta_model(structure_of(config))
-    context = getattr(model.config, "max_position_embeddings", None)
-    if context is not None and config.data.sequence_length > context:
-        raise ConfigError(
-            f"data.sequence_length: {config.data.sequence_length} is longer than the model's "
-            f"context of {context}; take at most {context}"
-        )
+    where = str(config.model.config or config.model.pretrained)
+    check_context(model.config, config.data.sequence_length, where)
     if config.lora is not None:
         from relora.lora.inject import find_targets
 
@@ -211,14 +208,8 @@ def check_same_model(config: Config) -> None:
     begun = is_file(config.run_dir / "model" / "config.json")
     if not begun or (config.model.pretrained and not exists(config.model.pretrained)):
         return
-    old = load_model_config(ModelConfig(pretrained=config.run_dir)).to_dict()
-    new = load_model_config(config.model).to_dict()
-    # What only one of them has is a default of another version of transformers.
-    changes = [
-        f"{key}: was {old[key]!r}, is now {new[key]!r}"
-        for key in sorted(old.keys() & new.keys() - {"transformers_version", "dtype"})
-        if old[key] != new[key]
-    ]
+    old = load_model_config(ModelConfig(pretrained=config.run_dir))
+    changes = changed_keys(old, load_model_config(config.model))
     if changes:
         where = config.model.config or config.model.pretrained
         raise ConfigError(
