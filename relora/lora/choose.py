@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -170,23 +171,21 @@ def computes_linear(layer: Any) -> bool:
     """
     if type(layer).forward in (nn.Linear.forward, Conv1D.forward):
         return True
-    # Fixed numbers: the generator belongs to the initial weights.
-    x, weight, bias = (torch.linspace(-1, 2, n) for n in (12, 15, 5))
-    x, weight = x.view(2, 2, 3).sin(), weight.view(5, 3).cos()
-    expected = F.linear(x, weight, bias if layer.bias is not None else None)
-    held = {"weight": weight.t() if isinstance(layer, Conv1D) else weight}
-    if layer.bias is not None:
-        held["bias"] = bias
-    try:
-        with torch.no_grad(), torch.device("cpu"):
+    # Real numbers also while a model without any is counted; fixed ones, since the generator
+    # belongs to the initial weights.
+    with _disable_current_modes(), torch.device("cpu"), torch.no_grad():
+        x, weight, bias = (torch.linspace(-1, 2, n) for n in (12, 15, 5))
+        x, weight = x.view(2, 2, 3).sin(), weight.view(5, 3).cos()
+        expected = F.linear(x, weight, bias if layer.bias is not None else None)
+        held = {"weight": weight.t() if isinstance(layer, Conv1D) else weight}
+        if layer.bias is not None:
+            held["bias"] = bias
+        try:
             found = torch.func.functional_call(layer, held, (x,))
-    except Exception:  # whatever it may want in addition, it is no plain linear layer
-        return False
-    return (
-        isinstance(found, Tensor)
-        and found.shape == expected.shape
-        and torch.allclose(found, expected, rtol=1e-5, atol=1e-6)
-    )
+        except Exception:  # whatever it may want in addition, it is no plain linear layer
+            return False
+        alike = isinstance(found, Tensor) and found.shape == expected.shape
+        return alike and torch.allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
 @functools.cache
