@@ -6,6 +6,7 @@ expands.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shlex
@@ -22,7 +23,16 @@ from relora.config import load_config
 from relora.errors import ConfigError
 from relora.runtime import devices, hosts
 from relora.runtime.arguments import decode, encode
-from runs import Process, checkpoints, logged_step, make_config, relora, run_state
+from runs import (
+    Process,
+    alive,
+    checkpoints,
+    logged_step,
+    make_config,
+    relora,
+    run_state,
+    wait_for,
+)
 
 SSH = r"""#!/usr/bin/env bash
 while [[ $1 == -* ]]; do
@@ -206,6 +216,10 @@ def test_a_word_that_only_looks_encoded_is_for_the_command_line_to_judge() -> No
         assert decode(word) == word
 
 
+def nobody(pids: list[int]) -> bool:
+    return not alive(pids)
+
+
 def values_of(pid: int) -> list[str]:
     """The arguments of a rank, as they were typed."""
     words = psutil.Process(pid).cmdline()
@@ -226,9 +240,8 @@ def test_every_rank_gets_what_was_checked_byte_for_byte(
     prompt = json.dumps(" ".join(word for word in NASTY if word != "\udcff"), ensure_ascii=False)
     overrides = [f"train.sample_prompt={prompt}", "seed=3", f"run_dir={folder / 'run $HOME'}"]
     hostfile = write(tmp_path / "hosts", "node1 slots=1\nnode2 slots=1\n")
-    process = Process(
-        tmp_path / "out", "launch", "--hostfile", hostfile, "a config.yaml", *overrides
-    )
+    command = ("launch", "--hostfile", hostfile, "a config.yaml", *overrides)
+    process = Process(tmp_path / "out", *command)
     run = folder / "run $HOME"
     process.wait_for_step(run, 3)
     ranks = process.ranks()
@@ -241,13 +254,20 @@ def test_every_rank_gets_what_was_checked_byte_for_byte(
     resolved = yaml.safe_load((run / "config.yaml").read_text(encoding="utf8"))
     wanted = load_config(Path("a config.yaml"), overrides)
     assert resolved["train"]["sample_prompt"] == wanted.train.sample_prompt
-    asked = logged_step(run)
-    os.kill(process.popen.pid, signal.SIGTERM)
-    assert process.wait() == 75, process.text
-    state = run_state(run)
-    assert state["reason"] == "stopped by SIGTERM"
-    assert state["step"] >= asked
-    assert checkpoints(run) == [f"step_{state['step']:08d}"]
-    assert process.text.count("relora: stopping after this step (") == 1, process.text
+    # Stopped, and the next one's front killed: both times all ranks save together.
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        asked, pids = logged_step(run), [process.popen.pid, *process.descendants()]
+        os.kill(process.popen.pid, number)
+        process.wait()
+        wait_for(functools.partial(nobody, pids))
+        state = run_state(run)
+        assert (state["status"], state["reason"]) == ("preempted", "stopped by SIGTERM")
+        assert state["step"] >= asked
+        assert checkpoints(run)[-1] == f"step_{state['step']:08d}"
+        assert process.text.count("relora: stopping after this step (") == 1, process.text
+        if number == signal.SIGTERM:
+            assert process.popen.returncode == 75, process.text
+            process = Process(tmp_path / "again", *command)
+            process.wait_for_step(run, state["step"] + 3)
     assert not [path for path in tmp_path.rglob("*") if path.name == "pwned"]
     assert not Path("/pwned").exists()

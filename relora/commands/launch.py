@@ -2,8 +2,9 @@
 
 The `deepspeed` front-end, on SIGTERM, ends itself and leaves its ranks training; its `launch.py`
 stops them one after the other, so that a save in which all take part would never end. Here every
-rank gets the signal at once. Killed outright, none of us can pass on anything: the kernel then
-ends the next in the chain, and tells the ranks (`runtime.signals`).
+rank gets the signal at once, here and on other hosts (`runtime.hosts`). Killed outright, none of us
+can pass on anything: the kernel then ends the next in the chain on this machine, and tells the
+ranks (`runtime.signals`).
 """
 
 from __future__ import annotations
@@ -151,10 +152,7 @@ def _pass_on(launcher: int, number: int) -> None:
 
 
 def _pass_on_to_hosts(slots: Mapping[str, int], port: int, launcher: int, number: int) -> None:
-    """`_pass_on` where the ranks are elsewhere; they save together, and the launcher ends by that.
-
-    What ssh starts does not hear of the end of the ssh that started it.
-    """
+    """`_pass_on` where the ranks are elsewhere; they save together, which ends the launcher too."""
     quiet = subprocess.DEVNULL
     subprocess.Popen(
         signal_command(slots, port, number), start_new_session=True, stdout=quiet, stderr=quiet

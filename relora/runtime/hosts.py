@@ -13,6 +13,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -33,6 +34,17 @@ HOST = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9_.-]*@)?[A-Za-z0-9][A-Za-z0-9_.-]*"
 EXPORTED: tuple[str, ...] = ("MLFLOW", "MV2", "NCCL", "PYTHON", "UCX")
 EXPORTED += ("DS_ACCELERATOR", "DS_BUILD_OPS", "GLOO_", "GOMP_", "MKL_", "OMP_", "TORCH_")
 NODE = "deepspeed.launcher.launch"  # which starts and watches the ranks of one machine
+# Runs $2 … and, on SIGTERM, $1; a wait that the signal cut short says nothing of the end.
+KEEPER = """
+stop=$1
+shift
+trap 'told=1; eval "$stop"' TERM
+"$@" &
+wait $!
+code=$?
+[ -z "$told" ] || { wait $!; code=$?; }
+exit $code
+"""
 ASK_S = 10  # for a host to answer
 SSH = ("ssh", "-n", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={ASK_S}", "--")
 
@@ -127,15 +139,21 @@ def _ask(host: str) -> tuple[str, str]:
 def multi_node_command(
     slots: Mapping[str, int], address: str, port: int, arguments: Sequence[str]
 ) -> list[str]:
-    """pdsh, which starts deepspeed's per-node launcher on every host at once."""
-    variables = {k: v for k, v in os.environ.items() if k.startswith(EXPORTED)} | _read_env_file()
+    """pdsh, which starts deepspeed's per-node launcher on every host at once.
+
+    On SIGTERM (this process is gone) all ranks are told to stop: what ssh has started does not hear
+    of the end of the ssh that started it.
+    """
+    variables = {"DS_BUILD_OPS": "0"}
+    variables |= {k: v for k, v in os.environ.items() if k.startswith(EXPORTED)} | _read_env_file()
     variables[FRONT] = "1"
     words = ["env", *(f"{name}={value}" for name, value in variables.items())]
     words += [sys.executable, "-u", "-m", NODE, _world(slots)]
     there = f"cd {_quote(str(Path.cwd()))} && exec {' '.join(map(_quote, words))} --node_rank=%n "
     words = [f"--master_addr={address}", f"--master_port={port}", "--quiet", "--module", "relora"]
     there += " ".join(map(_quote, [*words, *map(encode, arguments)]))
-    return _pdsh(slots, there)
+    stop = shlex.join(signal_command(slots, port, signal.SIGTERM))
+    return ["sh", "-c", KEEPER, "sh", stop, *_pdsh(slots, there)]
 
 
 def signal_command(slots: Mapping[str, int], port: int, number: int) -> list[str]:
