@@ -412,6 +412,58 @@ def test_add_bos_that_would_do_nothing_is_refused(tmp_path: Path) -> None:
         TokenizerConfig(path="somewhere", add_bos=True)
 
 
+def test_a_run_its_samples_prompts_and_export_all_begin_as_documents_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With model type qwen2, whose own tokenizer would be another one."""
+    import torch
+    from transformers import GenerationMixin
+
+    from runs import make_config, relora
+
+    begins(tmp_path / "theirs")
+    model = {"model_type": "qwen2", "vocab_size": 330, "hidden_size": 32, "intermediate_size": 64}
+    model |= {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    (tmp_path / "qwen2.json").write_text(json.dumps({**model, "max_position_embeddings": 64}))
+    few = ("--max-new-tokens", 8)
+    for name, add_bos in (("kept", None), ("dropped", False)):
+        config = make_config(
+            tmp_path / name,
+            model__config=str(tmp_path / "qwen2.json"),
+            data__tokenizer={"path": str(tmp_path / "theirs"), "add_bos": add_bos},
+            data__dir=str(tmp_path / "data"),
+            train={"steps": 7, "eval_every": 7, "eval_sequences": 4, "sample_prompt": "a river"},
+            lora=None,
+            relora=None,
+            warm_start=None,
+        )
+        assert relora("prepare", config) == 0
+        prompts: list[list[int]] = []
+
+        def sampled(engine: Any, ids: torch.Tensor, count: int) -> torch.Tensor:
+            prompts.append(ids[0].tolist())  # noqa: B023
+            return ids
+
+        monkeypatch.setattr("relora.loop.continue_greedily", sampled)
+        assert relora("train", config) == 0
+        assert relora("export", tmp_path / name, "--to", tmp_path / f"{name} export") == 0
+        exported = AutoTokenizer.from_pretrained(tmp_path / f"{name} export")
+        capsys.readouterr()
+
+        def generated(model: Any, ids: torch.Tensor, **_: Any) -> torch.Tensor:
+            prompts.append(ids[0].tolist())  # noqa: B023
+            return ids
+
+        with monkeypatch.context() as patch:
+            patch.setattr(GenerationMixin, "generate", generated)
+            assert relora("generate", tmp_path / name, "--prompt", "a river", *few) == 0
+        assert capsys.readouterr().out.strip() == "a river"
+        begin = [0] if add_bos is None else []
+        expected = begin + file_ids(tmp_path / "theirs", "a river", True)
+        assert prompts == [expected, expected]
+        assert exported("a river")["input_ids"] == expected
+
+
 # --- a tokenizer that was damaged meanwhile ---
 
 

@@ -122,9 +122,10 @@ def take_over(name: str, directory: Path, sample: list[str], add_bos: bool | Non
         DataError: there is none, it has no EOS token, or it would come back with other ids.
         ConfigError: `add_bos` would do nothing.
     """
-    where = f"data.tokenizer.path: {name}"
+    where = f"data.tokenizer.path: {name[:200]}"
     source = _find(name, where)
     if files.is_file(source / "tokenizer.json"):
+        parse_file(source, DataError, where)  # a message is to name what was given, not the copy
         with files.supplied(DataError, where, "cannot be copied"):
             _copy_files(source, directory)
         _settle(directory, source, where)
@@ -163,9 +164,13 @@ def _convert(source: Path, directory: Path, sample: list[str], where: str) -> No
 
 def open_directory(directory: Path, kind: type[UserError], where: str) -> Any:
     """The tokenizer of a directory, by its tokenizer.json if it has one, for transformers."""
-    if files.is_file(directory / "tokenizer.json"):
-        return load_file(directory, kind, where)
-    return load_auto(directory, kind, where)
+    load = load_file if files.is_file(directory / "tokenizer.json") else load_auto
+    tokenizer = load(directory, kind, where)
+    try:
+        begin_ids(tokenizer)
+    except Exception as error:  # settings of any type are read, and fail in use
+        raise _no_tokenizer(where, error, kind) from error
+    return tokenizer
 
 
 def _find(name: str, where: str) -> Path:
@@ -200,7 +205,8 @@ def _settle(directory: Path, source: Path, where: str) -> None:
     What the original's class adds by default is written out, if tokenizer.json knows of it.
     """
     path = directory / "tokenizer_config.json"
-    settings = files.read_json(path, DataError) if files.exists(path) else {}
+    given = source / path.name
+    settings = files.read_json(given, DataError) if files.exists(given) else {}
     vocab = parse_file(directory, DataError, where).get_vocab()
     copy: Any = load_file(directory, DataError, where)
     if copy.eos_token is None:  # GPT-2's files, for one, leave it to its class
@@ -220,7 +226,7 @@ def _settle(directory: Path, source: Path, where: str) -> None:
     # Tokens that only the settings name get their ids when they are read: keep them.
     copy = load_file(directory, DataError, where)
     if copy.get_vocab() != vocab:
-        copy.backend_tokenizer.save(str(directory / "tokenizer.json"))
+        files.write_atomically(directory / "tokenizer.json", copy.backend_tokenizer.to_str())
 
 
 def place_tokenizer(directory: Path, to: Path, kind: type[UserError]) -> None:
