@@ -417,7 +417,7 @@ def test_shards_from_before_documents_began_with_bos_serve_the_runs_that_have_be
     old = json.loads(index.read_text())
     del old["begin_ids"], old["index_sha256"]
     index.write_text(json.dumps(old))
-    with pytest.raises(DataError, match="did not begin with.*delete it and run: relora prepare"):
+    with pytest.raises(DataError, match=r"did not begin with.*delete it and run: relora prepare"):
         check_tokenizer(config, open_shards(text))
     (tmp_path / "run" / "model").mkdir(parents=True)
     shutil.copyfile(str(config.model.config), tmp_path / "run" / "model" / "config.json")
