@@ -10,7 +10,7 @@ cd "$ROOT" || exit
 PYTHON=${PYTHON:-python3}
 VENV=${VENV:-$ROOT/.venv}
 export DS_BUILD_OPS=0               # DeepSpeed compiles nothing, neither here nor later
-export DS_ACCELERATOR               # cpu where there is no GPU, see below
+export DS_ACCELERATOR               # cpu where there is no GPU, or if it was so before
 export TOKENIZERS_PARALLELISM=false # tokenizers warns when its process forks
 
 die() {
@@ -18,27 +18,39 @@ die() {
     exit 1
 }
 
-# Prints the number of GPUs that a program started from here would see; 0 without a driver.
+# Prints how many GPUs the driver of this machine knows, whatever is hidden from programs.
 count_gpus() {
+    local found
+    found=$( (nvidia-smi -L 2>/dev/null || true) | grep -c '^GPU ' || true)
+    if ((found == 0)); then # not every container has nvidia-smi
+        found=$(find /proc/driver/nvidia/gpus -mindepth 1 -maxdepth 1 2>/dev/null | wc -l)
+    fi
+    echo "$found"
+}
+
+# Prints how many of them a program started from here would see. CUDA reads its list up to the
+# first entry that names none.
+count_visible_gpus() {
     if [[ -n ${CUDA_VISIBLE_DEVICES+x} ]]; then
-        awk -F, '{ print ($1 == "-1") ? 0 : NF }' <<<"$CUDA_VISIBLE_DEVICES"
+        awk -F, '{ while (++i <= NF && $i ~ /^ *([0-9]+|GPU-.*|MIG-.*) *$/); print i - 1 }' \
+            <<<"${CUDA_VISIBLE_DEVICES%%$'\n'*}"
     else
-        (nvidia-smi -L 2>/dev/null || true) | grep -c '^GPU' || true
+        echo "$GPUS_HERE"
     fi
 }
 
-GPUS=$(count_gpus)
-if ((GPUS == 0)); then
+# A list of GPUs on a machine without any means nothing. On one that has some an empty list is for
+# `relora launch` to judge: training on the CPU by mistake would take days.
+GPUS_HERE=$(count_gpus)
+if [[ $GPUS_HERE == 0 || ${DS_ACCELERATOR-} == cpu ]]; then
     DS_ACCELERATOR=cpu
+    # shellcheck disable=SC2034 # the scripts use it
+    GPUS=0
 else
-    unset DS_ACCELERATOR
+    [[ ${DS_ACCELERATOR-} ]] || unset DS_ACCELERATOR
+    # shellcheck disable=SC2034
+    GPUS=$(count_visible_gpus)
 fi
-
-# Prints a TCP port that nobody listens on; the launcher's own default may be taken.
-free_port() {
-    "$VENV/bin/python" -c \
-        "import socket; s = socket.socket(); s.bind(('', 0)); print(s.getsockname()[1])"
-}
 
 # set_up EXTRAS: makes $VENV what pyproject.toml and constraints.txt say, and puts it on the PATH.
 # Says nothing and takes no time if it is so already. The stamp is written last: an environment
@@ -75,7 +87,7 @@ _make_venv() {
 }
 
 _keeps_torch() {
-    ((GPUS > 0)) && "$PYTHON" -c 'import torch' 2>/dev/null
+    ((GPUS_HERE > 0)) && "$PYTHON" -c 'import torch' 2>/dev/null
 }
 
 _install() {
@@ -83,7 +95,7 @@ _install() {
     cp launch/constraints.txt "$pins"
     if _keeps_torch; then
         sed -i '/^torch==/d' "$pins"
-    elif ((GPUS == 0)); then
+    elif ((GPUS_HERE == 0)); then
         torch=$(grep '^torch==' "$pins")
         _install_cpu_torch "$torch" "$pins"
     fi

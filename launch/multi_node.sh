@@ -14,10 +14,13 @@ HOSTFILE=${HOSTFILE:-$ROOT/launch/hostfile}
 
 [[ -f $HOSTFILE ]] || die "no $HOSTFILE: copy launch/hostfile.example there and name your machines"
 command -v pdsh >/dev/null || die "needs pdsh, which starts the ranks: apt install pdsh"
-# A machine that does not answer would leave the others waiting for half an hour.
-while read -r host _; do
+# A machine that does not answer would leave the others waiting for half an hour. The shell over
+# there reads the folder's name once more, so it goes quoted.
+printf -v there %q "$ROOT"
+while read -r host _ || [[ $host ]]; do
     [[ -z $host || $host == \#* ]] && continue
-    ssh -n -o BatchMode=yes -o ConnectTimeout=5 "$host" test -d "$ROOT" ||
+    [[ $host != -* ]] || die "$HOSTFILE: $host is not the name of a machine"
+    ssh -n -o BatchMode=yes -o ConnectTimeout=5 -- "$host" "test -d $there" ||
         die "$host ($HOSTFILE) is not reached by ssh without a password, or has no $ROOT"
 done <"$HOSTFILE"
 set_up ""

@@ -15,6 +15,7 @@ EXPORT=$RELORA/export SAMPLE=$RELORA/sample.txt
 
 # Ranks: all GPUs, or two without; fewer where the batch of 16 sequences could not be shared out.
 DEVICES=${DEVICES:-$((GPUS > 0 ? GPUS : 2))}
+[[ $DEVICES =~ ^[1-9][0-9]{0,4}$ ]] || die "DEVICES=$DEVICES: must be a whole number from 1 up"
 while ((16 % DEVICES)); do
     DEVICES=$((DEVICES - 1))
 done
@@ -47,8 +48,8 @@ train() {
         echo "finished: runs/quickstart_$1"
         return
     fi
-    deepspeed --master_port "$(free_port)" --num_gpus "$DEVICES" --quiet \
-        --module relora train "$config" batch.micro_batch_size="$MICRO_BATCH"
+    # (Its own front-end takes the first GPUs of the machine, whatever CUDA_VISIBLE_DEVICES says.)
+    relora launch --devices "$DEVICES" "$config" batch.micro_batch_size="$MICRO_BATCH"
 }
 
 report() {

@@ -4,8 +4,9 @@ import gc
 import sys
 
 from relora.cli import main
+from relora.runtime.arguments import decode
 
 if __name__ == "__main__":
-    code = main()
+    code = main(list(map(decode, sys.argv[1:])))  # what reached another host unharmed
     gc.freeze()  # else the interpreter looks through a million objects once more before it ends
     sys.exit(code)

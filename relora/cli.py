@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
 from relora import __version__
-from relora.errors import UserError
+from relora.errors import ConfigError
+from relora.files import as_user_error, mend_standard_streams
+from relora.runtime.cores import limit_spinning
 
 Verbs = argparse._SubParsersAction  # of argparse.ArgumentParser
 OVERRIDES = "dotted overrides of the config file, such as optimizer.lr=1e-3 or relora=null"
@@ -64,7 +67,7 @@ def _add_training_verbs(verbs: Verbs) -> None:
         "relora prepare configs/quickstart_relora.yaml",
     )
     _config(prepare)
-    prepare.add_argument("--workers", type=_positive, default=None, help="processes (all cores)")
+    prepare.add_argument("--workers", type=_few, default=None, help="processes (all cores)")
 
     train = _verb(
         verbs,
@@ -105,9 +108,7 @@ def _add_arms(verbs: Verbs) -> None:
     arms.add_argument(
         "--arms", type=Path, metavar="FILE", help="YAML; the paper's arms if not given"
     )
-    arms.add_argument(
-        "--seeds", type=_positive, metavar="N", help="0 … N − 1 (those of FILE, or 0)"
-    )
+    arms.add_argument("--seeds", type=_few, metavar="N", help="0 … N − 1 (those of FILE, or 0)")
     arms.add_argument("--devices", type=_positive, metavar="N", help="ranks here (all GPUs)")
 
 
@@ -123,6 +124,9 @@ def _add_reading_verbs(verbs: Verbs) -> None:
     evaluate.add_argument("--split", choices=("train", "validation"), default="validation")
     evaluate.add_argument("--max-sequences", type=_positive, default=None, metavar="N")
     evaluate.add_argument("--batch-size", type=_positive, default=16, metavar="N")
+    evaluate.add_argument(
+        "overrides", nargs="*", metavar="data.dir=DIR", help="where the shards of the run are now"
+    )
 
     generate = _verb(
         verbs,
@@ -131,11 +135,11 @@ def _add_reading_verbs(verbs: Verbs) -> None:
         "relora generate runs/quickstart_relora --prompt 'def main('",
     )
     _subject(generate)
-    generate.add_argument("--prompt", required=True, metavar="TEXT")
+    generate.add_argument("--prompt", type=_text, required=True, metavar="TEXT")
     generate.add_argument("--max-new-tokens", type=_positive, default=100, metavar="N")
-    generate.add_argument("--temperature", type=_at_least_0, default=0.8, help="0 is greedy")
+    generate.add_argument("--temperature", type=_temperature, default=0.8, help="0 is greedy")
     generate.add_argument("--top-k", type=_positive, default=50, metavar="K")
-    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--seed", type=_whole, default=0)
 
     export = _verb(
         verbs,
@@ -186,6 +190,11 @@ def _add_reading_verbs(verbs: Verbs) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code (0 done, 1 our bug, 2–6 and 75 as in the README)."""
+    mend_standard_streams()
+    limit_spinning()
+    if sys.platform == "win32":  # signals, file locks and DeepSpeed's launcher are another matter
+        print("relora: needs Linux; on Windows that is WSL 2", file=sys.stderr)
+        return ConfigError.code
     parser = build_parser()
     known, rest = parser.parse_known_args(argv)
     arguments = vars(known)
@@ -197,29 +206,57 @@ def main(argv: Sequence[str] | None = None) -> int:
     verb = arguments.pop("verb")
     arguments.pop("local_rank")
     try:
-        return getattr(import_module(f"relora.commands.{verb}"), verb)(**arguments) or 0
-    except UserError as error:
+        code = getattr(import_module(f"relora.commands.{verb}"), verb)(**arguments) or 0
+        sys.stdout.flush()  # here, where a full disk behind it is still one message
+        return code
+    except KeyboardInterrupt:  # the verbs that can be stopped in a better way catch it themselves
+        print(f"relora: {verb} was stopped by Ctrl-C", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except Exception as error:
+        told = as_user_error(error)
+        if told is None:
+            raise
         if os.environ.get("LOCAL_RANK", "0") == "0":  # one message a machine, not one a rank
-            print(f"relora: {error}", file=sys.stderr)
-        return error.code
+            print(f"relora: {told}", file=sys.stderr)
+        return told.code
+
+
+def _whole(text: str, least: int = -(2**63), most: int = 2**63 - 1) -> int:
+    """argparse type: a whole number, of 64 bits if nothing else is said."""
+    value = int(text)
+    if not least <= value <= most:
+        bounds = f"at least {least:,}" if value < least else f"at most {most:,}"
+        raise argparse.ArgumentTypeError(f"must be {bounds}")
+    return value
 
 
 def _positive(text: str) -> int:
     """argparse type: a whole number from 1 up."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value}: must be at least 1")
-    return value
+    return _whole(text, 1)
+
+
+def _few(text: str) -> int:
+    """argparse type: a number of things that are all listed, or started, at once."""
+    return _whole(text, 1, 1024)
+
+
+def _text(text: str) -> str:
+    """argparse type: characters, and no bytes that are none."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError("is not UTF-8") from None
+    return text
 
 
 def _verb(verbs: Verbs, name: str, help: str, example: str) -> argparse.ArgumentParser:
     return verbs.add_parser(name, help=help, description=help, epilog=f"example: {example}")
 
 
-def _at_least_0(text: str) -> float:
+def _temperature(text: str) -> float:
     value = float(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{value:g}: must be at least 0")
+    if value != 0 and not 0.001 <= value <= 1e6:  # beyond, logits are no numbers any more
+        raise argparse.ArgumentTypeError(f"{text}: must be 0 (greedy), or 0.001 … 1,000,000")
     return value
 
 
@@ -233,8 +270,8 @@ def _above_0(text: str) -> float:
 def _seconds(text: str) -> float:
     """argparse type: a time to wait."""
     value = float(text)
-    if not 0.1 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{value:g}: must be at least 0.1")
+    if not 0.1 <= value <= 86_400:
+        raise argparse.ArgumentTypeError(f"{text}: must be 0.1 … 86,400 seconds")
     return value
 
 

@@ -9,31 +9,109 @@ Nothing here removes a path that this process has not made.
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import secrets
 import shutil
 import stat
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from relora.errors import UserError
+from relora.errors import CheckpointError, ConfigError, UserError
 
+# What `beside` adds to a name. Who holds the lock of a directory may clear what was killed in it.
+TEMPORARY = r"\.[0-9]+-[0-9a-f]{8}\.tmp"
 MAX_JSON_BYTES = 1 << 26  # far beyond what any model, world size or tokenizer index needs
 
 # A disk that takes no more, rather than a wrong name.
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+# Nobody reads what is printed: the reader of a pipe has left, or the terminal is closed.
+UNHEARD = (errno.EPIPE, errno.EIO)
+# What no path that a user names should be able to cause, but a bug of ours can.
+_NOT_OF_FILES = (ChildProcessError, ConnectionError, ProcessLookupError, BlockingIOError)
 
 
 def explain(error: BaseException) -> str:
-    """What went wrong with a file, without its name: `Permission denied`."""
+    """What went wrong with a file, on one line and without its name: `Permission denied`."""
     if isinstance(error, UnicodeDecodeError):
         return f"not UTF-8 (byte 0x{error.object[error.start]:02x} at {error.start})"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return str(error) or type(error).__name__
+    said = "".join(each if each.isprintable() else " " for each in str(error))
+    return " ".join(said.split()) or type(error).__name__
+
+
+def as_user_error(error: BaseException) -> UserError | None:
+    """The error in words that a user can act on; None for a bug of ours.
+
+    The last net: who reads or writes a file knows better what it is for, and says so.
+    """
+    if isinstance(error, UserError):
+        return error
+    if isinstance(error, MemoryError):
+        return ConfigError(
+            f"not enough memory on this machine ({explain(error)}); take smaller batches or a "
+            "smaller model, and see `relora plan`"
+        )
+    if not isinstance(error, OSError) or isinstance(error, _NOT_OF_FILES):
+        return None
+    if error.filename is None and error.errno not in NO_ROOM:
+        return None
+    name = "standard output" if error.filename is None else str(error.filename)
+    if len(name) > 300:  # it may be too long to be one
+        name = f"{name[:100]}… ({len(name)} characters)"
+    if error.errno in NO_ROOM:
+        return CheckpointError(f"{name}: cannot be written: {explain(error)}; make room, and again")
+    return ConfigError(f"{name}: {explain(error)}")
+
+
+class _Lenient(io.FileIO):
+    """A standard stream that drops what nobody can read, so that the work goes on.
+
+    Another failure (a full disk behind it) is raised once, to be told.
+    """
+
+    lost = False
+
+    def write(self, data: Any) -> int:
+        if not self.lost:
+            try:
+                return super().write(data)
+            except OSError as error:
+                self.lost = True
+                if error.errno not in UNHEARD and self.fileno() != 2:
+                    raise  # standard error has nowhere to say so
+        return len(data)
+
+
+def mend_standard_streams() -> None:
+    """Make standard output and error such that printing cannot end the work of this process.
+
+    A closed one is opened to nowhere: else the next file to be opened would get its number, and
+    what is printed. One whose reader has left drops the rest. No character is an error.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: this one
+        stream = getattr(sys, name)
+        # Not what a test, a notebook or another library has put there.
+        if number and (stream is None or stream is getattr(sys, f"__{name}__")):
+            if stream is not None:
+                stream.flush()
+            raw = _Lenient(number, "w", closefd=False)
+            text = io.TextIOWrapper(
+                io.BufferedWriter(raw),
+                encoding=getattr(stream, "encoding", "utf-8"),
+                errors="backslashreplace",
+                line_buffering=number == 2 or raw.isatty(),
+            )
+            setattr(sys, name, text)
 
 
 @contextmanager
@@ -77,8 +155,13 @@ def is_dir(path: Path) -> bool:
         return False
 
 
-def read_text(path: Path, kind: type[UserError], limit: int = MAX_JSON_BYTES) -> str:
+def read_text(
+    path: Path, kind: type[UserError], limit: int = MAX_JSON_BYTES, what: str = "file"
+) -> str:
     """The text of a plain file of at most `limit` bytes; a link is followed.
+
+    Args:
+        what: what the user calls such a file, for messages.
 
     Raises:
         UserError: of the kind asked for, naming the file: it is missing, no plain file (opening a
@@ -88,12 +171,12 @@ def read_text(path: Path, kind: type[UserError], limit: int = MAX_JSON_BYTES) ->
         try:
             status = path.stat()
         except FileNotFoundError:
-            raise kind(f"{path}: no such file (looked from {Path.cwd()})") from None
+            raise kind(f"{path}: no such {what} (looked from {Path.cwd()})") from None
         if not stat.S_ISREG(status.st_mode):
-            is_directory = stat.S_ISDIR(status.st_mode)
-            raise kind(f"{path}: is {'a directory' if is_directory else 'no plain file'}")
+            found = "a directory" if stat.S_ISDIR(status.st_mode) else "no plain file"
+            raise kind(f"{path}: is {found}, and no {what}")
         if status.st_size > limit:
-            raise kind(f"{path}: {status.st_size:,} bytes is too much for this file")
+            raise kind(f"{path}: {status.st_size} bytes is no {what}")
         return path.read_text(encoding="utf8")
 
 
@@ -111,9 +194,9 @@ def read_json(path: Path, kind: type[UserError], limit: int = MAX_JSON_BYTES) ->
     return values
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str, durable: bool = True) -> None:
     """Replace a file so that a reader sees the old or the new content, never a part."""
-    with replacing(path) as temporary:
+    with replacing(path, durable) as temporary:
         temporary.write_text(text, encoding="utf8")
 
 
@@ -123,23 +206,28 @@ def write_json(path: Path, values: Any) -> None:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, durable: bool = True) -> Iterator[Path]:
     """A file to write in place of `path`: whole and on disk at the end, gone after an error.
 
     Its mode is what the umask says, whatever the writer thinks of it.
+
+    Args:
+        durable: wait for the disk. What can be made again need not cost that.
     """
-    temporary = _beside(path)
+    temporary = beside(path)
     temporary.touch(exist_ok=False)
     mode = stat.S_IMODE(temporary.stat().st_mode)
     try:
         yield temporary
         temporary.chmod(mode)
-        sync(temporary)
+        if durable:
+            sync(temporary)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    sync(path.parent)
+    if durable:
+        sync(path.parent)
 
 
 @contextmanager
@@ -150,14 +238,19 @@ def making(directory: Path, replace: bool = False) -> Iterator[Path]:
         replace: `directory` may be there with something in it, which is then removed. (An empty
             one may be there in any case.)
     """
-    temporary = _beside(directory)
+    temporary = beside(directory)
     temporary.mkdir()
+    mode = stat.S_IMODE(temporary.stat().st_mode)
     try:
         yield temporary
+        # What was copied in has brought its modes along, that of a read-only medium perhaps.
+        for path in (temporary, *temporary.rglob("*")):
+            if path.is_dir() and not path.is_symlink():
+                path.chmod(mode)
         settle(temporary)
         if replace and directory.is_dir():
             # Never without either: the old one goes when the new one has its name.
-            old = _beside(directory)
+            old = beside(directory)
             directory.rename(old)
             try:
                 temporary.rename(directory)
@@ -175,7 +268,7 @@ def making(directory: Path, replace: bool = False) -> Iterator[Path]:
 
 def settle(directory: Path) -> None:
     """Give all files in a new directory the mode that the umask says, and see them on disk."""
-    probe = _beside(directory / "mode")
+    probe = beside(directory / "mode")
     probe.touch(exist_ok=False)
     mode = stat.S_IMODE(probe.stat().st_mode)
     probe.unlink()
@@ -195,7 +288,7 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _beside(path: Path) -> Path:
+def beside(path: Path) -> Path:
     """A name in the same directory that nobody else has: of this process, by chance unique."""
     name = path.name.encode()[:200].decode(errors="ignore")  # names end at 255 bytes
     return path.with_name(f"{name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")

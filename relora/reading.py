@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from relora.errors import ConfigError
+from relora.files import read_text
 from relora.section import Section
 
 MAX_CONFIG_BYTES = 1_000_000
@@ -78,12 +79,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: no such file, no YAML, or no mapping.
     """
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such config file (looked from {Path.cwd()})")
-    if path.stat().st_size > MAX_CONFIG_BYTES:
-        raise ConfigError(f"{path}: {path.stat().st_size} bytes is no config file")
+    text = read_text(path, ConfigError, MAX_CONFIG_BYTES, "config file")
     try:
-        values = yaml.load(path.read_text(encoding="utf8"), _Loader)
+        values = yaml.load(text, _Loader)
     except _MALFORMED as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(values, dict):

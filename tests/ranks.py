@@ -48,10 +48,12 @@ def run_ranks(
     """Run scenarios, one after the other, on `world` ranks with one process group.
 
     Args:
-        timeout: seconds for the whole launch; what still runs then is killed.
+        timeout: seconds for the whole launch where nobody else is at work (see `Patience`); what
+            still runs then is killed.
         prepare: called in each process before DeepSpeed is imported.
     """
     from relora.runtime.distributed import free_port
+    from runs import Patience
 
     context = rank_context() if prepare is None else multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as name:
@@ -66,7 +68,7 @@ def run_ranks(
         ]
         for process in processes:
             process.start()
-        late = _wait(processes, time.monotonic() + timeout)
+        late = _wait(processes, Patience(os.getpid(), timeout))
         problem = "\n".join(p.read_text() for p in sorted(directory.glob("error_*")))
         if late:
             problem = f"still running after {timeout:.0f} s, killed\n{problem}"
@@ -92,17 +94,17 @@ def on_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: floa
     return run_ranks(world, [Scenario("it", function, args)], timeout)["it"]
 
 
-def _wait(processes: Sequence[Any], deadline: float) -> bool:
+def _wait(processes: Sequence[Any], patience: Any) -> bool:
     """Wait for all; once one has failed the others get a moment and are killed. True if late."""
-    failed = False
+    failed: float | None = None
     while any(p.is_alive() for p in processes):
-        if not failed and any(p.exitcode for p in processes):
-            failed, deadline = True, min(deadline, time.monotonic() + 5)
-        if time.monotonic() > deadline:
+        if failed is None and any(p.exitcode for p in processes):
+            failed = time.monotonic()
+        if patience.over or (failed is not None and time.monotonic() - failed > 5):
             for process in processes:
                 process.kill()
                 process.join()
-            return not failed
+            return failed is None
         time.sleep(0.05)
     return False
 

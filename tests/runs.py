@@ -275,13 +275,72 @@ def _no_constants(name: str) -> float:
 # --- processes ------------------------------------------------------------------------------------
 
 
+class Patience:
+    """How long to wait for processes: for what they are given, not for what a clock says.
+
+    On a crowded machine a second may bring a tenth of its work. So the wait ends once they have
+    used up `seconds` of two cores, or when after `seconds` they do nothing any more.
+    """
+
+    IDLE_S = 20.0
+
+    def __init__(self, pid: int, seconds: float) -> None:
+        self.pid, self.seconds = pid, seconds
+        self.began = self.moved = time.monotonic()
+        self.first = self.last = self._used()
+
+    @property
+    def over(self) -> bool:
+        """Whether there is no point in waiting longer; to be asked again and again."""
+        now = time.monotonic()
+        if now - self.began > self.seconds:
+            used = self._used()
+            if used > self.last + 0.1:
+                self.last, self.moved = used, now
+            return used - self.first > 2 * self.seconds or now - self.moved > self.IDLE_S
+        return False
+
+    def _used(self) -> float:
+        """CPU seconds of the process and all below it, those that have ended too."""
+        import psutil
+
+        used = 0.0
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process = psutil.Process(self.pid)
+            for one in (process, *process.children(recursive=True)):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    used += sum(one.cpu_times()[:4])
+        return used
+
+
+def wait_for(condition: Callable[[], bool], pid: int | None = None, seconds: float = 60) -> None:
+    """Wait for something that a process (this one, if none is named) brings about."""
+    patience = Patience(pid or os.getpid(), seconds)
+    while not condition():
+        assert not patience.over, "waited in vain"
+        time.sleep(0.01)
+
+
+def heed_signals() -> None:
+    """A preexec_fn: a child must not ignore what this process may have been told to ignore."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+
+
 class Process:
     """`relora …` in a process of its own, its output in a file."""
 
-    def __init__(self, output: Path, *arguments: object, program: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        output: Path,
+        *arguments: object,
+        program: tuple[str, ...] = (),
+        preexec: Callable[[], None] = heed_signals,
+    ) -> None:
         self.output = output
         command = program or (sys.executable, "-m", "relora")
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+        self.began = time.monotonic()
         with output.open("w") as file:
             self.popen = subprocess.Popen(
                 [*command, *map(str, arguments)],
@@ -289,6 +348,7 @@ class Process:
                 stderr=subprocess.STDOUT,
                 env=environment,
                 start_new_session=True,
+                preexec_fn=preexec,
             )
 
     @property
@@ -296,23 +356,36 @@ class Process:
         """What it has printed so far."""
         return self.output.read_text(errors="replace")
 
+    @property
+    def age(self) -> float:
+        """Seconds since it was started: once it trains, a measure of what the machine delivers."""
+        return time.monotonic() - self.began
+
     def wait(self, timeout: float = 120) -> int:
-        """Its exit code; past the timeout all of it is killed and the test fails."""
-        try:
-            return self.popen.wait(timeout)
-        except subprocess.TimeoutExpired:
-            for pid in [*self.descendants(), self.popen.pid]:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            raise AssertionError(f"still running after {timeout} s:\n{self.text}") from None
+        """Its exit code; when patience with it is over, all of it is killed and the test fails."""
+        patience = Patience(self.popen.pid, timeout)
+        while self.popen.poll() is None:
+            if patience.over:
+                self.kill()
+                raise AssertionError(f"still running after {self.age:.0f} s:\n{self.text}")
+            time.sleep(0.01)
+        return self.popen.returncode
+
+    def kill(self) -> None:
+        """End it and all that it has started."""
+        for pid in [*self.descendants(), self.popen.pid]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.popen.wait()
 
     def wait_until(self, condition: Callable[[], bool], timeout: float = 120) -> None:
         """Wait for something to happen while the process runs."""
-        deadline = time.monotonic() + timeout
+        patience = Patience(self.popen.pid, timeout)
         while not condition():
             assert self.popen.poll() is None, f"ended with {self.popen.returncode}:\n{self.text}"
-            if time.monotonic() > deadline:
-                self.wait(0)
+            if patience.over:
+                self.kill()
+                raise AssertionError(f"nothing after {self.age:.0f} s:\n{self.text}")
             time.sleep(0.01)
 
     def wait_for_step(self, run_dir: Path, step: int, timeout: float = 120) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from relora.config import Config, dump_config, load_config
 from relora.errors import NumericsError
 from relora.lora.inject import add_adapters
 from relora.model import build_meta_model, build_model, count_parameters
-from runs import make_config, relora, series
+from runs import Process, alive, logged_step, make_config, relora, run_state, series, wait_for
 
 FULL = ["lora=null", "relora=null", "warm_start=null"]
 
@@ -238,15 +240,66 @@ def test_a_full_rank_config_has_no_standard_arms(
     assert "the standard arms derive from a ReLoRA config" in capsys.readouterr().err
 
 
-def test_arms_are_trained_under_the_launcher(
+def start(config: Path, file: Path, to: Path, *overrides: str, **options: Any) -> Process:
+    """`relora arms` in a process of its own."""
+    arguments = ("--arms", file, "--to", to, "--devices", 2, *overrides)
+    return Process(to.with_suffix(".txt"), "arms", config, *arguments, **options)
+
+
+def stop(process: Process, run: Path, number: int) -> list[int]:
+    """Send a signal to arms alone once the run trains; what it had started is gone at the end."""
+    process.wait_for_step(run, logged_step(run) + 3)
+    pids = process.descendants()
+    assert len(pids) >= 4  # launch, deepspeed's launcher, two ranks
+    os.kill(process.popen.pid, number)
+    process.wait()
+    wait_for(lambda: not alive(pids))
+    state = run_state(run)
+    assert state["status"] == "preempted"
+    assert (run / "checkpoints" / f"step_{state['step']:08d}").is_dir()
+    return pids
+
+
+def test_arms_that_are_ended_leave_nobody_training_and_go_on(
     tmp_path: Path, write_arms: Callable[..., Path]
 ) -> None:
-    config = make_config(tmp_path / "run", train__steps=14)
+    """Killed outright, then stopped, then under nohup to the end."""
+    config = make_config(tmp_path / "run", train__steps=60, train__eval_every=30)
     file, to = write_arms(seeds=[5], arms={"ReLoRA": []}), tmp_path / "to"
-    assert relora("arms", config, "--arms", file, "--to", to, "--devices", 2) == 0
-    environment = json.loads((to / "relora" / "seed_5" / "environment.json").read_text())
+    run = to / "relora" / "seed_5"
+    process = start(config, file, to)
+    stop(process, run, signal.SIGKILL)
+    assert "the loss of" in run_state(run)["reason"]
+
+    process = start(config, file, to)
+    stop(process, run, signal.SIGTERM)
+    assert process.popen.returncode == 75
+    assert run_state(run)["reason"] == "stopped by SIGTERM"
+    assert process.text.count("relora: stopping after this step (") == 1, process.text
+    assert "Traceback" not in process.text
+    assert not (to / "runs.txt").exists()
+
+    process = start(config, file, to, preexec=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    process.wait_for_step(run, logged_step(run) + 3)
+    for pid in (process.popen.pid, *process.descendants()):
+        os.kill(pid, signal.SIGHUP)
+    assert process.wait() == 0, process.text
+    environment = json.loads((run / "environment.json").read_text())
     assert environment["world_size"] == 2
-    assert (to / "runs.txt").read_text() == f"ReLoRA={to / 'relora' / 'seed_5'}\n"
+    assert (to / "runs.txt").read_text() == f"ReLoRA={run}\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT, signal.SIGUSR1])
+def test_arms_pass_every_stop_signal_on(
+    number: signal.Signals, tmp_path: Path, write_arms: Callable[..., Path]
+) -> None:
+    config = make_config(tmp_path / "run", train__steps=2000, train__eval_every=None)
+    file, to = write_arms(seeds=[5], arms={"ReLoRA": []}), tmp_path / "to"
+    process = start(config, file, to)
+    stop(process, to / "relora" / "seed_5", number)
+    assert process.popen.returncode == 75
+    assert run_state(to / "relora" / "seed_5")["reason"] == f"stopped by {number.name}"
 
 
 def test_arms_of_a_seed_see_the_same_batches_from_the_same_weights(

@@ -193,12 +193,28 @@ def test_a_killed_prepare_goes_on_to_the_same_bytes_and_leaves_no_process(
     assert resumed <= len(encoded) - resumed - 3  # the parts that were there were not made again
 
 
+class Crash(BaseException):
+    pass
+
+
+def crashing(write, calls, place: int):
+    """A writer of relora.files that stops before or after it gives a file its name."""
+
+    @contextmanager
+    def writing(*arguments):
+        with write(*arguments) as temporary:
+            yield temporary
+            call = next(calls)
+            if call == place // 2 and place % 2 == 0:
+                raise Crash
+        if call == place // 2:
+            raise Crash
+
+    return writing
+
+
 def test_a_crash_at_any_commit_leaves_nothing_that_looks_finished(corpus, monkeypatch):
     """Stop before and after each rename, then run again: the same bytes every time."""
-
-    class Crash(BaseException):
-        pass
-
     monkeypatch.setattr(relora.data.units, "UNIT_CHARACTERS", 20_000)
     undisturbed = config(corpus, "undisturbed")
     prepare(undisturbed, workers=1, quiet=True)
@@ -206,22 +222,8 @@ def test_a_crash_at_any_commit_leaves_nothing_that_looks_finished(corpus, monkey
 
     def crash_at(place):
         calls = iter(range(10**6))
-
-        def crashing(write):
-            @contextmanager
-            def writing(*arguments):
-                with write(*arguments) as temporary:
-                    yield temporary
-                    call = next(calls)
-                    if call == place // 2 and place % 2 == 0:
-                        raise Crash
-                if call == place // 2:
-                    raise Crash
-
-            return writing
-
         for name, write in writers.items():
-            monkeypatch.setattr(relora.files, name, crashing(write))
+            monkeypatch.setattr(relora.files, name, crashing(write, calls, place))
 
     for place in range(100):
         settings = config(corpus, f"crash{place}")
@@ -250,7 +252,9 @@ def test_parts_of_other_text_are_not_used(corpus):
     (directory / "index.json").unlink()
     (directory / "parts").mkdir()
     job = relora.data.units.Job(directory / "tokenizer", "", 2, "uint16", 0.2)
-    relora.data.units.make_part(job, directory / "parts/00000000.npz", [relora.data.units.Piece("something else")])
+    relora.data.units.make_part(
+        job, directory / "parts/00000000.npz", [relora.data.units.Piece("something else")]
+    )
     prepare(settings, quiet=True)
     assert made(settings) == made(undisturbed)
 

@@ -26,6 +26,7 @@ import pytest
 from relora.config import load_config
 from relora.runtime.config import TrainConfig
 from runs import (
+    Patience,
     Process,
     alive,
     checkpoint,
@@ -128,18 +129,19 @@ class Launch(Process):
     def see_it_go(self) -> None:
         """Note how long all of it takes to be gone; nobody helps."""
         began = time.monotonic()
-        while self.left() and time.monotonic() - began < GONE_S:
+        limit = max(GONE_S, began - self.began)  # a start has taken long where all takes long
+        while self.left() and time.monotonic() - began < limit:
             time.sleep(0.05)
         if not self.left():
             self.gone_s = time.monotonic() - began
 
     def wait_for(self, condition: Callable[[], bool]) -> bool:
         """Whether it came to that before the process ended."""
-        deadline = time.monotonic() + 240
+        patience = Patience(self.popen.pid, 240)
         while not condition():
             if self.popen.poll() is not None:
                 return False
-            assert time.monotonic() < deadline, self.text
+            assert not patience.over, self.text
             time.sleep(0.002)
         return True
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import os
 import pty
 import signal
@@ -11,6 +12,7 @@ import socket
 import subprocess
 import sys
 import termios
+import threading
 import time
 from pathlib import Path
 
@@ -20,6 +22,7 @@ import yaml
 from relora.commands import launch as under_test
 from relora.config import load_config
 from relora.errors import CheckpointError
+from relora.runtime import signals
 from runs import (
     Process,
     alive,
@@ -32,6 +35,7 @@ from runs import (
     run_state,
     series,
     trajectory,
+    wait_for,
     workshop,
 )
 
@@ -52,12 +56,9 @@ def launch(config: Path, output: Path, *overrides: str) -> Process:
     return Process(output, "launch", "--devices", 2, config, *overrides)
 
 
-def assert_nothing_left(pids: list[int], seconds: float = 2) -> None:
+def assert_nothing_left(pids: list[int]) -> None:
     """None of these processes runs on."""
-    deadline = time.monotonic() + seconds
-    while alive(pids) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert alive(pids) == []
+    wait_for(lambda: not alive(pids), seconds=20)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +75,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     ports = [port_of(process) for process in (first, second)]
     asked = logged_step(directory / "cut")
     os.kill(second.popen.pid, signal.SIGTERM)
-    assert second.wait(60) == 75, second.text
+    assert second.wait() == 75, second.text
     assert_nothing_left(pids)
     assert first.wait() == 0, first.text
     assert len(set(ports)) == 2
@@ -86,6 +87,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     # At the next step boundary: what was under way, and one more at the most that had begun.
     assert checkpoints(directory / "cut")[-1] == f"step_{state['step']:08d}"
     assert "Traceback" not in second.text
+    assert second.text.count("relora: stopping after this step (") == 1  # not once a rank
     return {"whole": directory / "whole", "cut": directory / "cut", "config": cut}
 
 
@@ -122,7 +124,7 @@ def test_ctrl_c_a_lost_rank_and_the_deepspeed_launcher_leave_no_trace(
     process.wait_for_step(run_dir, step + 6)
     pids = [process.popen.pid, *process.descendants()]
     os.kill(process.popen.pid, signal.SIGINT)
-    assert process.wait(60) == 75, process.text
+    assert process.wait() == 75, process.text
     assert_nothing_left(pids)
     assert run_state(run_dir)["reason"] == "stopped by SIGINT"
     assert "Traceback" not in process.text
@@ -132,10 +134,11 @@ def test_ctrl_c_a_lost_rank_and_the_deepspeed_launcher_leave_no_trace(
     process = launch(config, tmp_path / "killed.txt")
     process.wait_for_step(run_dir, step + 4)
     pids = [process.popen.pid, *process.descendants()]
-    began = time.monotonic()
+    began = process.age
     os.kill(process.ranks()[1], signal.SIGKILL)
-    assert process.wait(60) == 6, process.text
-    assert time.monotonic() - began < 30  # a few seconds on an idle machine
+    assert process.wait() == 6, process.text
+    # Seconds, where a start takes ten: nobody has waited for a timeout.
+    assert process.age - began < max(30, 2 * began)
     assert_nothing_left(pids)
     state = run_state(run_dir)
     assert state["status"] == "failed"
@@ -161,19 +164,19 @@ def free_port() -> int:
 
 
 def test_a_second_signal_ends_all_at_once(story: dict[str, Path], tmp_path: Path) -> None:
-    """Asked twice, nothing is saved any more; what was saved before stays good."""
+    """Asked twice, nothing is saved any more, and that is said; what was saved stays good."""
     run_dir = tmp_path / "run"
     # An evaluation without end, as far as a step is concerned: the first signal has to wait for it.
     changes = {**CHANGES, "train__eval_sequences": None, "batch__micro_batch_size": 1}
     process = launch(make_config(run_dir, **changes), tmp_path / "output.txt")
     process.wait_for_step(run_dir, 9)
     pids = [process.popen.pid, *process.descendants()]
-    began = time.monotonic()
-    for _ in range(2):
-        os.kill(process.popen.pid, signal.SIGTERM)
-        time.sleep(0.01)
-    code = process.wait(30)
-    assert time.monotonic() - began < 15
+    began = process.age
+    os.kill(process.popen.pid, signal.SIGTERM)
+    time.sleep(signals.ECHO_SAME_S + 0.1)
+    os.kill(process.popen.pid, signal.SIGTERM)
+    code = process.wait()
+    assert process.age - began < max(15, 2 * began)
     assert_nothing_left(pids)
     assert checkpoints(run_dir)[0] == "step_00000008"
     assert relora("verify", checkpoint(run_dir, 8)) == 0
@@ -181,6 +184,9 @@ def test_a_second_signal_ends_all_at_once(story: dict[str, Path], tmp_path: Path
     state = run_state(run_dir)
     assert state["status"] == "preempted"
     assert "SIGTERM" in state["reason"]
+    if state["reason"] == "stopped at once by SIGTERM":  # the step may have been done in time
+        assert process.text.count("relora: stopping after this step (") == 1, process.text
+        assert process.text.count("relora: exit now, without a checkpoint; ") == 1
 
 
 def test_a_signal_before_the_first_step_is_a_preemption_too(tmp_path: Path) -> None:
@@ -189,7 +195,7 @@ def test_a_signal_before_the_first_step_is_a_preemption_too(tmp_path: Path) -> N
     process.wait_until(lambda: len(process.ranks()) == 2)
     pids = [process.popen.pid, *process.descendants()]
     os.kill(process.popen.pid, signal.SIGTERM)
-    assert process.wait(60) == 75, process.text
+    assert process.wait() == 75, process.text
     assert_nothing_left(pids)
     assert not (tmp_path / "run" / "checkpoints").exists()
 
@@ -202,7 +208,7 @@ def test_a_lost_rank_is_code_6_whoever_notices_first(rank: int, tmp_path: Path) 
     process.wait_for_step(run_dir, 3)
     pids = [process.popen.pid, *process.descendants()]
     os.kill(process.ranks()[rank], signal.SIGKILL)
-    assert process.wait(60) == 6, process.text
+    assert process.wait() == 6, process.text
     assert_nothing_left(pids)
     assert run_state(run_dir)["status"] == "failed"
     assert run_state(run_dir)["code"] == 6
@@ -219,8 +225,8 @@ def test_a_hung_rank_is_code_6(tmp_path: Path) -> None:
     pids = [process.popen.pid, *process.descendants()]
     os.kill(process.ranks()[1], signal.SIGSTOP)
     began = time.monotonic()
-    assert process.wait(120) == 6, process.text
-    assert 5 < time.monotonic() - began < 90
+    assert process.wait() == 6, process.text
+    assert time.monotonic() - began > 5
     assert_nothing_left(pids)
     assert run_state(run_dir)["code"] == 6
     assert "0.2 minutes" in process.text
@@ -271,12 +277,10 @@ def test_a_rank_hears_of_its_launcher_s_death(role: str, said: str | None, tmp_p
     )
     assert parent.stdout is not None
     child = int(parent.stdout.readline())
-    while not (tmp_path / "ready").exists():
-        assert alive([child])
-        time.sleep(0.01)
+    wait_for(lambda: (tmp_path / "ready").exists(), child)
     parent.kill()
     parent.wait()
-    assert_nothing_left([child], 20)
+    assert_nothing_left([child])
     if said is None:
         assert not (tmp_path / "said").exists()
     else:
@@ -284,11 +288,9 @@ def test_a_rank_hears_of_its_launcher_s_death(role: str, said: str | None, tmp_p
 
 
 def test_the_launcher_s_death_is_no_second_wish(monkeypatch: pytest.MonkeyPatch) -> None:
-    from relora.runtime import signals
-
     left: list[int] = []
     monkeypatch.setattr(os, "_exit", left.append)
-    monkeypatch.setattr(signals, "ECHO_S", 0.0)
+    monkeypatch.setattr(signals, "ECHO_SAME_S", -1.0)
     gone, term = signals.LAUNCHER_GONE, signal.SIGTERM
     for order, reason, exits in (
         ((gone,), "the loss of its launcher", 0),
@@ -303,12 +305,162 @@ def test_the_launcher_s_death_is_no_second_wish(monkeypatch: pytest.MonkeyPatch)
         try:
             for number in order:
                 signal.raise_signal(number)
-            assert stop
-            assert stop.signal == reason
-            assert len(left) == exits, order
+            wait_for(functools.partial(heard, stop, reason, left, exits))
         finally:
             stop.restore()
             left.clear()
+
+
+def heard(stop: signals.StopRequest, reason: str, left: list[int], exits: int) -> bool:
+    return stop.signal == reason and len(left) == exits
+
+
+def listeners() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "stop request"]
+
+
+# Signals with the time between them, and how often it then says what, and exits.
+@pytest.mark.parametrize(
+    ("order", "promises", "exits"),
+    [
+        (((signal.SIGTERM, 0),), 1, 0),
+        (((signal.SIGTERM, 0), (signal.SIGTERM, 0.05)), 1, 0),  # `timeout` sends it twice
+        (((signal.SIGINT, 0), (signal.SIGTERM, 0.5)), 1, 0),  # terminal, then launcher
+        (((signal.SIGINT, 0), (signal.SIGTERM, 0.1), (signal.SIGINT, 0.3)), 1, 1),
+        (((signal.SIGINT, 0), (signal.SIGINT, 0.5)), 1, 1),
+        (((signal.SIGINT, 0), (signal.SIGTERM, 2)), 1, 1),
+        (((signal.SIGINT, 0), (signal.SIGINT, 4)), 2, 0),  # too late to mean it: told again
+        (((signal.SIGINT, 0), (signal.SIGINT, 4), (signal.SIGINT, 1)), 2, 1),
+    ],
+)
+def test_a_second_wish_counts_as_the_message_says(
+    order: tuple[tuple[signal.Signals, float], ...],
+    promises: int,
+    exits: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    clock, left = [100.0], []
+    monkeypatch.setattr(os, "_exit", left.append)
+    monkeypatch.setattr(signals.time, "monotonic", lambda: clock[0])
+    wishes = signals.Wishes()
+    stop = signals.StopRequest()
+    try:
+        for number, passed in order:
+            clock[0] += passed
+            stop._hear(number)
+    finally:
+        stop.restore()
+    said = capfd.readouterr().err
+    assert said.count(
+        "relora: stopping after this step, checkpoint follows; again within 3 s:"
+    ) == (promises)
+    assert len(left) == exits
+    assert said.count("exit now, without a checkpoint") == exits
+    # `relora launch` counts by the same rule.
+    clock[0] = 500.0
+    found = []
+    for number, passed in order:
+        clock[0] += passed
+        found.append(wishes.judge(number))
+    assert (found.count("stop"), found.count("now")) == (promises, exits)
+
+
+def test_what_is_told_names_the_pace_and_what_would_be_lost(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    left: list[int] = []
+    monkeypatch.setattr(os, "_exit", left.append)
+    stop = signals.StopRequest()
+    try:
+        for step in range(21, 38):
+            stop.note(step, None if step > 30 else 20, 70.0 if step == 21 else 0.524)
+        stop._hear(signal.SIGINT)
+        stop._hear(signals.EXIT_NOW)
+    finally:
+        stop.restore()
+    lines = capfd.readouterr().err.splitlines()
+    assert lines == [
+        "relora: stopping after this step (0.52 s a step), checkpoint follows; again within 3 s: "
+        "exit now without it",
+        "relora: exit now, without a checkpoint; 17 finished steps and the one under way are lost: "
+        "the same command goes on from step 20",
+    ]
+    assert left
+
+
+def test_ranks_leave_the_counting_to_relora_launch_and_one_speaks(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A signal to a whole group reaches a rank as often as it likes."""
+    left: list[int] = []
+    monkeypatch.setattr(os, "_exit", left.append)
+    monkeypatch.setattr(signals, "ECHO_SAME_S", -1.0)
+    monkeypatch.setenv(signals.FRONT, "1")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        stop = signals.StopRequest()
+        try:
+            for _ in range(3):
+                stop._hear(signal.SIGTERM)
+            assert not left
+            assert capfd.readouterr().err.count("stopping after this step") == (rank == "0")
+            stop._hear(signals.EXIT_NOW)
+            assert left
+            assert capfd.readouterr().err.count("exit now") == (rank == "0")
+        finally:
+            stop.restore()
+            left.clear()
+
+
+# Hears a signal while its main thread is in one long call that runs no bytecode.
+BUSY = """
+import sys, time
+import torch
+from relora.runtime.signals import StopRequest
+
+stop = StopRequest()
+torch.set_num_threads(1)
+a = torch.randn(int(sys.argv[1]), int(sys.argv[1]))
+print("busy", flush=True)
+while True:
+    a @ a
+"""
+
+
+def test_the_answer_comes_at_once_and_not_after_the_computation() -> None:
+    """On a GPU or in a backward pass the main thread is deaf for as long as a step takes."""
+    command = [sys.executable, "-c", BUSY, "8000"]  # seconds a product
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        try:
+            assert process.stdout.readline() == b"busy\n"
+            process.send_signal(signal.SIGINT)
+            assert process.stderr.readline().startswith(b"relora: stopping after this step")
+            time.sleep(0.5)
+            process.send_signal(signal.SIGINT)
+            assert process.stderr.readline().startswith(b"relora: exit now, without a checkpoint")
+            assert process.wait() == 128 + signal.SIGINT
+        finally:
+            process.kill()
+
+
+def test_a_forked_process_keeps_its_signals_to_itself() -> None:
+    """Loader workers are forked; what ends one of them is no wish to end the run."""
+    stop = signals.StopRequest()
+    try:
+        child = os.fork()
+        if child == 0:
+            signal.raise_signal(signal.SIGTERM)
+            os._exit(7)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+        time.sleep(0.1)
+        assert not stop
+        assert len(listeners()) == 1
+    finally:
+        stop.restore()
+    wait_for(lambda: not listeners())
 
 
 # Holds the lock for some seconds, and says who it is; or leaves that to a child of its own.
@@ -363,9 +515,55 @@ def test_a_run_dir_is_waited_for_only_if_its_holder_is_about_to_leave(
         assert said.count("\n") == waits
         if waits:
             lock(tmp_path).close()
-            assert time.monotonic() - began < 10
+            assert time.monotonic() - began < 60  # it was waited for, and held for 1.5 s
         else:
             holder.kill()
+
+
+@pytest.mark.slow
+def test_one_ctrl_c_under_the_deepspeed_launcher_is_one_wish(tmp_path: Path) -> None:
+    """The terminal tells every process; the launcher then tells its ranks once more."""
+    run_dir = tmp_path / "run"
+    program = (str(Path(sys.executable).parent / "deepspeed"),)
+    arguments = ("--num_gpus", 2, "--master_port", free_port(), "--module", "relora", "train")
+    config = make_config(run_dir, **{**CHANGES, "train__steps": 2000})
+    process = Process(tmp_path / "deepspeed.txt", *arguments, config, program=program)
+    process.wait_for_step(run_dir, 9)
+    pids = process.descendants()
+    os.killpg(process.popen.pid, signal.SIGINT)
+    process.wait()
+    assert_nothing_left(pids)
+    state = run_state(run_dir)
+    assert state["status"] == "preempted"
+    assert checkpoints(run_dir)[-1] == f"step_{state['step']:08d}"
+    assert process.text.count("relora: stopping after this step (") == 1, process.text
+
+
+def ignore_hangup() -> None:
+    """As nohup does, and a shell that starts a background job of a script."""
+    for number in (signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def test_what_was_ignored_at_the_start_stays_ignored(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    config = make_config(run_dir, train__steps=2000, train__eval_every=None, data__num_workers=1)
+    process = Process(tmp_path / "output.txt", "train", config, preexec=ignore_hangup)
+    process.wait_for_step(run_dir, 5)
+    for number in (signal.SIGHUP, signal.SIGINT):
+        os.killpg(process.popen.pid, number)
+    step = logged_step(run_dir)
+    process.wait_for_step(run_dir, step + 5)
+    os.kill(process.popen.pid, signal.SIGTERM)  # which was not
+    assert process.wait() == 75, process.text
+    assert run_state(run_dir)["reason"] == "stopped by SIGTERM"
+    # A preparation goes on too, and so do those who tokenize for it.
+    process = Process(tmp_path / "text.txt", "prepare", config, preexec=ignore_hangup)
+    while process.popen.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.popen.pid, signal.SIGHUP)
+        time.sleep(0.02)
+    assert process.wait() == 0, process.text
 
 
 def test_a_lone_process_is_stopped_by_sigterm(tmp_path: Path) -> None:
@@ -374,7 +572,7 @@ def test_a_lone_process_is_stopped_by_sigterm(tmp_path: Path) -> None:
     process = Process(tmp_path / "output.txt", "train", config)
     process.wait_for_step(run_dir, 5)
     os.kill(process.popen.pid, signal.SIGTERM)
-    assert process.wait(30) == 75, process.text
+    assert process.wait() == 75, process.text
     state = run_state(run_dir)
     assert state["status"] == "preempted"
     assert state["reason"] == "stopped by SIGTERM"
@@ -405,7 +603,7 @@ def test_a_closed_terminal_stops_a_run_and_loses_no_step(tmp_path: Path) -> None
                 os.read(ours, 1 << 16)
             time.sleep(0.01)
         os.close(ours)
-        assert process.wait(60) == 75
+        assert process.wait() == 75
     finally:
         process.kill()
     state = run_state(run_dir)
@@ -462,20 +660,17 @@ def test_config_errors_come_before_any_rank(
         assert all(word in error for word in words), error
 
 
-def test_the_commands_carry_config_and_overrides(tmp_path: Path) -> None:
-    one = under_test.one_node_command(2, ["train", "c.yaml", "seed=3"])
+def test_the_command_carries_config_and_overrides() -> None:
+    one = under_test.one_node_command(["0", "1"], ["train", "c.yaml", "seed=3"])
     assert one[-4:] == ["relora", "train", "c.yaml", "seed=3"]
     assert "deepspeed.launcher.launch" in one
     ports = {
         argument
         for _ in range(20)
-        for argument in under_test.one_node_command(2, [])
+        for argument in under_test.one_node_command(["0"], [])
         if argument.startswith("--master_port=")
     }
     assert len(ports) > 1
-    many = under_test.multi_node_command(tmp_path / "hosts", ["train", "c.yaml"])
-    assert f"--hostfile={tmp_path / 'hosts'}" in many
-    assert many[-3:] == ["relora", "train", "c.yaml"]
 
 
 @pytest.mark.parametrize("code", [0, 1, 2, 3, 4, 5, 75])

@@ -12,12 +12,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from runs import logged_step, make_config, run_state, series
+from runs import logged_step, make_config, run_state, series, wait_for
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = [
@@ -43,7 +42,6 @@ case "$*" in
 "-m pip show"*) exit 1 ;; # torch is not installed yet
 *"import torch"*) [[ ${SYSTEM_TORCH-} ]] ;;
 *urlopen*) [[ ${CPU_INDEX-} ]] ;;
-*getsockname*) echo 12345 ;;
 *--extra-index-url*) ;;
 *+cpu*) [[ ${LOCAL_WHEEL-} ]] ;;
 "-m pip install"*) [[ ! ${PIP_FAILS-} ]] || { echo "no network"; exit 1; } ;;
@@ -65,8 +63,7 @@ class Tree:
         (root / "bin").mkdir()
         (root / "tools").mkdir()
         self.fake("python3", FAKE_PYTHON)
-        for tool in ("relora", "deepspeed"):
-            self.fake(tool, RECORD, "tools")
+        self.fake("relora", RECORD, "tools")
         self.environment = {
             "PATH": f"{root}/bin:/usr/bin:/bin",
             "HOME": str(root),
@@ -80,6 +77,11 @@ class Tree:
         path = self.root / folder / name
         path.write_text(text)
         path.chmod(0o755)
+
+    def has_gpus(self, count: int) -> None:
+        """Let the driver know so many."""
+        lines = "".join(f"echo 'GPU {k}: A (UUID: GPU-{k})'\n" for k in range(count))
+        self.fake("nvidia-smi", f"#!/bin/sh\n{lines}")
 
     def run(
         self, *command: str, **environment: str
@@ -244,6 +246,7 @@ def test_without_any_cpu_build_pip_decides(tree: Tree) -> None:
 
 def test_with_a_gpu_the_torch_that_is_there_is_kept(tree: Tree) -> None:
     pins = tree.root / ".venv/constraints.txt"
+    tree.has_gpus(2)
     _, log = tree.set_up("", CUDA_VISIBLE_DEVICES="0,1", SYSTEM_TORCH="1")
     assert "-m venv --system-site-packages" in "\n".join(log)
     assert "+cpu" not in "\n".join(log)
@@ -252,23 +255,56 @@ def test_with_a_gpu_the_torch_that_is_there_is_kept(tree: Tree) -> None:
 
 def test_with_a_gpu_and_no_torch_pip_gives_the_pinned_one(tree: Tree) -> None:
     pins = tree.root / ".venv/constraints.txt"
+    tree.has_gpus(2)
     _, log = tree.set_up("", CUDA_VISIBLE_DEVICES="0")
     assert "--system-site-packages" not in "\n".join(log)
     assert "+cpu" not in "\n".join(log)
     assert "torch==" in pins.read_text()
 
 
-@pytest.mark.parametrize(("visible", "count"), [("", "0"), ("-1", "0"), ("3", "1"), ("0,2,5", "3")])
+@pytest.mark.parametrize(
+    ("visible", "count"),
+    [
+        ("", "0"),
+        ("-1", "0"),
+        ("NoDevFiles", "0"),
+        ("3", "1"),
+        ("0,2,5", "3"),
+        ("0, 2,-1,3", "2"),
+        ("GPU-8f, MIG-GPU-8f/1/0", "2"),
+    ],
+)
 def test_gpus_are_those_that_are_visible(visible: str, count: str, tree: Tree) -> None:
-    done, _ = tree.run("-c", "source launch/env.sh; echo $GPUS", CUDA_VISIBLE_DEVICES=visible)
-    assert done.stdout.strip() == count
+    tree.has_gpus(8)
+    script = ("-c", "source launch/env.sh; echo $GPUS ${DS_ACCELERATOR-none}")
+    done, _ = tree.run(*script, CUDA_VISIBLE_DEVICES=visible)
+    assert done.stdout.split() == [count, "none"]
+    done, _ = tree.run(*script, CUDA_VISIBLE_DEVICES=visible, DS_ACCELERATOR="cpu")
+    assert done.stdout.split() == ["0", "cpu"]  # as was asked for
+    tree.fake("nvidia-smi", "#!/bin/sh\necho 'NVIDIA-SMI has failed'\nexit 9\n")
+    done, _ = tree.run(*script, CUDA_VISIBLE_DEVICES=visible)
+    assert done.stdout.split() == ["0", "cpu"]  # a list of what is not there hinders nothing
 
 
 def test_gpus_are_counted_by_the_driver_if_all_are_visible(tree: Tree) -> None:
     del tree.environment["CUDA_VISIBLE_DEVICES"]
-    tree.fake("nvidia-smi", "#!/bin/sh\necho 'GPU 0: A (UUID: x)'\necho 'GPU 1: A (UUID: y)'\n")
+    tree.has_gpus(2)
     done, _ = tree.run("-c", "source launch/env.sh; echo $GPUS ${DS_ACCELERATOR-none}")
     assert done.stdout.split() == ["2", "none"]
+
+
+@pytest.mark.parametrize("script", ["train.sh", "compare.sh", "quickstart.sh"])
+def test_where_all_gpus_are_hidden_the_launch_is_asked_and_not_the_cpu(
+    script: str, tree: Tree
+) -> None:
+    """`relora launch` and `relora arms` refuse it, with both numbers."""
+    tree.has_gpus(4)
+    refuse = '[[ $1 != launch && $1 != arms ]] || { echo "got ${DS_ACCELERATOR-none}"; exit 2; }\n'
+    tree.fake("relora", RECORD + refuse, "tools")
+    done, log = tree.run(f"launch/{script}", "configs/x.yaml", CUDA_VISIBLE_DEVICES="-1")
+    assert done.returncode == 2, done.stderr
+    assert "got none" in done.stdout
+    assert "--devices 2" in log[-1]
 
 
 def test_nothing_is_ever_compiled(tree: Tree) -> None:
@@ -288,16 +324,12 @@ def finish(tree: Tree, name: str) -> None:
 
 
 def test_the_quickstart_does_everything_once_and_in_order(tree: Tree) -> None:
-    # deepspeed leaves a finished run, relora's verbs what they are asked for
-    tree.fake(
-        "deepspeed",
-        RECORD + 'mkdir -p runs/"$(basename "$9" .yaml)"\n'
-        """echo '"status": "finished"' >runs/"$(basename "$9" .yaml)"/run_state.json\n""",
-        "tools",
-    )
+    # relora's verbs leave what they are asked for
     tree.fake(
         "relora",
         RECORD + 'case "$1" in\n'
+        'launch) mkdir -p runs/"$(basename "$4" .yaml)"\n'
+        """echo '"status": "finished"' >runs/"$(basename "$4" .yaml)"/run_state.json ;;\n"""
         'export) mkdir -p "$4"; touch "$4/config.json" ;;\n'
         "generate) echo 'def main(self):' ;;\n"
         'compare) mkdir -p "$5"; touch "$5/report.html" ;;\n'
@@ -306,7 +338,7 @@ def test_the_quickstart_does_everything_once_and_in_order(tree: Tree) -> None:
     )
     done, log = tree.run("launch/quickstart.sh")
     assert done.returncode == 0, done.stderr
-    launcher = "deepspeed --master_port 12345 --num_gpus 2 --quiet --module relora train"
+    launcher = "relora launch --devices 2"
     assert [line for line in log if not line.startswith("python")] == [
         "relora prepare configs/quickstart_relora.yaml",
         f"{launcher} configs/quickstart_relora.yaml batch.micro_batch_size=8",
@@ -327,7 +359,7 @@ def test_the_quickstart_does_everything_once_and_in_order(tree: Tree) -> None:
     # A changed config is for `relora train` to judge.
     os.utime(tree.root / "configs/quickstart_full.yaml", times=(2e9, 2e9))
     _, log = tree.run("launch/quickstart.sh")
-    assert [line.split()[-2] for line in log if "deepspeed" in line] == [
+    assert [line.split()[-2] for line in log if "launch" in line] == [
         "configs/quickstart_full.yaml"
     ]
 
@@ -338,9 +370,10 @@ def test_the_quickstart_does_everything_once_and_in_order(tree: Tree) -> None:
 def test_the_quickstart_takes_all_gpus_that_divide_its_batch(
     visible: str, ranks: int, micro_batch: int, tree: Tree
 ) -> None:
+    tree.has_gpus(8)
     _, log = tree.run("launch/quickstart.sh", CUDA_VISIBLE_DEVICES=visible)
-    launches = [line for line in log if line.startswith("deepspeed")]
-    assert f"--num_gpus {ranks} " in launches[0]
+    launches = [line for line in log if line.startswith("relora launch")]
+    assert f"--devices {ranks} " in launches[0]
     assert launches[0].endswith(f"batch.micro_batch_size={micro_batch}")
 
 
@@ -410,6 +443,27 @@ def test_multi_node_asks_every_machine_before_it_starts(tree: Tree) -> None:
     assert log[-1] == (
         f"relora launch --hostfile {tree.root}/launch/hostfile configs/llama_1b3_relora.yaml seed=1"
     )
+
+
+def test_multi_node_gives_other_shells_words_that_they_leave_alone(tmp_path: Path) -> None:
+    """The folder is named as a shell would love it; what runs there is a real shell."""
+    root = tmp_path / "it's $(touch pwned) `touch pwned` here"
+    root.mkdir()
+    tree = Tree(root)
+    tree.fake("pdsh", RECORD)
+    tree.fake("ssh", RECORD + 'while [[ $1 != -- ]]; do shift; done\nshift 2\nexec sh -c "$*"\n')
+    hostfile = tree.root / "launch/hostfile"
+    hostfile.write_text("node-1 slots=8\nnode-2 slots=8")  # the last line has no end
+    done, log = tree.run("launch/multi_node.sh")
+    assert done.returncode == 0, done.stderr
+    asked = [line for line in log if line.startswith("ssh ")]
+    assert [line.split(" -- ")[1].split()[0] for line in asked] == ["node-1", "node-2"]
+    assert not list(tmp_path.rglob("pwned"))
+    hostfile.write_text("-oProxyCommand=touch${IFS}pwned slots=8\n")
+    done, log = tree.run("launch/multi_node.sh")
+    assert done.returncode == 1
+    assert "-oProxyCommand=touch${IFS}pwned is not the name of a machine" in done.stderr
+    assert not [line for line in log if line.startswith("ssh ")]
 
 
 # Slurm
@@ -516,11 +570,11 @@ def test_slurm_stops_every_rank_once_and_requeues(signals: tuple[str, ...], slur
     slurm.log.write_text("")
     job = start_job(slurm, WAIT="1")
     try:
-        _wait_until(lambda: slurm.log.read_text().count(": train ") == 4)
+        wait_for(lambda: slurm.log.read_text().count(": train ") == 4, job.pid)
         for name in signals:
             job.send_signal(signal.Signals[f"SIG{name}"])
             time.sleep(0.2)
-        assert job.wait(timeout=20) == 0  # the job has not failed
+        assert _code_of(job) == 0  # the job has not failed
     finally:
         job.kill()
     log = slurm.log.read_text().splitlines()
@@ -534,9 +588,9 @@ def test_slurm_requeues_what_was_stopped_before_the_ranks_listened(slurm: Tree) 
     slurm.log.write_text("")
     job = start_job(slurm, WAIT="1", DEAF="1")
     try:
-        _wait_until(lambda: slurm.log.read_text().count(": train ") == 4)
+        wait_for(lambda: slurm.log.read_text().count(": train ") == 4, job.pid)
         job.send_signal(signal.SIGTERM)
-        assert job.wait(timeout=20) == 0
+        assert _code_of(job) == 0
     finally:
         job.kill()
     assert slurm.log.read_text().splitlines()[-1] == "scontrol requeue 4711"
@@ -572,11 +626,11 @@ def test_a_run_under_slurm_goes_on_after_the_requeue(
         job = start_job(slurm)
         try:
             if code == "preempted":
-                _wait_until(lambda: logged_step(run_dir) >= 3, 120)
+                wait_for(lambda: logged_step(run_dir) >= 3, job.pid, 120)
                 asked = logged_step(run_dir)
                 began = time.monotonic()
                 job.send_signal(signal.SIGUSR1)
-            assert job.wait(timeout=120) == 0, (slurm.root / "output").read_text()
+            assert _code_of(job) == 0, (slurm.root / "output").read_text()
             if code == "preempted":
                 print(f"{time.monotonic() - began:.1f} s from the signal to the end of the job")
                 assert asked <= run_state(run_dir)["step"] <= asked + 3
@@ -591,8 +645,6 @@ def test_a_run_under_slurm_goes_on_after_the_requeue(
     assert steps == list(range(1, 21))
 
 
-def _wait_until(condition: Callable[[], bool], seconds: float = 20) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)
+def _code_of(job: subprocess.Popen) -> int:
+    wait_for(lambda: job.poll() is not None, job.pid, 120)
+    return job.returncode

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from ranks import rank_context
-from runs import make_config, run_state, workshop
+from runs import Patience, make_config, run_state, workshop
 
 AT = 3  # the step at which it happens
 TIMEOUT_S = 6.0
@@ -124,9 +124,9 @@ def wait_for_survivors(
     started: dict[Case, list[Any]], ended_at: dict[Case, dict[int, float]], patience_s: float = 90
 ) -> None:
     """Note when each rank but the victim ends."""
-    deadline = time.monotonic() + patience_s
+    patience = Patience(os.getpid(), patience_s)
     waiting = [(c, r) for c, ranks in started.items() for r in range(len(ranks)) if r != c.victim]
-    while waiting and time.monotonic() < deadline:
+    while waiting and not patience.over:
         for case, rank in list(waiting):
             if not started[case][rank].is_alive():
                 ended_at[case][rank] = time.time()

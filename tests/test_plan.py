@@ -7,6 +7,7 @@ import re
 import resource
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from relora.cli import main
 from relora.commands.plan import count_by_group
 from relora.config import build_config, load_config
+from relora.console import timeline as header_timeline
 from relora.data.prepare import prepare
 from relora.estimate import full_rank_twin, memory_by_part, peak_memory, training_flops
 from relora.lora.config import LoRAConfig
@@ -270,6 +272,27 @@ def test_many_cycles_are_cut_out_of_the_middle(
     assert shown[0] == "1"
     assert shown[-1] == "40"
     assert max(map(len, page.splitlines())) <= 100
+
+
+def test_a_run_of_any_length_is_planned_in_seconds(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """10¹² steps with 2.5·10¹¹ cycles: they are counted, the first and the last are shown."""
+    overrides = ["train.steps=1000000000000", "relora.cycle_steps=4", "relora.rewarm_steps=1"]
+    started = time.process_time()
+    page = page_of(capsys, str(config), *overrides, "--png", "picture.png")
+    assert time.process_time() - started < 30
+    assert "  … 249,999,999,984 more cycles …" in page
+    assert "999,999,999,996 – 1,000,000,000,000" in page
+    assert "256T = 1,000,000,000,000 steps × 256" in page
+    assert Path("picture.png").stat().st_size > 10_000
+    # A cycle's highest rate follows the base curve; one column holds three billion cycles.
+    assert re.search(r"cycle 249999999995 .* 2\.00e-04   end", page)
+    [line] = (line for line in header_timeline(load_config(config, overrides).clock).split(" · ")
+              if "merges" in line)  # fmt: skip
+    assert line == (
+        "cycles of 4: merges after 24, 28, 32, 36, 40, 44, 48, 52, … (249999999994 in all)"
+    )
 
 
 WARNINGS = {

@@ -211,9 +211,9 @@ def run_as_ranks(parts: list[list[Tensor]], counts: list[int]) -> list[list[Tens
 
     def exchange(rank: int, values: Tensor) -> Tensor:
         box[rank] = values
-        barrier.wait(10)
+        barrier.wait(120)
         rows = torch.stack(box)
-        barrier.wait(10)
+        barrier.wait(120)
         return rows
 
     def one(rank: int) -> list[Tensor]:

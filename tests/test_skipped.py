@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,11 @@ def spoil(patch: Any, steps_of_data: set[int], rank: int = 0, value: float = flo
         now.update(batch=consumed // BATCH, rank=this_rank)
         real_seed(seed, consumed, this_rank)
 
-    def loss_of(model: Any, batch: torch.Tensor) -> torch.Tensor:
+    def loss_of(model: Any, batch: torch.Tensor) -> Any:
         loss = real_loss(model, batch)
-        training = model.training
-        spoilt = training and now["batch"] in steps_of_data and now["rank"] == rank
-        return loss * value if spoilt else loss
+        if now["batch"] in steps_of_data and now["rank"] == rank:
+            return loss._replace(total=loss.total * value, cross_entropy=loss.cross_entropy * value)
+        return loss
 
     patch.setattr(loop, "seed_dropout", seed_dropout)
     patch.setattr(loop, "loss_of", loss_of)
@@ -335,3 +336,37 @@ def test_replicas_that_differ_end_the_run_at_the_next_merge(stage: int, two_rank
     assert named in state["reason"]
     assert checkpoints(run_dir) == ["step_00000003"]
     assert series(run_dir, "relora/merge") == {}
+
+
+@pytest.mark.parametrize(
+    ("first", "save_every"),
+    [(5, 24), (5, 5), (0, 24)],
+    ids=["no checkpoint yet", "one of this step", "before the first step"],
+)
+def test_a_stop_request_is_seen_while_updates_are_skipped(
+    first: int, save_every: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the run goes on from there as if nobody had asked."""
+    from relora import loop
+
+    spoilt = set(range(first, first + 30))
+    changes: dict[str, Any] = {"train__save_every": save_every, "train__max_skipped": 100}
+    spoil(monkeypatch, spoilt)
+    assert train(tmp_path / "whole", **changes) == 0
+
+    seed_dropout = loop.seed_dropout
+
+    def ask(seed: int, consumed: int, rank: int) -> None:
+        seed_dropout(seed, consumed, rank)
+        if consumed // BATCH == first + 3:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "seed_dropout", ask)
+        assert train(tmp_path / "cut", **changes) == 75
+    state = run_state(tmp_path / "cut")
+    assert (state["status"], state["step"]) == ("preempted", first)
+    assert metric_lines(tmp_path / "cut")[-1]["step"] == first  # it did not go on to the next
+    assert train(tmp_path / "cut", **changes) == 0
+    assert trajectory(tmp_path / "cut") == trajectory(tmp_path / "whole")
+    assert differing(checkpoint(tmp_path / "cut", 24), checkpoint(tmp_path / "whole", 24)) == []

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from relora.arms import (
@@ -30,6 +29,9 @@ from relora.config import (
     load_run_config,
 )
 from relora.errors import PREEMPTED, CheckpointError, ConfigError, NumericsError, UserError
+from relora.files import write_atomically, write_json
+from relora.runtime.devices import choose_devices
+from relora.runtime.signals import LAUNCHER_GONE, caught, following
 
 DIVERGED = NumericsError.code  # a result, not a reason to stop
 
@@ -50,6 +52,7 @@ def arms(
     Raises:
         ConfigError: the config, an arm or a run of it is wrong; before anything is trained.
     """
+    ranks = len(choose_devices(devices))
     plan = read_arms(arms) if arms else ArmsConfig()
     if seeds is not None:
         plan = plan.model_copy(update={"seeds": list(range(seeds))})
@@ -58,32 +61,38 @@ def arms(
         chosen = standard_arms(config, overrides, to)
     else:
         chosen = [Arm(name, tuple(changes)) for name, changes in plan.arms.items()]
-    work = _Work(config, overrides, to, devices)
+    work = _Work(config, overrides, to, ranks)
     for arm in chosen:  # all of them are sound, before the first is trained
         work.load(arm, to / "none", 0)
     to.mkdir(parents=True, exist_ok=True)
-    runs = len(chosen) * len(plan.seeds)
-    work.left = runs + (len(chosen) * len(plan.tune.factors) if plan.tune else 0)
     try:
-        tuned = _tune(chosen, plan, work) if plan.tune else {}
-        chosen = [tuned[arm.name][0] if tuned else arm for arm in chosen]
-        lines, report = [], {}
-        for arm in chosen:
-            directories = [to / arm.slug / f"seed_{seed}" for seed in plan.seeds]
-            for seed, directory in zip(plan.seeds, directories, strict=True):
-                work.train(arm, directory, seed)
-                lines.append(f"{arm.name}={directory}")
-            report[arm.name] = {
-                "overrides": list(arm.overrides),
-                "runs": list(map(str, directories)),
-                "tried": tuned[arm.name][1] if tuned else None,
-            }
+        with caught(work.stop):
+            report = _train_all(chosen, plan, work)
     except _Stopped as stopped:
         return stopped.code
-    (to / "runs.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf8")
-    (to / "arms.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf8")
-    print(f"all {runs} runs are done: {to / 'runs.txt'}")
+    runs = [(name, run) for name, arm in report.items() for run in arm["runs"]]
+    write_atomically(to / "runs.txt", "".join(f"{name}={run}\n" for name, run in runs))
+    write_json(to / "arms.json", report)
+    print(f"all {len(runs)} runs are done: {to / 'runs.txt'}")
     return 0
+
+
+def _train_all(chosen: Sequence[Arm], plan: ArmsConfig, work: _Work) -> dict[str, Any]:
+    """Train every run; what arms.json says of each arm."""
+    work.left = len(chosen) * (len(plan.seeds) + (len(plan.tune.factors) if plan.tune else 0))
+    tuned = _tune(chosen, plan, work) if plan.tune else {}
+    report = {}
+    for arm in chosen:
+        arm, tried = tuned.get(arm.name, (arm, None))
+        directories = [work.to / arm.slug / f"seed_{seed}" for seed in plan.seeds]
+        for seed, directory in zip(plan.seeds, directories, strict=True):
+            work.train(arm, directory, seed)
+        report[arm.name] = {
+            "overrides": list(arm.overrides),
+            "runs": list(map(str, directories)),
+            "tried": tried,
+        }
+    return report
 
 
 class _Stopped(Exception):
@@ -96,13 +105,13 @@ class _Stopped(Exception):
 class _Work:
     """Trains runs by `relora launch`, passes over what is done, and says how long it will take."""
 
-    def __init__(
-        self, config: Path, overrides: Sequence[str], to: Path, devices: int | None
-    ) -> None:
+    def __init__(self, config: Path, overrides: Sequence[str], to: Path, devices: int) -> None:
         self.config, self.overrides, self.to = config, list(overrides), to
         self.devices = devices
         self.model = load_config(config, overrides).model
         self.left = 0
+        self.asked: list[int] = []
+        self.process: subprocess.Popen[bytes] | None = None
         self.seconds: list[float] = []
 
     def load(self, arm: Arm, directory: Path, seed: int) -> Config:
@@ -113,8 +122,7 @@ class _Work:
         """
         try:
             config = load_config(self.config, [*self.overrides, *arm.run(directory, seed)])
-            if self.devices:
-                check_world(config, self.devices)
+            check_world(config, self.devices)
         except UserError as error:
             raise type(error)(f"arm {arm.name!r}: {error}") from None
         return config
@@ -131,6 +139,8 @@ class _Work:
         if _is_done(state):
             _check_same(directory, config)
         else:
+            if self.asked:
+                raise _Stopped(PREEMPTED)
             eta = sum(self.seconds) / len(self.seconds) * (self.left + 1) if self.seconds else None
             then = "" if eta is None else f", about {eta / 60:.0f} min for all that are left"
             print(f"── {arm.name}, seed {seed}{then}", flush=True)
@@ -139,6 +149,8 @@ class _Work:
             self.seconds.append(time.monotonic() - began)
             state = _state(directory)
             if not _is_done(state):
+                if code < 0:  # the launch itself was ended: before it listened, or by kill -9
+                    code = PREEMPTED if self.asked else 128 - code
                 raise _Stopped(code or PREEMPTED)
         if state["code"] == DIVERGED:
             print(f"{arm.name}, seed {seed}: diverged: {state['reason']}")
@@ -146,16 +158,21 @@ class _Work:
         return final_loss(directory)
 
     def _launch(self, arm: Arm, directory: Path, seed: int) -> int:
-        command = [sys.executable, "-m", "relora", "launch"]
-        if self.devices:
-            command += ["--devices", str(self.devices)]
+        command = [sys.executable, "-m", "relora", "launch", "--devices", str(self.devices)]
         command += [str(self.config), *self.overrides, *arm.run(directory, seed)]
-        process = subprocess.Popen(command, env=os.environ)
-        while True:
-            try:
-                return process.wait()
-            except KeyboardInterrupt:  # the terminal has told the launcher too: it saves
-                continue
+        # In a session of its own: what a terminal sends reaches it through us, and once only.
+        self.process = subprocess.Popen(
+            command, start_new_session=True, preexec_fn=following(LAUNCHER_GONE)
+        )
+        if self.asked:  # while it was started
+            self.process.send_signal(self.asked[-1])
+        return self.process.wait()
+
+    def stop(self, number: int, frame: FrameType | None) -> None:
+        """Pass a signal on to the run that is under way; no other run is begun."""
+        self.asked.append(number)
+        if self.process is not None:
+            self.process.send_signal(number)
 
 
 def _tune(

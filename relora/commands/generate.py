@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from relora.errors import CheckpointError, ConfigError
+from relora.structure import context_of
 from relora.subject import merged_model, open_subject
 
 
@@ -33,7 +34,7 @@ def generate(
     model: Any = merged_model(opened).eval()
     model.to(lone_rank().device)
     model.config.use_cache = True
-    context = getattr(model.config, "max_position_embeddings", None)
+    context = context_of(model.config)
     if context is not None and ids.shape[1] + max_new_tokens > context:
         raise ConfigError(
             f"--max-new-tokens: {max_new_tokens} after a prompt of {ids.shape[1]} tokens is beyond "

@@ -10,23 +10,40 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import functools
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from relora.config import Config, check_world, load_config
-from relora.errors import PREEMPTED, ConfigError, LostRankError
+from relora.errors import PREEMPTED, LostRankError
+from relora.runtime.devices import choose_devices
+from relora.runtime.hosts import (
+    ask_hosts,
+    check_choice,
+    multi_node_command,
+    read_hostfile,
+    signal_command,
+)
+from relora.runtime.signals import (
+    EXIT_NOW,
+    FRONT,
+    LAUNCHER_GONE,
+    Wishes,
+    caught,
+    following,
+    name_of,
+)
 
 OURS = (0, 1, 2, 3, 4, 5, 6, PREEMPTED)  # exit codes that a rank gives on purpose
 LOST = LostRankError.code
-FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 def launch(
@@ -37,30 +54,41 @@ def launch(
     resume: str = "auto",
 ) -> int:
     """Train on `devices` ranks here, or on the hosts of `hostfile`; returns the run's code."""
+    from relora.runtime.distributed import free_port
+
     settings = load_config(config, overrides)
     arguments = ["train", str(config), *overrides]
     if resume != "auto":
         arguments += ["--resume", resume]
+    pass_on: Callable[[int, int], None]
     if hostfile is not None:
-        if not hostfile.is_file():
-            raise ConfigError(f"--hostfile: {hostfile}: no such file; its lines are `host slots=N`")
-        command, parting = multi_node_command(hostfile, arguments), signal.SIGTERM  # for its hosts
+        slots, port = read_hostfile(hostfile), free_port()
+        check_choice(slots)
+        check_world(settings, sum(slots.values()))
+        command = multi_node_command(slots, ask_hosts(list(slots)), port, arguments)
+        parting, pass_on = signal.SIGTERM, functools.partial(_pass_on_to_hosts, slots, port)
     else:
-        count = devices or _device_count()
-        check_world(settings, count)
+        chosen = choose_devices(devices)
+        check_world(settings, len(chosen))
         # Ended so, `launch.py` cannot stop its ranks one by one; the kernel tells all of them.
-        command, parting = one_node_command(count, arguments), signal.SIGKILL
+        command, parting = one_node_command(chosen, arguments), signal.SIGKILL
+        pass_on = _pass_on
     from relora.runtime.rundir import read_run_state
 
     before = read_run_state(settings.run_dir) if settings.run_dir.is_dir() else {}
-    return _keep_code(*_run(command, parting), settings, before)
+    return _keep_code(*_run(command, parting, pass_on), settings, before)
 
 
-def one_node_command(devices: int, arguments: Sequence[str]) -> list[str]:
-    """The per-node launcher of deepspeed, which starts and watches the ranks."""
+def one_node_command(devices: Sequence[str], arguments: Sequence[str]) -> list[str]:
+    """The per-node launcher of deepspeed, which starts and watches the ranks.
+
+    Args:
+        devices: what the launcher makes CUDA_VISIBLE_DEVICES of its ranks, word for word; the
+            rank with local number k takes the k-th.
+    """
     from relora.runtime.distributed import free_port
 
-    world = base64.urlsafe_b64encode(json.dumps({"localhost": list(range(devices))}).encode())
+    world = base64.urlsafe_b64encode(json.dumps({"localhost": list(devices)}).encode())
     return [
         sys.executable,
         "-u",
@@ -76,71 +104,41 @@ def one_node_command(devices: int, arguments: Sequence[str]) -> list[str]:
     ]
 
 
-def multi_node_command(hostfile: Path, arguments: Sequence[str]) -> list[str]:
-    """The front-end of deepspeed, which reaches the hosts by pdsh or ssh."""
-    from relora.runtime.distributed import free_port
-
-    return [
-        sys.executable,
-        "-m",
-        "deepspeed.launcher.runner",
-        f"--hostfile={hostfile}",
-        f"--master_port={free_port()}",
-        "--module",
-        "relora",
-        *arguments,
-    ]
-
-
-def _device_count() -> int:
-    import torch
-
-    return torch.cuda.device_count() or 1
-
-
-def _run(command: Sequence[str], parting: signal.Signals) -> tuple[int, str | None]:
+def _run(
+    command: Sequence[str], parting: signal.Signals, pass_on: Callable[[int, int], None]
+) -> tuple[int, str | None]:
     """Run the launcher in a session of its own and pass our signals to the ranks.
 
     Args:
         parting: what the launcher gets when this process is killed.
+        pass_on: sends the ranks of a launcher, which has a process id, a signal.
 
     Returns:
         Its exit code, and the name of the last signal that came on the way.
     """
     import psutil  # noqa: F401  (now: a second signal would find it half imported in the handler)
 
-    from relora.runtime.signals import set_parent_death_signal
-
     asked: list[int] = []
+    wishes = Wishes()
     process: subprocess.Popen[bytes] | None = None
 
     def forward(number: int, frame: FrameType | None) -> None:
+        meaning = "stop" if number == LAUNCHER_GONE else wishes.judge(number)
         asked.append(number)
-        if process is not None:
-            _pass_on(process.pid, number)
+        if process is not None and meaning != "echo":
+            pass_on(process.pid, number if meaning == "stop" else EXIT_NOW)
 
-    front = os.getpid()
-
-    def follow() -> None:
-        set_parent_death_signal(parting)
-        if os.getppid() != front:  # killed before that call
-            os._exit(1)
-
-    previous = {number: signal.signal(number, forward) for number in FORWARDED}
-    try:
-        environment = {**os.environ, "DS_BUILD_OPS": "0"}
+    with caught(forward):
+        environment = {**os.environ, "DS_BUILD_OPS": "0", FRONT: str(os.getpid())}
         process = subprocess.Popen(
-            command, env=environment, start_new_session=True, preexec_fn=follow
+            command, env=environment, start_new_session=True, preexec_fn=following(parting)
         )
         if asked:  # while it was started
-            _pass_on(process.pid, asked[-1])
+            pass_on(process.pid, asked[-1])
         code = process.wait()
         while _ranks_of(process.pid):  # the launcher was killed; they save, and leave
             time.sleep(0.1)
-        return code, signal.Signals(asked[-1]).name if asked else None
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    return code, name_of(asked[-1]) if asked else None
 
 
 def _pass_on(launcher: int, number: int) -> None:
@@ -150,6 +148,17 @@ def _pass_on(launcher: int, number: int) -> None:
             os.kill(pid, number)
         except ProcessLookupError:
             continue
+
+
+def _pass_on_to_hosts(slots: Mapping[str, int], port: int, launcher: int, number: int) -> None:
+    """`_pass_on` where the ranks are elsewhere; they save together, and the launcher ends by that.
+
+    What ssh starts does not hear of the end of the ssh that started it.
+    """
+    quiet = subprocess.DEVNULL
+    subprocess.Popen(
+        signal_command(slots, port, number), start_new_session=True, stdout=quiet, stderr=quiet
+    )
 
 
 def _ranks_of(launcher: int) -> list[int]:

@@ -157,8 +157,8 @@ def require_documents(source: SourceConfig) -> None:
         raise DataError(
             f"{paths[0]}: a text file is one document, and training and validation need one each; "
             "cut it: data.source.cut=blank_lines at blank lines, "
-            "'data.source.cut={separator: \"\\n\"}' at each line's end or at any other text, "
-            "data.source.cut={characters: 10000} by length; or name more files"
+            "'data.source.cut.separator=\"\\n\"' where a line ends or at any other text, "
+            "data.source.cut.characters=10000 by length; or name more files"
         )
 
 
@@ -263,7 +263,9 @@ def _read_dataset(source: SourceConfig) -> Iterator[Document]:
         try:
             item = next(numbered, None)
         except Exception as error:  # whatever the network, the hub or a builder may raise
-            raise DataError(f"data set {name}: {type(error).__name__}: {error}") from error
+            raise DataError(
+                f"data set {name}: {type(error).__name__}: {files.explain(error)}"
+            ) from error
         if item is None:
             return
         origin = f"{name} {source.split} row {item[0]}"
@@ -284,9 +286,11 @@ def _load_dataset(source: SourceConfig) -> Any:
                 revision=source.revision,
                 streaming=source.streaming,
             )
-        found = datasets.load_from_disk(str(source.saved))
+        found = datasets.load_from_disk(str(Path(source.saved or "").expanduser()))
     except Exception as error:  # see above
-        raise DataError(f"data set {name}: {type(error).__name__}: {error}") from error
+        raise DataError(
+            f"data set {name}: {type(error).__name__}: {files.explain(error)}"
+        ) from error
     if not isinstance(found, datasets.DatasetDict):
         if source.changed("split"):
             raise DataError(f"{name}: holds one data set without splits; leave out source.split")

@@ -106,7 +106,7 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
             with _unpacked(cast(BinaryIO, raw), path) as file:
                 yield file
     except (EOFError, zlib.error) as error:
-        raise DataError(f"{path}: {cut_off}: {error}") from error
+        raise DataError(f"{path}: {cut_off}: {files.explain(error)}") from error
 
 
 def _unpacked(raw: BinaryIO, path: Path) -> BinaryIO:
@@ -160,15 +160,19 @@ def _zst_chunks(file: BinaryIO) -> Iterator[bytes]:
 
 
 def _read_parquet(file: BinaryIO, path: Path, field: str) -> Iterator[Document]:
+    if path.suffix.lower() not in (".gz", ".zst"):
+        yield from _parquet_rows(file, path, field)
+        return
+    with tempfile.TemporaryFile() as unpacked:  # Parquet is read from its end: it needs seeking
+        while block := file.read(1 << 20):
+            unpacked.write(block)
+        yield from _parquet_rows(cast(BinaryIO, unpacked), path, field)
+
+
+def _parquet_rows(file: BinaryIO, path: Path, field: str) -> Iterator[Document]:
     import pyarrow
     from pyarrow import parquet
 
-    if path.suffix.lower() in (".gz", ".zst"):  # Parquet is read from its end: it needs seeking
-        with tempfile.TemporaryFile() as unpacked:
-            while block := file.read(1 << 20):
-                unpacked.write(block)
-            yield from _read_parquet(cast(BinaryIO, unpacked), path.with_suffix(""), field)
-        return
     try:
         table = parquet.ParquetFile(file)
         require_field(field, table.schema_arrow.names, str(path))
@@ -181,7 +185,7 @@ def _read_parquet(file: BinaryIO, path: Path, field: str) -> Iterator[Document]:
     except DataError:
         raise
     except (pyarrow.ArrowException, MemoryError, LookupError, TypeError, ValueError) as error:
-        raise DataError(f"{path}: broken Parquet: {error}") from error
+        raise DataError(f"{path}: broken Parquet: {files.explain(error)}") from error
 
 
 def _batch_rows(metadata: Any) -> int:

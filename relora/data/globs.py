@@ -45,7 +45,9 @@ def matching_files(pattern: str) -> dict[str, Path]:
             names[found.real] = Path(found.path)
     if not names:
         what = "matches only folders; name their files" if search.folders else "matches no file"
-        raise DataError(f"data.source.files: {pattern[:200]!r} {what} (looked from {Path.cwd()})")
+        with files.supplied(DataError, f"data.source.files: {pattern[:200]!r} {what}"):
+            here = Path.cwd()  # which may be gone
+        raise DataError(f"data.source.files: {pattern[:200]!r} {what} (looked from {here})")
     return dict(sorted(names.items(), key=lambda item: item[1]))
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +66,13 @@ def text_digest(source: SourceConfig) -> str:
     return tally.sha256()
 
 
-def source_changes(index: dict[str, Any], source: SourceConfig, now: dict[str, Any]) -> list[str]:
+def source_changes(
+    index: dict[str, Any], source: SourceConfig, now: dict[str, Any], text: Callable[[], str]
+) -> list[str]:
     """In words, how a source differs from what the shards of `index` were made from.
 
-    `now` describes the source. Its text is read where it was only moved or touched.
+    `now` describes the source, and `text` gives the digest of its text: asked where only times
+    differ.
     """
     before = index["source"]
     found = [
@@ -80,11 +83,11 @@ def source_changes(index: dict[str, Any], source: SourceConfig, now: dict[str, A
     if not found and "listing_sha256" in before:  # an index of before names were relative
         same = before["listing_sha256"] == _listing(source)
     else:  # of a local directory as `dataset`, such an index knows the settings alone
-        same = bool(found) or "names_sha256" not in before or _same_text(index, source, now)
+        same = bool(found) or "names_sha256" not in before or _same_text(index, now, text)
     return found if same else ["its source changed"]
 
 
-def same_elsewhere(index: dict[str, Any], source: SourceConfig, now: dict[str, Any]) -> bool:
+def same_elsewhere(index: dict[str, Any], now: dict[str, Any], text: Callable[[], str]) -> bool:
     """Whether the shards of `index`, made under another name of the source, hold its very text."""
     before = dict(index["source"])
     if not now.get("files") or "names_sha256" not in before:
@@ -94,16 +97,16 @@ def same_elsewhere(index: dict[str, Any], source: SourceConfig, now: dict[str, A
         for each in (before, now)
     ]
     same = all(before.get(key) == now.get(key) for key in ("python", "files", "bytes"))
-    return same and unnamed[0] == unnamed[1] and _same_text(index, source, now)
+    return same and unnamed[0] == unnamed[1] and _same_text(index, now, text)
 
 
-def _same_text(index: dict[str, Any], source: SourceConfig, now: dict[str, Any]) -> bool:
+def _same_text(index: dict[str, Any], now: dict[str, Any], text: Callable[[], str]) -> bool:
     before = index["source"]
     if before.get("names_sha256") != now.get("names_sha256"):
         return False
     if before.get("times_sha256") == now.get("times_sha256"):
         return True
-    return bool(index.get("text_sha256") == text_digest(source))
+    return bool(index.get("text_sha256") == text())
 
 
 def _listing(source: SourceConfig) -> str:

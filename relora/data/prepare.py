@@ -28,8 +28,8 @@ from relora import files
 from relora.data import corpus
 from relora.data.beginning import begin_ids
 from relora.data.config import DataConfig
-from relora.data.identity import describe_source
-from relora.data.reuse import Say, clear, is_complete, take_over, write_index
+from relora.data.identity import describe_source, text_digest
+from relora.data.reuse import Say, clear, take_over, use_again, what_is_wrong, write_index
 from relora.data.shards import FORMAT, SPLITS, describe, shard_directory
 from relora.data.tokenizer import (
     build_tokenizer,
@@ -66,15 +66,23 @@ def prepare(
         "tokenizer": describe_tokenizer(config.tokenizer),
     }
     directory = shard_directory(config)
-    if is_complete(directory, config, made_from, say):  # it may lie where nobody can write
-        return directory
+    text = functools.cache(functools.partial(_read_text, config, say))
     with _writing(directory):
+        if (
+            what_is_wrong(directory, config, made_from, text) is None
+        ):  # perhaps where nobody can write
+            use_again(directory, config, made_from, say)
+            return directory
         directory.mkdir(parents=True, exist_ok=True)
         with _alone_in(directory, say):
             # Another prepare may have been at work meanwhile.
-            if is_complete(directory, config, made_from, say):
+            wrong = what_is_wrong(directory, config, made_from, text)
+            if wrong is None:
+                use_again(directory, config, made_from, say)
                 return directory
-            if take_over(config, directory, made_from, say):
+            if wrong:
+                say(f"prepared anew, because {wrong}")
+            if take_over(directory, config, made_from, text, say):
                 return directory
             try:
                 _start_or_go_on(directory, made_from, say)
@@ -90,15 +98,26 @@ def prepare(
     return directory
 
 
+def _read_text(config: DataConfig, say: Say) -> str:
+    say(
+        f"{corpus.source_name(config.source)}: names and sizes are those of prepared text, and "
+        "times are not; reading it to compare"
+    )
+    return text_digest(config.source)
+
+
 @contextmanager
 def _writing(directory: Path) -> Iterator[None]:
     """What the system has against writing, as a DataError."""
     try:
         yield
+    except BrokenPipeError:  # that is about what is printed
+        raise
     except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
         raise DataError(
-            f"cannot write token shards to {directory}: {files.explain(error)}; make room, or "
-            "name another place by data.dir"
+            f"cannot write token shards to {directory}: {files.explain(error)}{where}; make room, "
+            "or name another place by data.dir"
         ) from error
 
 
@@ -167,7 +186,9 @@ def _cores() -> int:
 @contextmanager
 def _alone_in(directory: Path, say: Say) -> Iterator[None]:
     """Hold the directory's lock; the system frees it when this process ends, however it ends."""
-    with (directory / "lock").open("w") as lock:
+    # Without waiting, whatever may stand there under that name.
+    flags = os.O_RDWR | os.O_CREAT | os.O_NONBLOCK
+    with os.fdopen(os.open(directory / "lock", flags, 0o666), "rb") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -202,7 +223,9 @@ def _require_unchanged(config: DataConfig, directory: Path, made_from: dict[str,
     """DataError if the source is no longer what it was before it was read."""
     now = describe_source(config.source)
     if now != made_from["source"]:
-        (directory / "made_from.json").unlink()  # the tokenizer may be of either text
+        (directory / "made_from.json").unlink(
+            missing_ok=True
+        )  # the tokenizer may be of either text
         raise DataError(
             f"data.source: {corpus.source_name(config.source)} changed while it was read (files "
             f"{made_from['source']['files']} → {now['files']}, bytes "

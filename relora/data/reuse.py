@@ -20,30 +20,34 @@ from relora.errors import DataError
 Say = Callable[[str], None]
 
 
-def is_complete(directory: Path, config: DataConfig, made_from: dict[str, Any], say: Say) -> bool:
-    """Whether a directory holds whole shards of this text and tokenizer; what is wrong is said.
+def what_is_wrong(
+    directory: Path, config: DataConfig, made_from: dict[str, Any], text: Callable[[], str]
+) -> str | None:
+    """Why a directory does not hold whole shards of this text and tokenizer; None if it does.
 
-    Needs no right to write. Where the text is the same in files of other times, it is read.
+    "" where nothing has been finished. Nothing is written; `text` gives the digest of the text,
+    and is asked where its files have other times.
     """
     if not files.is_file(directory / "index.json"):
-        return False
+        return ""
     try:
         index = read_index(directory)
     except DataError as error:
-        say(f"prepared anew, because {error}")
-        return False
-    changes = source_changes(index, config.source, made_from["source"])
+        return str(error)
+    changes = source_changes(index, config.source, made_from["source"], text)
     changes += _tokenizer_changes(index["tokenizer"], made_from["tokenizer"])
-    if changes:
-        say(f"prepared anew, because {', '.join(changes)}")
-        return False
+    return ", ".join(changes) or None
+
+
+def use_again(directory: Path, config: DataConfig, made_from: dict[str, Any], say: Say) -> None:
+    """Say what a complete directory holds; tidy it where that is possible."""
+    index = read_index(directory)
     if os.access(directory, os.W_OK):
         shutil.rmtree(directory / "parts", ignore_errors=True)  # killed between index and clean-up
         if "names_sha256" in index["source"] and index["source"] != made_from["source"]:
             write_index(directory, {**index, **made_from})  # or it would be read each time
     counted = index if "parts" in index else {**index, "parts": corpus.part_counts(config.source)}
     say(f"{directory}: prepared already\n{describe(counted)}")
-    return True
 
 
 def write_index(directory: Path, index: dict[str, Any]) -> None:
@@ -51,10 +55,16 @@ def write_index(directory: Path, index: dict[str, Any]) -> None:
     files.write_json(directory / "index.json", {**index, "index_sha256": index_hash(index)})
 
 
-def take_over(config: DataConfig, directory: Path, made_from: dict[str, Any], say: Say) -> bool:
+def take_over(
+    directory: Path,
+    config: DataConfig,
+    made_from: dict[str, Any],
+    text: Callable[[], str],
+    say: Say,
+) -> bool:
     """Fill a directory with shards of the same text that were made under another name of it.
 
-    They are hard links where the file system has these, so the other directory may go.
+    The shards are hard links where the file system has these, so the other directory may go.
     """
     for other in sorted(config.dir.iterdir()):
         if other == directory or not files.is_file(other / "index.json"):
@@ -66,15 +76,16 @@ def take_over(config: DataConfig, directory: Path, made_from: dict[str, Any], sa
         if (
             index.get("validation_fraction") == config.validation_fraction
             and not _tokenizer_changes(index["tokenizer"], made_from["tokenizer"])
-            and same_elsewhere(index, config.source, made_from["source"])
+            and same_elsewhere(index, made_from["source"], text)
         ):
             clear(directory)
             for split in SPLITS:
                 _link(other / f"{split}.bin", directory / f"{split}.bin")
             with files.making(directory / "tokenizer") as folder:
                 for path in (other / "tokenizer").iterdir():
-                    _link(path, folder / path.name)
-            write_index(directory, {**index, **made_from, "parts": _renamed(index, config)})
+                    shutil.copyfile(path, folder / path.name)
+            index = {**index, **made_from, "parts": _renamed(index, config)}
+            write_index(directory, index)
             say(f"{directory}: the same text and tokenizer as {other}, taken from there")
             say(describe(index))
             return True

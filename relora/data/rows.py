@@ -12,6 +12,7 @@ from typing import Any, BinaryIO, cast
 
 from relora.data.text import MAX_DOCUMENT, Document, decoded, undecodable
 from relora.errors import DataError
+from relora.files import explain
 
 _READ_BYTES = 1 << 16
 _SPACES = re.compile(r"[ \t\n\r]*")
@@ -128,10 +129,16 @@ class _JsonList:
         return found > 0
 
 
+def _short_lines(lines: io.TextIOWrapper, path: Path) -> Iterator[str]:
+    while line := lines.readline(MAX_DOCUMENT + 1):
+        _require_length(len(line), f"{path}: a line")
+        yield line
+
+
 def read_csv(file: BinaryIO, path: Path, field: str) -> Iterator[Document]:
     csv.field_size_limit(MAX_DOCUMENT)  # the default refuses a cell above 128 kB
     lines = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
-    rows = csv.reader(iter(lambda: lines.readline(MAX_DOCUMENT), ""), strict=True)
+    rows = csv.reader(_short_lines(lines, path), strict=True)
     try:
         header = next(rows, [])
         require_field(field, header, str(path))
@@ -143,7 +150,7 @@ def read_csv(file: BinaryIO, path: Path, field: str) -> Iterator[Document]:
             if row:
                 yield Document(origin, row[column])
     except csv.Error as error:
-        raise DataError(f"{path}:{rows.line_num}: broken CSV: {error}") from error
+        raise DataError(f"{path}:{rows.line_num}: broken CSV: {explain(error)}") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: after line {rows.line_num}: {undecodable(error)}") from error
 

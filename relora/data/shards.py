@@ -15,10 +15,10 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from relora import files
 from relora.data.config import DataConfig
@@ -92,10 +92,13 @@ def open_shards(config: DataConfig, *, verify: bool = False) -> TokenShards:
     )
 
 
+_Count = Annotated[int, Field(strict=True, ge=0, lt=1 << 63)]
+
+
 class _Split(BaseModel):
-    documents: int = Field(ge=1)
-    tokens: int = Field(ge=1)
-    bytes: int = Field(ge=1)
+    documents: _Count
+    tokens: Annotated[_Count, Field(ge=1)]
+    bytes: _Count
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
 
 
@@ -105,19 +108,17 @@ class _Made(BaseModel):
 
 class _Part(BaseModel):
     name: str
-    files: int | None
-    documents: int | None = None
+    files: _Count | None
+    documents: _Count | None = None
 
 
 class _Index(BaseModel):
     """What index.json must have; `index_sha256`, where it is, vouches for all of it."""
 
-    model_config = ConfigDict(strict=True)
-
     dtype: Literal["uint16", "uint32"]
-    vocab_size: int = Field(ge=1)
-    eos_id: int = Field(ge=0)
-    max_token_id: int = Field(ge=0)
+    vocab_size: _Count
+    eos_id: _Count
+    max_token_id: _Count
     tokenizer_sha256: str
     splits: dict[Literal["train", "validation"], _Split] = Field(min_length=2)
     source: _Made

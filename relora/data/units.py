@@ -1,12 +1,5 @@
 """One unit of a corpus at a time: a few MB of documents to a part file of tokens.
 
-A document of more than `WHOLE_CHARACTERS` is tokenized in stretches, so that memory depends on
-neither its length nor its file's. Each is encoded together with some text before and after it, of
-which the tokens are then dropped, and begins at a space between two words where there is one. So
-the ids are those of the whole document wherever its tokens depend on nothing farther away. Where
-they do (a megabyte without a space), the text is still kept to the letter, and a token may end at
-a seam.
-
 A part is an .npz with the token ids of each split, their counts of documents and bytes, and a
 digest of what it was made from. It gets its name only when it is complete, and one that a killed
 run left behind is used only for the very same text and tokenizer.
@@ -18,7 +11,6 @@ import functools
 import hashlib
 import multiprocessing
 import os
-import re
 import signal
 import threading
 from collections import deque
@@ -32,18 +24,12 @@ import numpy as np
 
 from relora import files
 from relora.data.shards import SPLITS
-from relora.data.text import Document, LongDocument, digest_of
+from relora.data.stretches import DRAW_BYTES, Piece, ids_of, pieces_of
+from relora.data.text import Document, LongDocument
 from relora.data.tokenizer import encode_documents, load_encoder, load_fast
 from relora.errors import DataError
 
 UNIT_CHARACTERS = 2_000_000  # about as many bytes; small enough for progress, large for a process
-WHOLE_CHARACTERS = 1_000_000  # takes an encoder 150 MB; a document beyond is encoded in stretches
-STRETCH_CHARACTERS = 250_000
-CONTEXT_CHARACTERS = 4096  # before and after a stretch
-_SEAM_SEARCH = 16_384
-_BETWEEN_WORDS = re.compile(r"[^\W\d_](?= [^\W\d_])")
-_BETWEEN_LINES = re.compile(r"\n(?=\S)")
-_DRAW_BYTES = 8
 
 
 class Job(NamedTuple):
@@ -57,26 +43,12 @@ class Job(NamedTuple):
     begin_ids: tuple[int, ...] = ()  # what a document begins with
 
 
-class Piece(NamedTuple):
-    """A document, or a stretch of one, with `before` and `after` characters of its neighbours."""
-
-    text: str
-    before: int = 0  # 0: here the document begins
-    after: int = 0  # 0: here it ends
-    draw: bytes = b""  # of a whole document, which a stretch does not know
-
-    @property
-    def own(self) -> str:
-        """The text without its neighbours'."""
-        return self.text[self.before : len(self.text) - self.after]
-
-
 def cut_units(documents: Iterator[Document | LongDocument]) -> Iterator[list[Piece]]:
     """Documents, and stretches of long ones, in lots of about 2 MB."""
     unit: list[Piece] = []
     size = 0
     for document in documents:
-        for piece in _pieces(document):
+        for piece in pieces_of(document):
             unit.append(piece)
             size += len(piece.text)
             if size >= UNIT_CHARACTERS:
@@ -84,31 +56,6 @@ def cut_units(documents: Iterator[Document | LongDocument]) -> Iterator[list[Pie
                 unit, size = [], 0
     if unit:
         yield unit
-
-
-def _pieces(document: Document | LongDocument) -> Iterator[Piece]:
-    if isinstance(document, Document) and len(document.text) <= WHOLE_CHARACTERS:
-        yield Piece(document.text)
-        return
-    draw = digest_of(document, _DRAW_BYTES)
-    held, before = "", 0
-    for block in document.blocks():
-        held += block
-        while len(held) > before + STRETCH_CHARACTERS + CONTEXT_CHARACTERS:
-            end = _seam(held, before, before + STRETCH_CHARACTERS)
-            yield Piece(held[: end + CONTEXT_CHARACTERS], before, CONTEXT_CHARACTERS, draw)
-            before = min(end, CONTEXT_CHARACTERS)
-            held = held[end - before :]
-    yield Piece(held, before, 0, draw)
-
-
-def _seam(text: str, start: int, most: int) -> int:
-    """A place to cut, at most `most`: where no tokenizer that cuts at words has a token."""
-    for pattern in (_BETWEEN_WORDS, _BETWEEN_LINES):
-        found = pattern.finditer(text, max(start, most - _SEAM_SEARCH), most)
-        if places := [match.end() for match in found]:
-            return places[-1]
-    return most
 
 
 def make_parts(tasks: Iterator[tuple[Job, Path, list[Piece]]], workers: int) -> Iterator[int]:
@@ -166,8 +113,7 @@ def make_part(job: Job, path: Path, pieces: list[Piece]) -> int:
     The part keeps a digest of what it was made from, so that one left by a killed run is used
     only for the very same text and tokenizer.
     """
-    texts = [piece.own.encode() for piece in pieces]
-    size = sum(map(len, texts))
+    size = sum(len(piece.own.encode()) for piece in pieces)
     digest = _digest(job, pieces)
     if files.exists(path) and _is_sound(path, digest):
         return size
@@ -175,13 +121,14 @@ def make_part(job: Job, path: Path, pieces: list[Piece]) -> int:
     tokens: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
     counts = np.zeros((len(SPLITS), 2), dtype=np.int64)  # documents, bytes
     begin, eos = np.array(job.begin_ids, dtype=np.int64), np.array([job.eos_id])
-    for piece, data, ids in zip(pieces, texts, _encode(job, pieces), strict=True):
+    for piece, (text, ids) in zip(pieces, _encode(job, pieces), strict=True):
+        data = text.encode()
         # By content alone, so a document stays in its split whatever is added around it.
-        draw = piece.draw or hashlib.blake2b(data, digest_size=_DRAW_BYTES).digest()
+        draw = piece.draw or hashlib.blake2b(data, digest_size=DRAW_BYTES).digest()
         split = int(int.from_bytes(draw) < threshold)
-        around = [] if piece.before else [begin], [] if piece.after else [eos]
-        tokens[SPLITS[split]] += [*around[0], ids, *around[1]]
-        counts[split] += not piece.before, len(data)
+        first, last = not piece.before, not piece.after
+        tokens[SPLITS[split]] += [*[begin] * first, ids, *[eos] * last]
+        counts[split] += first, len(data)
     arrays = {
         split: np.concatenate(lots or [eos[:0]]).astype(job.dtype) for split, lots in tokens.items()
     }
@@ -219,26 +166,11 @@ def _is_sound(path: Path, digest: bytes) -> bool:
         return False
 
 
-def _encode(job: Job, pieces: list[Piece]) -> Iterator[np.ndarray]:
-    """The ids of each piece's own text, as int64 arrays."""
+def _encode(job: Job, pieces: list[Piece]) -> Iterator[tuple[str, np.ndarray]]:
+    """Each piece's own text and its ids, as int64 arrays."""
     encoder = _encoder(job.tokenizer_dir, job.tokenizer_sha256)
     for piece in pieces:
         if piece.before or piece.after:
-            ids = _ids_in_context(_fast(job.tokenizer_dir, job.tokenizer_sha256), piece)
-            if ids is not None:
-                yield ids
-                continue
-        yield encode_documents(encoder, [piece.own])[0]
-
-
-def _ids_in_context(fast: Any, piece: Piece) -> np.ndarray | None:
-    """The ids of a stretch as they are in its document; None if a token spans one of its ends."""
-    if fast is None:
-        return None
-    encoding = fast.encode(piece.text, add_special_tokens=False)
-    starts, ends = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2).T
-    first, last = piece.before, len(piece.text) - piece.after
-    inside = (starts >= first) & (ends <= last)
-    if not (inside | (ends <= first) | (starts >= last)).all():
-        return None
-    return np.array(encoding.ids, dtype=np.int64)[inside]
+            yield ids_of(piece, _fast(job.tokenizer_dir, job.tokenizer_sha256), encoder)
+        else:
+            yield piece.text, encode_documents(encoder, [piece.text])[0]

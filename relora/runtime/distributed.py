@@ -15,7 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from relora.errors import UserError
+from relora.errors import ConfigError, UserError
+from relora.runtime.cores import threads_per_rank
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,8 @@ def read_ranks() -> Ranks:
     """This process's place, from the launcher's environment; one lone rank without a launcher.
 
     Fills in the variables that torch.distributed needs where there was no launcher, and shares
-    the machine's cores between its ranks when they compute on the CPU.
+    the machine's cores between its ranks when they compute on the CPU, unless OMP_NUM_THREADS or
+    MKL_NUM_THREADS says how many threads a rank takes.
     """
     for name, value in {
         "RANK": "0",
@@ -106,12 +108,30 @@ def read_ranks() -> Ranks:
     # deepspeed's launcher says LOCAL_SIZE, torchrun LOCAL_WORLD_SIZE.
     local_world = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", world)))
     if torch.cuda.is_available():
+        known = {"LOCAL_SIZE", "LOCAL_WORLD_SIZE"} & os.environ.keys()
+        _check_devices(local_world if known else local_rank + 1)
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
+        if threads := threads_per_rank(local_world):
+            torch.set_num_threads(threads)
     return Ranks(read_rank(), world, local_rank, local_world, device)
+
+
+def _check_devices(needed: int) -> None:
+    """Whether every rank of this machine has a GPU of its own.
+
+    Raises:
+        ConfigError: it has not; all of them say so, for only the first is heard.
+    """
+    seen = torch.cuda.device_count()
+    if needed > seen:
+        raise ConfigError(
+            f"{needed} ranks on this machine, and each sees {seen} GPU{'s' * (seen != 1)} "
+            f"(CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', '')}); start fewer, or "
+            "let every rank see all of them (under Slurm: --gpus-per-node, not --gpus-per-task)"
+        )
 
 
 def lone_rank() -> Ranks:
@@ -142,7 +162,7 @@ def free_port() -> int:
 
 def on_terminal() -> bool:
     """Whether somebody watches the standard output."""
-    return sys.stdout.isatty()
+    return sys.stdout is not None and sys.stdout.isatty()  # None: it was closed at the start
 
 
 def memory_gib(device: torch.device) -> float:
@@ -151,4 +171,5 @@ def memory_gib(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**30
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    unit = 1 if sys.platform == "darwin" else 2**10  # bytes there, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

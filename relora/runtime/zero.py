@@ -9,12 +9,13 @@ with fp32 masters.
 
 from __future__ import annotations
 
+import difflib
 import gc
 import logging
 import math
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -22,10 +23,13 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from pydantic import ValidationError
 from torch import Tensor, nn
 
+from relora.errors import ConfigError
 from relora.runtime.config import DeepSpeedConfig, OptimizerConfig
 from relora.runtime.distributed import Ranks
+from relora.runtime.evaluation import Loss
 
 Engine = Any  # deepspeed.DeepSpeedEngine; the import happens late
 
@@ -64,7 +68,8 @@ class LossScale:
 class StepResult(NamedTuple):
     """What one optimizer step did. `applied` is False if the update was not finite and skipped."""
 
-    loss: float  # mean over this rank's micro-batches
+    loss: float  # cross-entropy, mean over this rank's micro-batches
+    auxiliary: float | None  # what else was trained on, likewise; None if nothing
     grad_norm: float  # global, before clipping
     applied: bool
 
@@ -99,12 +104,21 @@ def build_engine(
     dtype = AUTOCAST.get(deepspeed_config.precision)
     if dtype is not None:
         model.forward = torch.autocast(ranks.device.type, dtype)(model.forward)
-    engine, *_ = deepspeed.initialize(
-        model=model.to(ranks.device),
-        optimizer=optimizer,
-        config=deepspeed_json(deepspeed_config, optimizer_config, micro_batch_size),
-        dist_init_required=False,
-    )
+    try:
+        engine, *_ = deepspeed.initialize(
+            model=model.to(ranks.device),
+            optimizer=optimizer,
+            config=deepspeed_json(deepspeed_config, optimizer_config, micro_batch_size),
+            dist_init_required=False,
+        )
+    except (AssertionError, ValueError, TypeError, NotImplementedError) as error:
+        if not deepspeed_config.extra:
+            raise
+        keys = ", ".join(deepspeed_config.extra)
+        raise ConfigError(
+            f"deepspeed.extra: DeepSpeed builds no engine with {keys} as they are: "
+            f"{str(error) or type(error).__name__}; mend or remove them"
+        ) from error
     if dtype is not None and deepspeed_config.zero_stage == 3:
         # Gathering is no arithmetic, and fp16's autocast refuses to put bf16 pieces together.
         coordinator = engine.optimizer.parameter_offload.get_param_coordinator()
@@ -131,6 +145,78 @@ def deepspeed_json(
     if config.precision == "deepspeed_bf16":
         values["bf16"] = {"enabled": True}
     return _merge(values, config.extra)
+
+
+def refusals(
+    config: DeepSpeedConfig, optimizer: OptimizerConfig, micro_batch_size: int
+) -> Iterator[str]:
+    """What DeepSpeed refuses in `deepspeed.extra`, or would never look at, by its own config model.
+
+    Takes a second or two, for the import.
+    """
+    _import_deepspeed()
+    from deepspeed.runtime.config import DeepSpeedConfig as Parsed
+
+    plain = config.model_copy(update={"extra": {}})
+    parsed = Parsed(deepspeed_json(plain, optimizer, micro_batch_size))
+    for key, value in config.extra.items():
+        values = _Watched(
+            deepspeed_json(
+                config.model_copy(update={"extra": {key: value}}), optimizer, micro_batch_size
+            )
+        )
+        path, default = f"deepspeed.extra.{key}", getattr(parsed, key, None)
+        try:
+            Parsed(values)
+        except ValidationError as error:
+            for one in error.errors(include_url=False):
+                where = ".".join([path, *map(str, one["loc"])])
+                yield f"{where}: {one['input']!r}: DeepSpeed refuses it: {one['msg']}"
+        except Exception as error:  # assertions and type errors of any place in its code
+            yield f"{path}: {value!r}: DeepSpeed refuses it: {error}"
+        else:
+            if key not in values.asked:
+                close = difflib.get_close_matches(key, values.asked, n=1)
+                hint = f"; did you mean {close[0]}?" if close else ""
+                yield f"{path}: DeepSpeed knows no such key{hint}"
+            # Plain values it takes as they are, and fails on in the middle of the run.
+            elif type(default) in _KINDS:
+                allowed, kinds = _KINDS[type(default)]
+                if type(value) not in kinds:
+                    yield f"{path}: {value!r}: must be {allowed}"
+
+
+_KINDS: dict[type, tuple[str, tuple[type, ...]]] = {
+    bool: ("true or false", (bool,)),
+    int: ("a whole number", (int,)),
+    float: ("a number", (int, float)),
+}
+
+
+class _Watched(dict[str, Any]):
+    """A mapping that knows which of its keys were asked for."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        super().__init__(values)
+        self.asked: set[str] = set()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.asked.add(key)
+        return super().get(key, default)
+
+    def __getitem__(self, key: str) -> Any:
+        self.asked.add(key)
+        return super().__getitem__(key)
+
+    def __contains__(self, key: object) -> bool:
+        self.asked.add(str(key))
+        return super().__contains__(key)
+
+    def keys(self) -> Any:
+        return self
+
+    def __copy__(self) -> _Watched:
+        return self  # DeepSpeed copies it before it looks
 
 
 def build_optimizer(
@@ -180,7 +266,7 @@ def build_optimizer(
 def train_step(
     engine: Engine,
     micro_batches: Sequence[Tensor],
-    loss_of: Callable[[Engine, Tensor], Tensor],
+    loss_of: Callable[[Engine, Tensor], Loss],
     learning_rate: float,
     grad_clip: float | None,
     loss_scale: float | None = None,
@@ -200,7 +286,8 @@ def train_step(
     if stage > 0 and loss_scale is not None:
         engine.optimizer.override_loss_scale(loss_scale)  # it multiplies and divides by itself
         factor = 1.0
-    losses = []
+    losses: list[Tensor] = []
+    others: list[Tensor] = []
     last = len(micro_batches) - 1
     # Stages 1–3 collect local gradients and reduce them when the block ends; stage 0 reduces in
     # the backward pass outside no_sync.
@@ -208,15 +295,18 @@ def train_step(
         for index, batch in enumerate(micro_batches):
             with engine.no_sync() if stage == 0 and index < last else nullcontext():
                 loss = loss_of(engine, batch)
-                engine.backward(loss * factor / len(micro_batches))
-                losses.append(loss.detach())
+                engine.backward(loss.total * factor / len(micro_batches))
+                losses.append(loss.cross_entropy)
+                if loss.auxiliary is not None:
+                    others.append(loss.auxiliary)
     if stage == 0:
         norm, applied = _step_unsharded(engine, grad_clip, factor)
     else:
         engine.step()
         applied = bool(engine.was_step_applied())
         norm = float(engine.get_global_grad_norm()) if applied else math.inf
-    return StepResult(torch.stack(losses).mean().item(), norm, applied)
+    auxiliary = torch.stack(others).mean().item() if others else None
+    return StepResult(torch.stack(losses).mean().item(), auxiliary, norm, applied)
 
 
 def destroy(engine: Engine) -> None:
