@@ -118,7 +118,7 @@ def test_damaged_files_of_a_tokenizer_are_refused_naming_it(
 
 
 @pytest.mark.parametrize(
-    "path", ["x" * 5000, "/" + "x/" * 3000, "a\0b", "/nowhere/at/all", "no name", "../..//x"]
+    "path", ["x" * 5000, "/" + "x/" * 3000, "/nowhere/at/all", "no name", "../..//x"]
 )
 def test_a_path_to_nothing_is_refused(path: str, tmp_path: Path) -> None:
     assert take(path, tmp_path / "ours").startswith("data.tokenizer.path: ")

@@ -188,6 +188,8 @@ def assert_beside(model_type: str, kind: str, source: Path, to: Path) -> None:
     (to / "config.json").write_text(json.dumps({"model_type": model_type}))
     place_tokenizer(source, to, DataError)
     assert (to / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+    settings = json.loads((to / "tokenizer_config.json").read_text())
+    assert settings["model_input_names"] == ["input_ids", "attention_mask"]
     assert_the_files_ids(to, kind != "word pieces", f"{model_type}, {kind}")
     shutil.rmtree(to)
 
@@ -294,6 +296,22 @@ def test_all_that_belongs_to_a_tokenizer_is_taken_and_in_a_form_for_transformers
     assert "extra_special_tokens" not in settings
     # Its PreTrainedTokenizerFast would make token types, which generate() of a Llama refuses.
     assert settings["model_input_names"] == ["input_ids", "attention_mask"]
+
+
+def test_shards_under_another_name_of_their_text_keep_the_templates_in_a_folder(
+    tmp_path: Path,
+) -> None:
+    byte_level(tmp_path / "theirs")
+    templates = tmp_path / "theirs" / "additional_chat_templates"
+    templates.mkdir()
+    (templates / "tools.jinja").write_text("{{ tools }}")
+    config = data(tmp_path, tmp_path / "theirs")
+    prepare(config, workers=1, quiet=True)
+    shutil.copyfile(tmp_path / "text.jsonl", tmp_path / "renamed.jsonl")
+    source = config.source.model_copy(update={"files": [str(tmp_path / "renamed.jsonl")]})
+    again = prepare(config.model_copy(update={"source": source}), workers=1, quiet=True)
+    assert len(list((tmp_path / "data").iterdir())) == 2
+    assert (again / "tokenizer" / "additional_chat_templates" / "tools.jinja").is_file()
 
 
 def test_special_tokens_that_only_the_class_knows_are_written_out(tmp_path: Path) -> None:

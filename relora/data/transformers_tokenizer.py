@@ -38,6 +38,7 @@ _NOT_KEPT = (
     *("add_bos_token", "add_eos_token", "add_prefix_space"),
 )
 
+_INPUTS = ["input_ids", "attention_mask"]  # what causal models take
 _MAX_BYTES = 1 << 30  # of a tokenizer.json; the largest in use have some 30 MB
 
 # Text on which tokenizers differ: letters, cases, digits, spaces, marks, scripts, and their order.
@@ -220,7 +221,7 @@ def _settle(directory: Path, source: Path, where: str) -> None:
     if isinstance(settings.get("extra_special_tokens"), list):  # transformers 4 wants a mapping
         settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
     settings["tokenizer_class"] = JUST_THE_FILE
-    settings.setdefault("model_input_names", list(copy.model_input_names))
+    settings.setdefault("model_input_names", _INPUTS)
     settings.setdefault("clean_up_tokenization_spaces", False)  # what transformers 5 takes
     files.write_json(path, settings)
     # Tokens that only the settings name get their ids when they are read: keep them.
@@ -240,7 +241,8 @@ def place_tokenizer(directory: Path, to: Path, kind: type[UserError]) -> None:
     path = to / "tokenizer_config.json"
     settings = files.read_json(path, kind) if files.exists(path) else {}
     steps: tuple[dict[str, Any], ...] = (
-        {},
+        # Without, transformers 4 makes token types too, which generate() of most models refuses.
+        {} if "model_input_names" in settings else {"model_input_names": _INPUTS},
         {"tokenizer_class": JUST_THE_FILE},
         # With code named that it does not run, transformers 5 goes by the class again.
         {"auto_map": {"AutoTokenizer": ["as_saved.AsSaved"] * 2}},
@@ -268,9 +270,15 @@ def require_agreement(directory: Path, model: PretrainedConfig) -> None:
     Raises:
         DataError: not with this version of transformers.
     """
-    with tempfile.TemporaryDirectory() as temporary:
-        model.save_pretrained(temporary)
-        place_tokenizer(directory, Path(temporary), DataError)
+    try:
+        with tempfile.TemporaryDirectory() as temporary:
+            model.save_pretrained(temporary)
+            place_tokenizer(directory, Path(temporary), DataError)
+    except OSError as error:
+        raise DataError(
+            f"{tempfile.gettempdir()}: cannot be written, where the tokenizer is tried beside the "
+            f"model's config: {files.explain(error)}; make room, or name another by TMPDIR"
+        ) from error
 
 
 def _disagreement(directory: Path, kind: type[UserError]) -> str | None:
