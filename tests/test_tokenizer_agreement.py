@@ -188,6 +188,8 @@ def assert_beside(model_type: str, kind: str, source: Path, to: Path) -> None:
     (to / "config.json").write_text(json.dumps({"model_type": model_type}))
     place_tokenizer(source, to, DataError)
     assert (to / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+    settings = json.loads((to / "tokenizer_config.json").read_text())
+    assert settings["model_input_names"] == ["input_ids", "attention_mask"]
     assert_the_files_ids(to, kind != "word pieces", f"{model_type}, {kind}")
     shutil.rmtree(to)
 
@@ -296,6 +298,22 @@ def test_all_that_belongs_to_a_tokenizer_is_taken_and_in_a_form_for_transformers
     assert settings["model_input_names"] == ["input_ids", "attention_mask"]
 
 
+def test_shards_under_another_name_of_their_text_keep_the_templates_in_a_folder(
+    tmp_path: Path,
+) -> None:
+    byte_level(tmp_path / "theirs")
+    templates = tmp_path / "theirs" / "additional_chat_templates"
+    templates.mkdir()
+    (templates / "tools.jinja").write_text("{{ tools }}")
+    config = data(tmp_path, tmp_path / "theirs")
+    prepare(config, workers=1, quiet=True)
+    shutil.copyfile(tmp_path / "text.jsonl", tmp_path / "renamed.jsonl")
+    source = config.source.model_copy(update={"files": [str(tmp_path / "renamed.jsonl")]})
+    again = prepare(config.model_copy(update={"source": source}), workers=1, quiet=True)
+    assert len(list((tmp_path / "data").iterdir())) == 2
+    assert (again / "tokenizer" / "additional_chat_templates" / "tools.jinja").is_file()
+
+
 def test_special_tokens_that_only_the_class_knows_are_written_out(tmp_path: Path) -> None:
     """GPT-2's own files name no EOS: its class does."""
     fast = byte_level(tmp_path / "theirs")
@@ -402,6 +420,28 @@ def shard_name_without(setting: str, config: DataConfig) -> str:
     return f"text-{digest[:12]}"
 
 
+def test_shards_from_before_documents_began_with_bos_serve_the_runs_that_have_begun_alone(
+    tmp_path: Path,
+) -> None:
+    from relora.commands.train import check_tokenizer
+    from relora.config import load_config
+    from runs import make_config
+
+    begins(tmp_path / "theirs")
+    text = data(tmp_path, tmp_path / "theirs")
+    index = prepare(text, workers=1, quiet=True) / "index.json"
+    config = load_config(make_config(tmp_path / "run", data=text.model_dump(mode="json")))
+    check_tokenizer(config, open_shards(text))
+    old = json.loads(index.read_text())
+    del old["begin_ids"], old["index_sha256"]
+    index.write_text(json.dumps(old))
+    with pytest.raises(DataError, match=r"did not begin with.*delete it and run: relora prepare"):
+        check_tokenizer(config, open_shards(text))
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    shutil.copyfile(str(config.model.config), tmp_path / "run" / "model" / "config.json")
+    check_tokenizer(config, open_shards(text))
+
+
 def test_add_bos_that_would_do_nothing_is_refused(tmp_path: Path) -> None:
     byte_level(tmp_path / "theirs")
     with pytest.raises(ConfigError, match="add_bos: false would do nothing"):
@@ -410,6 +450,58 @@ def test_add_bos_that_would_do_nothing_is_refused(tmp_path: Path) -> None:
         TokenizerConfig(train="bpe", vocab_size=300, add_bos=False)
     with pytest.raises(ValueError, match="only false can be set"):
         TokenizerConfig(path="somewhere", add_bos=True)
+
+
+def test_a_run_its_samples_prompts_and_export_all_begin_as_documents_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With model type qwen2, whose own tokenizer would be another one."""
+    import torch
+    from transformers import GenerationMixin
+
+    from runs import make_config, relora
+
+    begins(tmp_path / "theirs")
+    model = {"model_type": "qwen2", "vocab_size": 330, "hidden_size": 32, "intermediate_size": 64}
+    model |= {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    (tmp_path / "qwen2.json").write_text(json.dumps({**model, "max_position_embeddings": 64}))
+    few = ("--max-new-tokens", 8)
+    for name, add_bos in (("kept", None), ("dropped", False)):
+        config = make_config(
+            tmp_path / name,
+            model__config=str(tmp_path / "qwen2.json"),
+            data__tokenizer={"path": str(tmp_path / "theirs"), "add_bos": add_bos},
+            data__dir=str(tmp_path / "data"),
+            train={"steps": 7, "eval_every": 7, "eval_sequences": 4, "sample_prompt": "a river"},
+            lora=None,
+            relora=None,
+            warm_start=None,
+        )
+        assert relora("prepare", config) == 0
+        prompts: list[list[int]] = []
+
+        def sampled(engine: Any, ids: torch.Tensor, count: int) -> torch.Tensor:
+            prompts.append(ids[0].tolist())  # noqa: B023
+            return ids
+
+        monkeypatch.setattr("relora.loop.continue_greedily", sampled)
+        assert relora("train", config) == 0
+        assert relora("export", tmp_path / name, "--to", tmp_path / f"{name} export") == 0
+        exported = AutoTokenizer.from_pretrained(tmp_path / f"{name} export")
+        capsys.readouterr()
+
+        def generated(model: Any, ids: torch.Tensor, **_: Any) -> torch.Tensor:
+            prompts.append(ids[0].tolist())  # noqa: B023
+            return ids
+
+        with monkeypatch.context() as patch:
+            patch.setattr(GenerationMixin, "generate", generated)
+            assert relora("generate", tmp_path / name, "--prompt", "a river", *few) == 0
+        assert capsys.readouterr().out.strip() == "a river"
+        begin = [0] if add_bos is None else []
+        expected = begin + file_ids(tmp_path / "theirs", "a river", True)
+        assert prompts == [expected, expected]
+        assert exported("a river")["input_ids"] == expected
 
 
 # --- a tokenizer that was damaged meanwhile ---

@@ -244,13 +244,24 @@ def check_tokenizer(config: Config, shards: TokenShards) -> None:
     """Whether an export will give the ids that the run is trained on.
 
     Raises:
-        DataError: transformers builds another tokenizer for this type of model.
+        DataError: transformers builds another tokenizer for this type of model; or a run that has
+            not begun would see documents begin otherwise than texts that an export is given.
     """
+    from relora.data.beginning import begin_ids
+    from relora.data.tokenizer import load_tokenizer
     from relora.data.transformers_tokenizer import require_agreement
     from relora.model import load_model_config
     from relora.subject import structure_of
 
-    require_agreement(shards.tokenizer_dir, load_model_config(structure_of(config)))
+    structure = structure_of(config)
+    begins = begin_ids(load_tokenizer(shards.tokenizer_dir))
+    has_begun = structure is not config.model
+    if begins != list(shards.index.get("begin_ids", [])) and not has_begun:
+        raise DataError(
+            f"{shards.directory}: was prepared when documents did not begin with what the "
+            f"tokenizer puts before a text (ids {begins}); delete it and run: relora prepare CONFIG"
+        )
+    require_agreement(shards.tokenizer_dir, load_model_config(structure))
 
 
 def check_same_shards(shards: TokenShards, ranks: Ranks) -> None:

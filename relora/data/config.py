@@ -95,7 +95,8 @@ class TokenizerConfig(Section):
     vocab_size: int | None = Field(default=None, ge=300, le=2**31 - 1)
     # `train` only: how much text of the corpus sentencepiece sees
     training_megabytes: float = Field(default=20.0, gt=0)
-    path: str | None = None  # a .model file, a transformers tokenizer directory, or a hub name
+    # a .model file, a transformers tokenizer directory, or a hub name
+    path: str | None = Field(default=None, min_length=1)
     # `path` only. null: documents and prompts begin with what the tokenizer itself puts before a
     # text (BOS, where its post-processor has it). false: with nothing, in the export too.
     add_bos: bool | None = None

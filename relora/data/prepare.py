@@ -91,7 +91,7 @@ def prepare(
                 if check_tokenizer:
                     check_tokenizer(directory / "tokenizer")
                 _prepare(config, directory, made_from, seed, workers or _cores(), quiet)
-            except UserError:
+            except (UserError, OSError):
                 if not (directory / "tokenizer").is_dir():  # nothing to go on with
                     _leave(directory)
                 raise

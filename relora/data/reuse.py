@@ -82,8 +82,7 @@ def take_over(
             for split in SPLITS:
                 _link(other / f"{split}.bin", directory / f"{split}.bin")
             with files.making(directory / "tokenizer") as folder:
-                for path in (other / "tokenizer").iterdir():
-                    shutil.copyfile(path, folder / path.name)
+                shutil.copytree(other / "tokenizer", folder, dirs_exist_ok=True)
             index = {**index, **made_from, "parts": _renamed(index, config)}
             write_index(directory, index)
             say(f"{directory}: the same text and tokenizer as {other}, taken from there")

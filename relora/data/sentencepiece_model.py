@@ -108,6 +108,8 @@ def write_sentencepiece(model: bytes, directory: Path, sample: list[str], name: 
         reference = sentencepiece.SentencePieceProcessor(model_proto=model)
     except (DecodeError, RuntimeError) as error:
         raise DataError(f"{name}: not a sentencepiece model: {error}") from error
+    if not proto.pieces:
+        raise DataError(f"{name}: not a sentencepiece model: it has no pieces")
     if reference.eos_id() < 0:
         raise DataError(f"{name}: has no EOS piece, and documents end in it")
     kind = proto.trainer_spec.model_type
@@ -119,8 +121,8 @@ def write_sentencepiece(model: bytes, directory: Path, sample: list[str], name: 
         )
     fast = _convert(proto)
     _require_equal_ids(fast, reference, proto, sample, name)
-    # Not by its own save, which says "Exception" when the disk is full.
-    (directory / "tokenizer.json").write_text(fast.to_str(pretty=True), encoding="utf-8")
+    # Not by `save`: what the disk says would come as no OSError.
+    (directory / "tokenizer.json").write_text(fast.to_str(pretty=True), encoding="utf8")
     (directory / "tokenizer.model").write_bytes(model)
     names = {
         f"{name}_token": reference.id_to_piece(number)

@@ -38,6 +38,7 @@ _NOT_KEPT = (
     *("add_bos_token", "add_eos_token", "add_prefix_space"),
 )
 
+_INPUTS = ["input_ids", "attention_mask"]  # what causal models take
 _MAX_BYTES = 1 << 30  # of a tokenizer.json; the largest in use have some 30 MB
 
 # Text on which tokenizers differ: letters, cases, digits, spaces, marks, scripts, and their order.
@@ -122,9 +123,10 @@ def take_over(name: str, directory: Path, sample: list[str], add_bos: bool | Non
         DataError: there is none, it has no EOS token, or it would come back with other ids.
         ConfigError: `add_bos` would do nothing.
     """
-    where = f"data.tokenizer.path: {name}"
+    where = f"data.tokenizer.path: {name[:200]}"
     source = _find(name, where)
     if files.is_file(source / "tokenizer.json"):
+        parse_file(source, DataError, where)  # a message is to name what was given, not the copy
         with files.supplied(DataError, where, "cannot be copied"):
             _copy_files(source, directory)
         _settle(directory, source, where)
@@ -163,9 +165,13 @@ def _convert(source: Path, directory: Path, sample: list[str], where: str) -> No
 
 def open_directory(directory: Path, kind: type[UserError], where: str) -> Any:
     """The tokenizer of a directory, by its tokenizer.json if it has one, for transformers."""
-    if files.is_file(directory / "tokenizer.json"):
-        return load_file(directory, kind, where)
-    return load_auto(directory, kind, where)
+    load = load_file if files.is_file(directory / "tokenizer.json") else load_auto
+    tokenizer = load(directory, kind, where)
+    try:
+        begin_ids(tokenizer)
+    except Exception as error:  # settings of any type are read, and fail in use
+        raise _no_tokenizer(where, error, kind) from error
+    return tokenizer
 
 
 def _find(name: str, where: str) -> Path:
@@ -200,7 +206,8 @@ def _settle(directory: Path, source: Path, where: str) -> None:
     What the original's class adds by default is written out, if tokenizer.json knows of it.
     """
     path = directory / "tokenizer_config.json"
-    settings = files.read_json(path, DataError) if files.exists(path) else {}
+    given = source / path.name
+    settings = files.read_json(given, DataError) if files.exists(given) else {}
     vocab = parse_file(directory, DataError, where).get_vocab()
     copy: Any = load_file(directory, DataError, where)
     if copy.eos_token is None:  # GPT-2's files, for one, leave it to its class
@@ -214,13 +221,13 @@ def _settle(directory: Path, source: Path, where: str) -> None:
     if isinstance(settings.get("extra_special_tokens"), list):  # transformers 4 wants a mapping
         settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
     settings["tokenizer_class"] = JUST_THE_FILE
-    settings.setdefault("model_input_names", list(copy.model_input_names))
+    settings.setdefault("model_input_names", _INPUTS)
     settings.setdefault("clean_up_tokenization_spaces", False)  # what transformers 5 takes
     files.write_json(path, settings)
     # Tokens that only the settings name get their ids when they are read: keep them.
     copy = load_file(directory, DataError, where)
     if copy.get_vocab() != vocab:
-        copy.backend_tokenizer.save(str(directory / "tokenizer.json"))
+        files.write_atomically(directory / "tokenizer.json", copy.backend_tokenizer.to_str())
 
 
 def place_tokenizer(directory: Path, to: Path, kind: type[UserError]) -> None:
@@ -234,7 +241,8 @@ def place_tokenizer(directory: Path, to: Path, kind: type[UserError]) -> None:
     path = to / "tokenizer_config.json"
     settings = files.read_json(path, kind) if files.exists(path) else {}
     steps: tuple[dict[str, Any], ...] = (
-        {},
+        # Without, transformers 4 makes token types too, which generate() of most models refuses.
+        {} if "model_input_names" in settings else {"model_input_names": _INPUTS},
         {"tokenizer_class": JUST_THE_FILE},
         # With code named that it does not run, transformers 5 goes by the class again.
         {"auto_map": {"AutoTokenizer": ["as_saved.AsSaved"] * 2}},
@@ -262,9 +270,15 @@ def require_agreement(directory: Path, model: PretrainedConfig) -> None:
     Raises:
         DataError: not with this version of transformers.
     """
-    with tempfile.TemporaryDirectory() as temporary:
-        model.save_pretrained(temporary)
-        place_tokenizer(directory, Path(temporary), DataError)
+    try:
+        with tempfile.TemporaryDirectory() as temporary:
+            model.save_pretrained(temporary)
+            place_tokenizer(directory, Path(temporary), DataError)
+    except OSError as error:
+        raise DataError(
+            f"{tempfile.gettempdir()}: cannot be written, where the tokenizer is tried beside the "
+            f"model's config: {files.explain(error)}; make room, or name another by TMPDIR"
+        ) from error
 
 
 def _disagreement(directory: Path, kind: type[UserError]) -> str | None:
