@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from contextlib import nullcontext
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -66,7 +67,7 @@ class Kept(NamedTuple):
     activations: float
     weight_copies: float  # in half precision, which autocast makes of fp32 weights
     logits: int  # number of them
-    flops: float  # of all products of matrices, for one token
+    flops: float  # of all products of matrices, for one token; without adapters
     uses: tuple[float, ...]  # rows that go through each of `Shape.matrices`, for one token
     uncounted: tuple[str, ...]  # what the figures leave out, in words
 
@@ -142,31 +143,42 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 def _dry_run(
     model_config: ModelConfig, content: str, lora: str, precision: str, batch: tuple[int, int]
 ) -> Kept:
+    where = f"model: {model_config.config or model_config.pretrained}"
+    problem: Exception | None = None
+    # Some models look at their masks, which the first way does without.
+    for masks in (False, True):
+        try:
+            return _run(model_config, lora, precision, batch, masks)
+        except _depends_on_numbers() as error:
+            return _guess(model_config, batch, one_line(error))
+        except UserError:
+            raise
+        except Exception as error:
+            problem = problem or error
+    assert problem is not None
+    shape = f"a batch of {batch[0]} sequences of {batch[1]} tokens"
+    raise ConfigError(f"{where}: cannot be run on {shape}: {one_line(problem)}") from problem
+
+
+def _run(
+    model_config: ModelConfig, lora: str, precision: str, batch: tuple[int, int], masks: bool
+) -> Kept:
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils.flop_counter import FlopCounterMode
 
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    where = f"model: {model_config.config or model_config.pretrained}"
-    try:
-        with FakeTensorMode():
-            model = _fake_model(model_config, lora, precision)
-            tally = _Tally(model, batch)
-            if model_config.gradient_checkpointing:
-                tally.watch_blocks(model)
-            tokens = torch.zeros(batch, dtype=torch.long)
-            context = torch.autocast("cpu", half, enabled=half is not None)
-            saved = torch.autograd.graph.saved_tensors_hooks(tally.pack, lambda tensor: tensor)
-            counter = FlopCounterMode(display=False, custom_mapping=_formulas())
-            with saved, context, counter:
-                model(input_ids=tokens, labels=tokens)
-    except _depends_on_numbers() as error:
-        return _guess(model_config, batch, one_line(error))
-    except UserError:
-        raise
-    except Exception as error:
-        shape = f"a batch of {batch[0]} sequences of {batch[1]} tokens"
-        raise ConfigError(f"{where}: cannot be run on {shape}: {one_line(error)}") from error
+    with FakeTensorMode():
+        model = _fake_model(model_config, lora, precision, masks)
+        tally = _Tally(model, batch)
+        if model_config.gradient_checkpointing:
+            tally.watch_blocks(model)
+        tokens = torch.zeros(batch, dtype=torch.long)
+        context = torch.autocast("cpu", half, enabled=half is not None)
+        saved = torch.autograd.graph.saved_tensors_hooks(tally.pack, lambda tensor: tensor)
+        counter = FlopCounterMode(display=False, custom_mapping=_formulas())
+        with saved, context, nullcontext() if lora else counter:  # those with A and B follow
+            model(input_ids=tokens, labels=tokens)
     return tally.kept(counter.get_total_flops(), _left_out(model, model_config))
 
 
@@ -234,7 +246,7 @@ def _vocabulary(model: Any) -> int:
     return int(model.config.get_text_config(decoder=True).vocab_size)
 
 
-def _fake_model(model_config: ModelConfig, lora: str, precision: str) -> Any:
+def _fake_model(model_config: ModelConfig, lora: str, precision: str, masks: bool) -> Any:
     import torch
     from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
     from transformers.integrations.moe import ExpertsInterface
@@ -244,7 +256,7 @@ def _fake_model(model_config: ModelConfig, lora: str, precision: str) -> Any:
 
     model = AutoModelForCausalLM.from_config(load_model_config(model_config))
     model.config.use_cache = False
-    if model.config._attn_implementation == "sdpa":
+    if model.config._attn_implementation == "sdpa" and not masks:
         # As in training, where transformers sees that the mask is causal and no more; it will not
         # look at tensors that hold nothing, and would make masks of all of them.
         AttentionInterface.register("causal", sdpa_attention_forward)
@@ -328,8 +340,9 @@ class _Tally:
         kept = self.outside + inside
         return Kept(kept, self.copies, self.logits, flops / self.tokens, uses, uncounted)
 
-    def _count(self, number: int, output: Tensor) -> None:
-        self.rows[number] += output.numel() // output.shape[-1]
+    def _count(self, number: int, output: Tensor | tuple[Tensor, ...]) -> None:
+        first = output[0] if isinstance(output, tuple) else output  # a router gives scores too
+        self.rows[number] += first.numel() // first.shape[-1]
 
     def _enter(self, block: int, inputs: tuple[Any, ...]) -> None:
         self.block = block
