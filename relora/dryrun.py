@@ -28,6 +28,7 @@ RECURRENT = re.compile(
     r"(Mamba2?|Ssm|SSM|RgLru|xLSTM|mLSTM|GatedDeltaNet|KimiDelta|Lightning)\w*"
     r"(Mixer|Attention|Layer|Net|Cell)$|RgLru$|RwkvSelfAttention$|MambaMixer$|DeltaNet$"
 )
+ONE_TOO_MANY = "FLOPs hold a backward pass for them as for others"
 
 
 class Matrix(NamedTuple):
@@ -179,7 +180,12 @@ def _run(
         counter = FlopCounterMode(display=False, custom_mapping=_formulas())
         with saved, context, nullcontext() if lora else counter:  # those with A and B follow
             model(input_ids=tokens, labels=tokens)
-    return tally.kept(counter.get_total_flops(), _left_out(model, model_config))
+    left_out = _left_out(model, model_config)
+    if tally.idle:
+        left_out += (
+            f"that {tally.idle} calls of linear layers pass on no gradient: {ONE_TOO_MANY}",
+        )
+    return tally.kept(counter.get_total_flops(), left_out)
 
 
 def _formulas() -> dict[Any, Any]:
@@ -233,6 +239,9 @@ def _left_out(model: nn.Module, model_config: ModelConfig) -> tuple[str, ...]:
     if mixers:
         names = ", ".join(f"{n} {kind}" for kind, n in mixers.items())
         left.append(f"FLOPs of recurrences that are no products of matrices ({names})")
+    indexers = Counter(kind for kind in kinds if kind.endswith("Indexer"))
+    for kind, n in indexers.items():
+        left.append(f"that {n} {kind} pick keys and pass on no gradient: {ONE_TOO_MANY}")
     if model_config.gradient_checkpointing and not blocks_of(model):
         left.append("what gradient checkpointing saves, since this model's blocks are not known")
     return tuple(left)
@@ -302,12 +311,12 @@ class _Tally:
         self.tokens = batch[0] * batch[1]
         self.logits = self.tokens * _vocabulary(model)
         self.rows: list[int] = []
+        self.idle = 0  # calls of linear layers that no gradient comes back from
         for number, module in enumerate(_linear(model)):
             self.rows.append(0)
-            module.register_forward_hook(lambda _, __, output, n=number: self._count(n, output))
-        self.outside = self.copies = self.inputs = 0.0
-        self.block: int | None = None  # inside which one we are
-        self.blocks: dict[int, float] = {}
+            module.register_forward_hook(
+                lambda _, inputs, output, n=number: self._count(n, inputs, output)
+            )
 
     def watch_blocks(self, model: nn.Module) -> None:
         """Count apart what each checkpointed block saves, and what goes into it."""
@@ -340,9 +349,12 @@ class _Tally:
         kept = self.outside + inside
         return Kept(kept, self.copies, self.logits, flops / self.tokens, uses, uncounted)
 
-    def _count(self, number: int, output: Tensor | tuple[Tensor, ...]) -> None:
+    def _count(
+        self, number: int, inputs: tuple[Tensor, ...], output: Tensor | tuple[Tensor, ...]
+    ) -> None:
         first = output[0] if isinstance(output, tuple) else output  # a router gives scores too
         self.rows[number] += first.numel() // first.shape[-1]
+        self.idle += not all(tensor.requires_grad for tensor in (*inputs[:1], first))
 
     def _enter(self, block: int, inputs: tuple[Any, ...]) -> None:
         self.block = block

@@ -11,7 +11,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from relora.config import Config, build_config
+from relora.errors import UserError
 from relora.estimate import flops_per_token, peak_memory, uncounted
+from runs import make_config, relora
 from tiny_models import VOCABULARY, tiny_values
 
 LENGTH, BATCH = 32, 2
@@ -74,8 +76,10 @@ def check_counted(model_type: str, directory: Path) -> list[str]:
     config = full_rank_config(path)
     left_out = uncounted(config)
     planned, real = flops_per_token(config, False).total, counted_by_running(values)
-    if not any("cannot be run without numbers" in what for what in left_out):
-        assert planned == pytest.approx(real, rel=0.02), left_out
+    if any("FLOPs hold a backward pass" in what for what in left_out):
+        assert 0.98 * real < planned < 1.5 * real  # a third of it at most, and it is said
+    elif not any("cannot be run without numbers" in what for what in left_out):
+        assert planned == pytest.approx(real, rel=0.05 if left_out else 0.01), left_out
     assert peak_memory(config, 1) > 0
     return left_out
 
@@ -85,3 +89,54 @@ def test_flops_of_any_kind_of_model_are_those_of_a_real_step(
     model_type: str, tmp_path: Path
 ) -> None:
     check_counted(model_type, tmp_path)
+
+
+def test_experts_count_as_often_as_a_token_chooses_them(tmp_path: Path) -> None:
+    """By hand, for one token of a Mixtral: two of four experts, and a router of four rows."""
+    values = tiny_values("mixtral")
+    path = tmp_path / "model.json"
+    path.write_text(json.dumps(values))
+    attention = 32 * (32 + 2 * 16 + 32)
+    experts = 2 * (32 * 2 * 64 + 64 * 32)
+    scores = 2 * LENGTH * 32
+    forward = 2 * (2 * (attention + experts + 4 * 32 + scores) + VOCABULARY * 32)
+    assert flops_per_token(full_rank_config(path), False).total == 3 * forward
+
+
+def test_a_model_that_cannot_be_run_without_numbers_says_what_is_not_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "model.json"
+    path.write_text(json.dumps(tiny_values("jetmoe")))
+    config = make_config(tmp_path / "run")
+    full = ("lora=null", "relora=null", "warm_start=null")
+    assert relora("plan", config, f"model.config={path}", *full) == 0
+    page = " ".join(capsys.readouterr().out.split())
+    assert "not counted activations, attention and all products outside linear layers" in page
+    path.write_text(json.dumps(tiny_values("mamba")))
+    assert relora("plan", config, f"model.config={path}", *full) == 0
+    page = " ".join(capsys.readouterr().out.split())
+    assert "not counted FLOPs of recurrences that are no products of matrices (2 Mamba" in page
+    assert relora("plan", config, *full) == 0
+    assert "not counted" not in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_flops_of_every_model_that_can_be_built_small_are_those_of_a_real_step(
+    tmp_path: Path,
+) -> None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    compared, wrong = [], {}
+    for model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        try:
+            counted_by_running(tiny_values(model_type))
+        except Exception:
+            continue  # not every type is made small by one set of rules
+        try:
+            check_counted(model_type, tmp_path)
+        except (AssertionError, UserError) as error:
+            wrong[model_type] = str(error)
+        compared.append(model_type)
+    assert wrong == {}
+    assert len(compared) > 150
