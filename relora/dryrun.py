@@ -317,6 +317,9 @@ class _Tally:
             module.register_forward_hook(
                 lambda _, inputs, output, n=number: self._count(n, inputs, output)
             )
+        self.outside = self.copies = self.inputs = 0.0
+        self.block: int | None = None  # inside which one we are
+        self.blocks: dict[int, float] = {}
 
     def watch_blocks(self, model: nn.Module) -> None:
         """Count apart what each checkpointed block saves, and what goes into it."""
