@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from contextlib import nullcontext
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,6 +28,7 @@ RECURRENT = re.compile(
     r"(Mamba2?|Ssm|SSM|RgLru|xLSTM|mLSTM|GatedDeltaNet|KimiDelta|Lightning)\w*"
     r"(Mixer|Attention|Layer|Net|Cell)$|RgLru$|RwkvSelfAttention$|MambaMixer$|DeltaNet$"
 )
+ONE_TOO_MANY = "FLOPs hold a backward pass for them as for others"
 
 
 class Matrix(NamedTuple):
@@ -66,7 +68,7 @@ class Kept(NamedTuple):
     activations: float
     weight_copies: float  # in half precision, which autocast makes of fp32 weights
     logits: int  # number of them
-    flops: float  # of all products of matrices, for one token
+    flops: float  # of all products of matrices, for one token; without adapters
     uses: tuple[float, ...]  # rows that go through each of `Shape.matrices`, for one token
     uncounted: tuple[str, ...]  # what the figures leave out, in words
 
@@ -142,32 +144,48 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 def _dry_run(
     model_config: ModelConfig, content: str, lora: str, precision: str, batch: tuple[int, int]
 ) -> Kept:
+    where = f"model: {model_config.config or model_config.pretrained}"
+    problem: Exception | None = None
+    # Some models look at their masks, which the first way does without.
+    for masks in (False, True):
+        try:
+            return _run(model_config, lora, precision, batch, masks)
+        except _depends_on_numbers() as error:
+            return _guess(model_config, batch, one_line(error))
+        except UserError:
+            raise
+        except Exception as error:
+            problem = problem or error
+    assert problem is not None
+    shape = f"a batch of {batch[0]} sequences of {batch[1]} tokens"
+    raise ConfigError(f"{where}: cannot be run on {shape}: {one_line(problem)}") from problem
+
+
+def _run(
+    model_config: ModelConfig, lora: str, precision: str, batch: tuple[int, int], masks: bool
+) -> Kept:
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils.flop_counter import FlopCounterMode
 
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    where = f"model: {model_config.config or model_config.pretrained}"
-    try:
-        with FakeTensorMode():
-            model = _fake_model(model_config, lora, precision)
-            tally = _Tally(model, batch)
-            if model_config.gradient_checkpointing:
-                tally.watch_blocks(model)
-            tokens = torch.zeros(batch, dtype=torch.long)
-            context = torch.autocast("cpu", half, enabled=half is not None)
-            saved = torch.autograd.graph.saved_tensors_hooks(tally.pack, lambda tensor: tensor)
-            counter = FlopCounterMode(display=False, custom_mapping=_formulas())
-            with saved, context, counter:
-                model(input_ids=tokens, labels=tokens)
-    except _depends_on_numbers() as error:
-        return _guess(model_config, batch, one_line(error))
-    except UserError:
-        raise
-    except Exception as error:
-        shape = f"a batch of {batch[0]} sequences of {batch[1]} tokens"
-        raise ConfigError(f"{where}: cannot be run on {shape}: {one_line(error)}") from error
-    return tally.kept(counter.get_total_flops(), _left_out(model, model_config))
+    with FakeTensorMode():
+        model = _fake_model(model_config, lora, precision, masks)
+        tally = _Tally(model, batch)
+        if model_config.gradient_checkpointing:
+            tally.watch_blocks(model)
+        tokens = torch.zeros(batch, dtype=torch.long)
+        context = torch.autocast("cpu", half, enabled=half is not None)
+        saved = torch.autograd.graph.saved_tensors_hooks(tally.pack, lambda tensor: tensor)
+        counter = FlopCounterMode(display=False, custom_mapping=_formulas())
+        with saved, context, nullcontext() if lora else counter:  # those with A and B follow
+            model(input_ids=tokens, labels=tokens)
+    left_out = _left_out(model, model_config)
+    if tally.idle:
+        left_out += (
+            f"that {tally.idle} calls of linear layers pass on no gradient: {ONE_TOO_MANY}",
+        )
+    return tally.kept(counter.get_total_flops(), left_out)
 
 
 def _formulas() -> dict[Any, Any]:
@@ -221,6 +239,9 @@ def _left_out(model: nn.Module, model_config: ModelConfig) -> tuple[str, ...]:
     if mixers:
         names = ", ".join(f"{n} {kind}" for kind, n in mixers.items())
         left.append(f"FLOPs of recurrences that are no products of matrices ({names})")
+    indexers = Counter(kind for kind in kinds if kind.endswith("Indexer"))
+    for kind, n in indexers.items():
+        left.append(f"that {n} {kind} pick keys and pass on no gradient: {ONE_TOO_MANY}")
     if model_config.gradient_checkpointing and not blocks_of(model):
         left.append("what gradient checkpointing saves, since this model's blocks are not known")
     return tuple(left)
@@ -234,7 +255,7 @@ def _vocabulary(model: Any) -> int:
     return int(model.config.get_text_config(decoder=True).vocab_size)
 
 
-def _fake_model(model_config: ModelConfig, lora: str, precision: str) -> Any:
+def _fake_model(model_config: ModelConfig, lora: str, precision: str, masks: bool) -> Any:
     import torch
     from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
     from transformers.integrations.moe import ExpertsInterface
@@ -244,7 +265,7 @@ def _fake_model(model_config: ModelConfig, lora: str, precision: str) -> Any:
 
     model = AutoModelForCausalLM.from_config(load_model_config(model_config))
     model.config.use_cache = False
-    if model.config._attn_implementation == "sdpa":
+    if model.config._attn_implementation == "sdpa" and not masks:
         # As in training, where transformers sees that the mask is causal and no more; it will not
         # look at tensors that hold nothing, and would make masks of all of them.
         AttentionInterface.register("causal", sdpa_attention_forward)
@@ -290,9 +311,12 @@ class _Tally:
         self.tokens = batch[0] * batch[1]
         self.logits = self.tokens * _vocabulary(model)
         self.rows: list[int] = []
+        self.idle = 0  # calls of linear layers that no gradient comes back from
         for number, module in enumerate(_linear(model)):
             self.rows.append(0)
-            module.register_forward_hook(lambda _, __, output, n=number: self._count(n, output))
+            module.register_forward_hook(
+                lambda _, inputs, output, n=number: self._count(n, inputs, output)
+            )
         self.outside = self.copies = self.inputs = 0.0
         self.block: int | None = None  # inside which one we are
         self.blocks: dict[int, float] = {}
@@ -328,8 +352,12 @@ class _Tally:
         kept = self.outside + inside
         return Kept(kept, self.copies, self.logits, flops / self.tokens, uses, uncounted)
 
-    def _count(self, number: int, output: Tensor) -> None:
-        self.rows[number] += output.numel() // output.shape[-1]
+    def _count(
+        self, number: int, inputs: tuple[Tensor, ...], output: Tensor | tuple[Tensor, ...]
+    ) -> None:
+        first = output[0] if isinstance(output, tuple) else output  # a router gives scores too
+        self.rows[number] += first.numel() // first.shape[-1]
+        self.idle += not all(tensor.requires_grad for tensor in (*inputs[:1], first))
 
     def _enter(self, block: int, inputs: tuple[Any, ...]) -> None:
         self.block = block

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-VOCABULARY, WIDTH, HEADS, LAYERS, POSITIONS, EXPERTS = 128, 32, 4, 2, 64, 4
+VOCABULARY, WIDTH, HEADS, LAYERS, POSITIONS, EXPERTS = 320, 32, 4, 2, 64, 4
 
 # The first pattern that an integer's name matches says its tiny value.
 SIZES = (
