@@ -30,7 +30,71 @@ def doubts(
         *_restarts(config),
         *_budget(config, parameters, corpus),
         *_ranks(config, devices),
+        *idle_settings(config, shapes),
     ]
+
+
+def idle_settings(
+    config: Config,
+    shapes: dict[str, tuple[int, ...]],
+    step: int = 0,
+    validation: int | None = None,
+) -> list[str]:
+    """One sentence about each setting that does nothing in this run, and would in a longer one, in
+    a larger model or on a larger corpus.
+
+    Args:
+        shapes: of the weights whose spectra are measured, by layer.
+        step: at which the run begins or goes on.
+        validation: sequences of the validation split; None = not prepared yet.
+    """
+    return [
+        *_beyond_the_end(config),
+        *_stops(config, step),
+        *_too_large(config, shapes, validation),
+    ]
+
+
+def _beyond_the_end(config: Config) -> Iterator[str]:
+    train, spectra, total = config.train, config.spectra, config.total_steps
+    intervals = {
+        "train.log_every": (train.log_every, "the last step alone is logged"),
+        "train.eval_every": (train.eval_every, "evaluated at the end alone"),
+        "train.save_every": (train.save_every, "saved at the end alone"),
+        "train.keep_every": (train.keep_every, "no checkpoint stays for that"),
+        "spectra.every": (spectra and spectra.every, "measured at merges and the end alone"),
+        "spectra.start": (spectra and spectra.start, "nothing is measured"),
+    }
+    for path, (value, effect) in intervals.items():
+        if isinstance(value, int) and value > total:
+            yield f"{path} {value}: beyond the run's {total} steps, so it does nothing: {effect}"
+    if train.spike is not None and train.spike.window >= total:
+        yield (
+            f"train.spike.window {train.spike.window}: never full in {total} steps, so no jump of "
+            "the loss is ever seen"
+        )
+
+
+def _stops(config: Config, step: int) -> Iterator[str]:
+    stop, total = config.train.stop_after, config.total_steps
+    if stop is not None and stop >= total:
+        yield f"train.stop_after {stop}: does nothing, since the run ends after {total} steps"
+    elif stop is not None and stop <= step:
+        yield f"train.stop_after {stop}: does nothing, since the run is at step {step} already"
+
+
+def _too_large(
+    config: Config, shapes: dict[str, tuple[int, ...]], validation: int | None
+) -> Iterator[str]:
+    wanted = config.train.eval_sequences
+    if wanted is not None and validation is not None and wanted > validation:
+        yield f"train.eval_sequences {wanted}: the validation split has {validation}: all are read"
+    largest = max(map(min, shapes.values()), default=None)
+    if config.spectra and largest is not None and config.spectra.directions > largest:
+        yield (
+            f"spectra.directions {config.spectra.directions}: no measured weight has more than "
+            f"{largest}"
+        )
 
 
 def _adapters(config: Config, shapes: dict[str, tuple[int, ...]]) -> Iterator[str]:
@@ -43,7 +107,7 @@ def _adapters(config: Config, shapes: dict[str, tuple[int, ...]]) -> Iterator[st
             f"lora.rank {rank}: A and B hold as many numbers as the weight itself in {len(large)} "
             f"of {len(shapes)} layers ({large[0]})"
         )
-    cycles, full = len(config.clock.merge_steps()) + 1, max(map(min, shapes.values()))
+    cycles, full = len(config.clock.merge_steps()) + 1, max(map(min, shapes.values()), default=0)
     if cycles * rank > 2 * full:
         yield (
             f"lora.rank {rank}: {cycles} cycles add up to rank {cycles * rank}, and no adapted "

@@ -23,6 +23,7 @@ from pydantic import Field
 
 from relora.config import Config, load_config
 from relora.errors import ConfigError
+from relora.files import write_json
 from relora.reading import read_yaml, validate
 from relora.section import Section
 
@@ -176,7 +177,7 @@ def _write_control(config: Config, directory: Path) -> Path:
     _, best = min(sizes, key=lambda one: abs(one[0] - wanted))
     path = directory / "control_model.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(best, indent=1) + "\n", encoding="utf8")
+    write_json(path, best)
     return path
 
 

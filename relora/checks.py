@@ -1,5 +1,11 @@
 """What one section of a config alone cannot know: settings that contradict each other, or would do
-nothing together."""
+nothing together.
+
+One rule for what does nothing: a setting that another setting makes idle, and a length that leaves
+out a part of the method, are refused here. What is idle only because this run is too short for it,
+or this model or corpus too small, is no mistake in a trial or in a run that goes on later: the run
+and its plan say it (see `advice.idle_settings`).
+"""
 
 from __future__ import annotations
 
@@ -7,8 +13,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from relora.errors import ConfigError
-from relora.model import read_model_json
 from relora.runtime.config import refusal
+from relora.structure import check_context, read_model_json
 
 if TYPE_CHECKING:
     from relora.config import Config
@@ -102,19 +108,11 @@ def _check_relora(config: Config, relora: ReLoRAConfig) -> Iterator[str]:
 
 
 def _check_spectra(config: Config) -> Iterator[str]:
-    spectra, total = config.spectra, config.total_steps
-    if spectra is None:
-        return
-    if spectra.start is not None and config.lora is not None:
+    spectra = config.spectra
+    if spectra is not None and spectra.start is not None and config.lora is not None:
         yield (
             f"spectra.start: {spectra.start} would do nothing with lora: updates are counted from "
             "the birth of the adapters; remove it"
-        )
-    elif spectra.start is not None and spectra.start >= total:
-        yield f"spectra.start: {spectra.start} must be below the run's {total} steps"
-    if spectra.every is not None and spectra.every > total:
-        yield (
-            f"spectra.every: {spectra.every} would do nothing in a run of {total} steps; take less"
         )
 
 
@@ -150,12 +148,9 @@ def _check_lengths(config: Config) -> Iterator[str]:
 
 
 def _check_saving(config: Config) -> Iterator[str]:
-    train, total = config.train, config.total_steps
-    every = train.keep_every
+    train, every = config.train, config.train.keep_every
     if every == "cycle" and config.relora is None:
         yield "train.keep_every: cycle would do nothing without relora; give a number of steps"
-    if isinstance(every, int) and every > total:
-        yield f"train.keep_every: {every} would do nothing in a run of {total} steps; take less"
     if train.background_save and train.save_every is None and every is None:
         yield (
             "train.background_save: would do nothing without train.save_every or keep_every: the "
@@ -200,16 +195,29 @@ def _check_deepspeed(config: Config) -> Iterator[str]:
 
 
 def _check_model_json(config: Config, model: dict[str, Any]) -> Iterator[str]:
-    context = model.get("max_position_embeddings", model.get("n_positions"))
-    length = config.data.sequence_length
-    if isinstance(context, int) and length > context:
-        yield (
-            f"data.sequence_length: {length} is longer than the model's context of {context} "
-            f"({config.model.config}); take at most {context}"
-        )
+    try:
+        check_context(model, config.data.sequence_length, str(config.model.config))
+    except ConfigError as error:
+        yield str(error)
+    yield from _check_special_ids(str(config.model.config), model)
     vocab, wanted = model.get("vocab_size"), config.data.tokenizer.vocab_size
     if isinstance(vocab, int) and wanted is not None and wanted > vocab:
         yield (
             f"data.tokenizer.vocab_size: {wanted} does not fit the model's vocabulary of {vocab} "
             f"({config.model.config}); make them equal"
         )
+
+
+def _check_special_ids(path: str, model: dict[str, Any]) -> Iterator[str]:
+    """Tokens that a model's JSON gives a meaning; torch would take −1 for the last row."""
+    size = model.get("vocab_size")
+    if type(size) is not int:
+        return
+    for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        given = model.get(key)
+        for number in given if isinstance(given, list) else [given]:
+            if type(number) is int and not 0 <= number < size:
+                yield (
+                    f"model.config: {path}: {key}: {number} is not in the vocabulary; it must be "
+                    f"0 … {size - 1}, or null"
+                )

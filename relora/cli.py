@@ -124,6 +124,9 @@ def _add_reading_verbs(verbs: Verbs) -> None:
     evaluate.add_argument("--split", choices=("train", "validation"), default="validation")
     evaluate.add_argument("--max-sequences", type=_positive, default=None, metavar="N")
     evaluate.add_argument("--batch-size", type=_positive, default=16, metavar="N")
+    evaluate.add_argument(
+        "overrides", nargs="*", metavar="data.dir=DIR", help="where the shards of the run are now"
+    )
 
     generate = _verb(
         verbs,

@@ -45,6 +45,23 @@ MAY_CHANGE = (
     "relora.remainder",
     "spectra",
 )
+# Those of them that change how long a step takes.
+OF_SPEED = (
+    "batch.micro_batch_size",
+    "data.num_workers",
+    "deepspeed.zero_stage",
+    "deepspeed.offload_optimizer",
+    "model.gradient_checkpointing",
+    "relora.remainder",
+)
+# Paths: compared by what they hold, and not by how they are written.
+PATHS = (
+    "model.config",
+    "model.pretrained",
+    "data.source.files",
+    "data.source.saved",
+    "data.tokenizer.path",
+)
 
 
 class Config(Section):

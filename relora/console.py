@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from relora import __version__
-from relora.config import Config
+from relora.config import Config, leaves
 from relora.restart.schedule import Clock
 from relora.runtime.metrics import format_count, format_duration
 
@@ -15,6 +15,46 @@ if TYPE_CHECKING:
     from relora.runtime.distributed import Ranks
 
 MERGES_SHOWN = 8
+
+# What runs are compared by, most used first. Paths, intervals and what every run has alike are not
+# among it; the table's columns are the same for all methods.
+COMPARED_BY = (
+    "optimizer.lr",
+    "lora.lr",
+    "relora.lr",
+    "lora.rank",
+    "lora.alpha",
+    "lora.scaling",
+    "lora.dropout",
+    "lora.decay",
+    "relora.cycle_steps",
+    "relora.rewarm_steps",
+    "relora.reset.mode",
+    "relora.reset.ratio",
+    "relora.reset.masks",
+    "relora.reset.adam_step",
+    "relora.precision",
+    "warm_start.steps",
+    "schedule.base",
+    "schedule.warmup_steps",
+    "schedule.min_lr_ratio",
+    "optimizer.weight_decay",
+    "optimizer.grad_clip",
+    "batch.global_batch_size",
+    "data.sequence_length",
+    "deepspeed.precision",
+    "seed",
+)
+
+
+def hyperparameters(config: Config) -> dict[str, object]:
+    """Settings for TensorBoard's HParams table, whose first columns are those that are seen."""
+    values = leaves(config.model_dump(mode="json"))
+    return {
+        "method": config.method,
+        **{path: values.get(path) for path in COMPARED_BY},
+        "train.steps": config.total_steps,
+    }
 
 
 def header(

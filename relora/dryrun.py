@@ -1,22 +1,34 @@
-"""A model without its memory: its matrices, and what a forward pass would keep for the backward.
+"""A model without its memory: its matrices, what a forward pass multiplies, and what it would keep.
 
-Both come from the real modules, built and run on tensors that have shapes and no storage, so any
-architecture that trains here is counted here, in seconds, at any size.
+All come from the real modules, built and run on tensors that have shapes and no storage, so any
+architecture that trains here is counted here, in seconds, at any size. What cannot be run so, since
+its steps depend on numbers, is named and not guessed.
 """
 
 from __future__ import annotations
 
+import re
+from collections import Counter
+from contextlib import nullcontext
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from relora.config import Config
+from relora.errors import ConfigError, UserError
 from relora.lora.config import LoRAConfig
 from relora.model import ModelConfig, build_meta_model, find_model_directory, load_model_config
-from relora.subject import structure_of
+from relora.structure import one_line
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
+
+# Layers that go through a sequence step by step, by the ends of their classes' names.
+RECURRENT = re.compile(
+    r"(Mamba2?|Ssm|SSM|RgLru|xLSTM|mLSTM|GatedDeltaNet|KimiDelta|Lightning)\w*"
+    r"(Mixer|Attention|Layer|Net|Cell)$|RgLru$|RwkvSelfAttention$|MambaMixer$|DeltaNet$"
+)
+ONE_TOO_MANY = "FLOPs hold a backward pass for them as for others"
 
 
 class Matrix(NamedTuple):
@@ -34,9 +46,6 @@ class Shape(NamedTuple):
 
     matrices: tuple[Matrix, ...]  # of linear layers, the output head among them
     parameters: tuple[tuple[int, bool], ...]  # (entries, whether adapters freeze it)
-    layers: int
-    attention_width: int  # heads × width of a head
-    vocabulary: int
     block_dropout: bool  # blocks end in dropout, which must be run again to its end
 
     def adapted(self) -> list[Matrix]:
@@ -59,6 +68,9 @@ class Kept(NamedTuple):
     activations: float
     weight_copies: float  # in half precision, which autocast makes of fp32 weights
     logits: int  # number of them
+    flops: float  # of all products of matrices, for one token; without adapters
+    uses: tuple[float, ...]  # rows that go through each of `Shape.matrices`, for one token
+    uncounted: tuple[str, ...]  # what the figures leave out, in words
 
 
 def shape_of(config: Config) -> Shape:
@@ -75,7 +87,7 @@ def dry_run(config: Config, adapters: bool) -> Kept:
 
 def _key(config: Config) -> tuple[ModelConfig, str, str]:
     """All that the shape depends on, hashable: the JSON may change under the same path."""
-    model = structure_of(config)
+    model = config.model
     path = model.config
     if path is None:
         assert model.pretrained is not None
@@ -96,7 +108,7 @@ def _shape(model_config: ModelConfig, content: str, lora: str) -> Shape:
     adapted = {id(model.get_submodule(name)) for name in targets}
     blocks = blocks_of(model)
     inside = {id(m): index for index, block in enumerate(blocks) for m in block.modules()}
-    linear = [m for m in model.modules() if isinstance(m, nn.Linear | Conv1D)]
+    linear = _linear(model)
     last = {inside.get(id(m)): id(m) for m in linear}
     matrices = []
     for module in linear:
@@ -105,17 +117,20 @@ def _shape(model_config: ModelConfig, content: str, lora: str) -> Shape:
         is_last = block is not None and last[block] == id(module)
         matrices.append(Matrix(inputs, outputs, id(module) in adapted, block is not None, is_last))
     frozen = {id(m.weight) for m in linear if id(m) in adapted}
-    structure = model.config
-    heads = structure.num_attention_heads
-    head_width = getattr(structure, "head_dim", None) or structure.hidden_size // heads
     return Shape(
         tuple(matrices),
         tuple((p.numel(), id(p) in frozen) for p in model.parameters()),
-        structure.num_hidden_layers,
-        heads * head_width,
-        structure.vocab_size,
         any(isinstance(m, nn.Dropout) and m.p > 0 for block in blocks for m in block.modules()),
     )
+
+
+def _linear(model: nn.Module) -> list[Any]:
+    """The linear layers, in the order of `Shape.matrices`."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    linear = (m for m in model.modules() if isinstance(m, nn.Linear | Conv1D))
+    return [m for m in linear if m.weight.dim() == 2]
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
@@ -129,37 +144,136 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 def _dry_run(
     model_config: ModelConfig, content: str, lora: str, precision: str, batch: tuple[int, int]
 ) -> Kept:
+    where = f"model: {model_config.config or model_config.pretrained}"
+    problem: Exception | None = None
+    # Some models look at their masks, which the first way does without.
+    for masks in (False, True):
+        try:
+            return _run(model_config, lora, precision, batch, masks)
+        except _depends_on_numbers() as error:
+            return _guess(model_config, batch, one_line(error))
+        except UserError:
+            raise
+        except Exception as error:
+            problem = problem or error
+    assert problem is not None
+    shape = f"a batch of {batch[0]} sequences of {batch[1]} tokens"
+    raise ConfigError(f"{where}: cannot be run on {shape}: {one_line(problem)}") from problem
+
+
+def _run(
+    model_config: ModelConfig, lora: str, precision: str, batch: tuple[int, int], masks: bool
+) -> Kept:
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils.flop_counter import FlopCounterMode
 
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     with FakeTensorMode():
-        model = _fake_model(model_config, lora, precision)
+        model = _fake_model(model_config, lora, precision, masks)
         tally = _Tally(model, batch)
         if model_config.gradient_checkpointing:
             tally.watch_blocks(model)
         tokens = torch.zeros(batch, dtype=torch.long)
         context = torch.autocast("cpu", half, enabled=half is not None)
-        with torch.autograd.graph.saved_tensors_hooks(tally.pack, lambda tensor: tensor), context:
+        saved = torch.autograd.graph.saved_tensors_hooks(tally.pack, lambda tensor: tensor)
+        counter = FlopCounterMode(display=False, custom_mapping=_formulas())
+        with saved, context, nullcontext() if lora else counter:  # those with A and B follow
             model(input_ids=tokens, labels=tokens)
-    return tally.kept()
+    left_out = _left_out(model, model_config)
+    if tally.idle:
+        left_out += (
+            f"that {tally.idle} calls of linear layers pass on no gradient: {ONE_TOO_MANY}",
+        )
+    return tally.kept(counter.get_total_flops(), left_out)
 
 
-def _fake_model(model_config: ModelConfig, lora: str, precision: str) -> Any:
+def _formulas() -> dict[Any, Any]:
+    """FLOPs of products that torch's counter does not know."""
+    import torch
+    from torch.utils.flop_counter import sdpa_flop_count
+
+    def attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+        return sdpa_flop_count(query, key, value)
+
+    return {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}
+
+
+def _depends_on_numbers() -> tuple[type[Exception], ...]:
+    """What running without numbers raises where a model's steps depend on them."""
+    from torch._subclasses import fake_tensor
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+    return (
+        fake_tensor.DataDependentOutputException,
+        fake_tensor.DynamicOutputShapeException,
+        fake_tensor.UnsupportedOperatorException,
+        fake_tensor.UnsupportedFakeTensorException,
+        GuardOnDataDependentSymNode,
+        NotImplementedError,
+    )
+
+
+def _guess(model_config: ModelConfig, batch: tuple[int, int], why: str) -> Kept:
+    """Every linear layer once a token, for a model that cannot be run without numbers."""
+    model = build_meta_model(model_config)
+    linear = _linear(model)
+    return Kept(
+        0.0,
+        0.0,
+        batch[0] * batch[1] * _vocabulary(model),
+        2.0 * sum(m.weight.numel() for m in linear),
+        (1.0,) * len(linear),
+        (
+            "activations, attention and all products outside linear layers (each of which counts "
+            f"once a token), since the model cannot be run without numbers: {why}",
+        ),
+    )
+
+
+def _left_out(model: nn.Module, model_config: ModelConfig) -> tuple[str, ...]:
+    """What a run without numbers does not count."""
+    kinds = [type(module).__name__ for module in model.modules()]
+    mixers = Counter(kind for kind in kinds if RECURRENT.search(kind))
+    left = []
+    if mixers:
+        names = ", ".join(f"{n} {kind}" for kind, n in mixers.items())
+        left.append(f"FLOPs of recurrences that are no products of matrices ({names})")
+    indexers = Counter(kind for kind in kinds if kind.endswith("Indexer"))
+    for kind, n in indexers.items():
+        left.append(f"that {n} {kind} pick keys and pass on no gradient: {ONE_TOO_MANY}")
+    if model_config.gradient_checkpointing and not blocks_of(model):
+        left.append("what gradient checkpointing saves, since this model's blocks are not known")
+    return tuple(left)
+
+
+def _vocabulary(model: Any) -> int:
+    """How many logits a token has."""
+    head = model.get_output_embeddings()
+    if head is not None and getattr(head, "weight", None) is not None:
+        return int(head.weight.shape[0])
+    return int(model.config.get_text_config(decoder=True).vocab_size)
+
+
+def _fake_model(model_config: ModelConfig, lora: str, precision: str, masks: bool) -> Any:
     import torch
     from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
+    from transformers.integrations.moe import ExpertsInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     from relora.lora.inject import adapted_layers, add_adapters
 
     model = AutoModelForCausalLM.from_config(load_model_config(model_config))
     model.config.use_cache = False
-    if model.config._attn_implementation == "sdpa":
+    if model.config._attn_implementation == "sdpa" and not masks:
         # As in training, where transformers sees that the mask is causal and no more; it will not
         # look at tensors that hold nothing, and would make masks of all of them.
         AttentionInterface.register("causal", sdpa_attention_forward)
         AttentionMaskInterface.register("causal", lambda *_, **__: None)
         model.set_attn_implementation("causal")
+    if getattr(model.config, "_experts_implementation", None) == "grouped_mm":
+        ExpertsInterface.register("by_shape", _experts_by_shape)
+        model.set_experts_implementation("by_shape")
     if lora:
         add_adapters(model, LoRAConfig.model_validate_json(lora))
     for _, layer in adapted_layers(model):
@@ -171,6 +285,19 @@ def _fake_model(model_config: ModelConfig, lora: str, precision: str) -> Any:
     return model.train()
 
 
+def _experts_by_shape(self: Any, states: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+    """Each token through its experts, whichever they are: the grouped kernel wants to know.
+
+    Like that kernel not under autocast, in the precision of the experts' weights.
+    """
+    import torch
+    from transformers.integrations.moe import batched_mm_experts_forward
+
+    kind = next(p.dtype for p in self.parameters() if p.dim() == 3)
+    with torch.autocast("cpu", enabled=False):
+        return batched_mm_experts_forward(self, states.to(kind), experts, weights).to(states.dtype)
+
+
 class _Tally:
     """Counts each storage that autograd saves once, parameters not at all."""
 
@@ -178,7 +305,18 @@ class _Tally:
         self.seen: dict[int, Tensor] = {p.untyped_storage()._cdata: p for p in model.parameters()}
         self.shapes = {tuple(p.shape) for p in model.parameters()}
         self.shapes |= {shape[::-1] for shape in self.shapes}
-        self.logits: int = batch[0] * batch[1] * model.config.vocab_size  # type: ignore[union-attr,operator,assignment]
+        # Of experts, what is gathered for each token is a detail of running without numbers.
+        self.experts = {tuple(p.shape[1:]) for p in model.parameters() if p.dim() == 3}
+        self.experts |= {shape[::-1] for shape in self.experts}
+        self.tokens = batch[0] * batch[1]
+        self.logits = self.tokens * _vocabulary(model)
+        self.rows: list[int] = []
+        self.idle = 0  # calls of linear layers that no gradient comes back from
+        for number, module in enumerate(_linear(model)):
+            self.rows.append(0)
+            module.register_forward_hook(
+                lambda _, inputs, output, n=number: self._count(n, inputs, output)
+            )
         self.outside = self.copies = self.inputs = 0.0
         self.block: int | None = None  # inside which one we are
         self.blocks: dict[int, float] = {}
@@ -197,7 +335,8 @@ class _Tally:
             return tensor
         self.seen[storage._cdata] = tensor
         if self._is_weight_copy(tensor):
-            self.copies += storage.nbytes()
+            if tuple(tensor.shape) in self.shapes:
+                self.copies += storage.nbytes()
         elif tensor.numel() == self.logits:
             pass  # see `estimate`, which knows what the loss does with them
         elif self.block is None:
@@ -206,10 +345,19 @@ class _Tally:
             self.blocks[self.block] += storage.nbytes()
         return tensor
 
-    def kept(self) -> Kept:
+    def kept(self, flops: float, uncounted: tuple[str, ...]) -> Kept:
         """The sums; of checkpointed blocks their inputs, and all of one at a time."""
         inside = self.inputs + max(self.blocks.values(), default=0.0)
-        return Kept(self.outside + inside, self.copies, self.logits)
+        uses = tuple(rows / self.tokens for rows in self.rows)
+        kept = self.outside + inside
+        return Kept(kept, self.copies, self.logits, flops / self.tokens, uses, uncounted)
+
+    def _count(
+        self, number: int, inputs: tuple[Tensor, ...], output: Tensor | tuple[Tensor, ...]
+    ) -> None:
+        first = output[0] if isinstance(output, tuple) else output  # a router gives scores too
+        self.rows[number] += first.numel() // first.shape[-1]
+        self.idle += not all(tensor.requires_grad for tensor in (*inputs[:1], first))
 
     def _enter(self, block: int, inputs: tuple[Any, ...]) -> None:
         self.block = block
@@ -220,7 +368,7 @@ class _Tally:
 
     def _is_weight_copy(self, tensor: Tensor) -> bool:
         """Whether it is a parameter in another precision: nothing else entered into it."""
-        if tuple(tensor.shape) not in self.shapes:
+        if tuple(tensor.shape) not in self.shapes and tuple(tensor.shape[1:]) not in self.experts:
             return False
         node: torch.autograd.graph.Node | None = tensor.grad_fn
         if node is None:

@@ -1,8 +1,9 @@
 """What a run will cost, from its config alone: arithmetic, traffic, memory. Needs no GPU, no data.
 
 A product of matrices counts 2 FLOPs a multiplication and addition; all else (norms, softmax, the
-optimizer) is left out. Attention counts every score, also those a causal mask throws away, and its
-backward pass twice its forward pass, though fused kernels compute the scores once more.
+optimizer) is left out. Products are those of a forward pass, run without numbers: attention counts
+every score, also those a causal mask throws away. What is no linear layer (attention, experts,
+convolutions) costs twice as much in the backward pass, though fused kernels compute scores again.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from relora.config import Config
-from relora.dryrun import Matrix, Shape, dry_run, shape_of
+from relora.dryrun import Matrix, dry_run, shape_of
 
 # DeepSpeed's defaults, in entries, where `deepspeed.extra` says nothing else.
 REDUCE_BUCKET = 5e8
@@ -66,13 +67,19 @@ def flops_per_token(config: Config, adapters: bool) -> Flops:
     Every layer passes a gradient on to its input, the first ones too, since embeddings train. A
     frozen weight gets no gradient of its own.
     """
-    shape, rank = shape_of(config), _rank(config, adapters)
-    forward = sum(_forward(matrix, rank) for matrix in shape.matrices)
-    backward = sum(_backward(matrix, rank) for matrix in shape.matrices)
-    scores = _attention(config, shape)
+    rank, layers = _rank(config, adapters), _layers(config)
+    forward = sum(uses * _forward(matrix, rank) for matrix, uses in layers)
+    backward = sum(uses * _backward(matrix, rank) for matrix, uses in layers)
+    others = dry_run(config, False).flops - sum(n * _forward(m, None) for m, n in layers)
     if config.model.gradient_checkpointing:
-        backward += _recomputed(shape, rank) + scores
-    return Flops(forward + scores, backward + 2 * scores)
+        backward += _recomputed(config, rank) + others
+    return Flops(forward + others, backward + 2 * others)
+
+
+def uncounted(config: Config) -> list[str]:
+    """What no figure here holds, in words."""
+    phases = (False, True) if config.lora else (False,)
+    return list(dict.fromkeys(what for on in phases for what in dry_run(config, on).uncounted))
 
 
 def speedup_ceiling(config: Config) -> float:
@@ -85,9 +92,11 @@ def speedup_ceiling(config: Config) -> float:
     rank = _rank(config, True)
     if rank is None:
         return 1.0
-    adapted = shape_of(config).adapted()
+    adapted = [(m, uses) for m, uses in _layers(config) if m.adapted]
     full = flops_per_token(config, False).total
-    saved = sum(2 * m * n - 4 * rank * (m + n) for m, n, *_ in adapted)
+    saved = sum(
+        uses * (2 * m.inputs * m.outputs - 4 * rank * (m.inputs + m.outputs)) for m, uses in adapted
+    )
     return full / (full - saved)
 
 
@@ -192,21 +201,22 @@ def _backward(matrix: Matrix, rank: int | None) -> float:
     return 4.0 * m * n
 
 
-def _attention(config: Config, shape: Shape) -> float:
-    """Forward FLOPs of a token's scores and of what they weigh."""
-    return 4.0 * config.data.sequence_length * shape.attention_width * shape.layers
+def _layers(config: Config) -> list[tuple[Matrix, float]]:
+    """The linear layers, and how many rows go through each for a token: fewer than one through an
+    expert that few tokens choose, two through a layer that is shared."""
+    return list(zip(shape_of(config).matrices, dry_run(config, False).uses, strict=True))
 
 
-def _recomputed(shape: Shape, rank: int | None) -> float:
+def _recomputed(config: Config, rank: int | None) -> float:
     """Linear layers that gradient checkpointing runs again: it stops before a block's last product,
     which nothing is saved after, unless dropout follows."""
     again = 0.0
-    for matrix in shape.matrices:
+    for matrix, uses in _layers(config):
         if matrix.checkpointed:
-            again += _forward(matrix, rank)
-            if matrix.last and not shape.block_dropout:
+            again += uses * _forward(matrix, rank)
+            if matrix.last and not shape_of(config).block_dropout:
                 factor = rank if rank and matrix.adapted else matrix.inputs
-                again -= 2 * factor * matrix.outputs
+                again -= uses * 2 * factor * matrix.outputs
     return again
 
 

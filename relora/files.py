@@ -23,6 +23,8 @@ from typing import Any
 
 from relora.errors import CheckpointError, ConfigError, UserError
 
+# What `beside` adds to a name. Who holds the lock of a directory may clear what was killed in it.
+TEMPORARY = r"\.[0-9]+-[0-9a-f]{8}\.tmp"
 MAX_JSON_BYTES = 1 << 26  # far beyond what any model, world size or tokenizer index needs
 
 # A disk that takes no more, rather than a wrong name.
@@ -34,12 +36,13 @@ _NOT_OF_FILES = (ChildProcessError, ConnectionError, ProcessLookupError, Blockin
 
 
 def explain(error: BaseException) -> str:
-    """What went wrong with a file, without its name: `Permission denied`."""
+    """What went wrong with a file, on one line and without its name: `Permission denied`."""
     if isinstance(error, UnicodeDecodeError):
         return f"not UTF-8 (byte 0x{error.object[error.start]:02x} at {error.start})"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return str(error) or type(error).__name__
+    said = "".join(each if each.isprintable() else " " for each in str(error))
+    return " ".join(said.split()) or type(error).__name__
 
 
 def as_user_error(error: BaseException) -> UserError | None:
@@ -191,9 +194,9 @@ def read_json(path: Path, kind: type[UserError], limit: int = MAX_JSON_BYTES) ->
     return values
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str, durable: bool = True) -> None:
     """Replace a file so that a reader sees the old or the new content, never a part."""
-    with replacing(path) as temporary:
+    with replacing(path, durable) as temporary:
         temporary.write_text(text, encoding="utf8")
 
 
@@ -203,23 +206,28 @@ def write_json(path: Path, values: Any) -> None:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, durable: bool = True) -> Iterator[Path]:
     """A file to write in place of `path`: whole and on disk at the end, gone after an error.
 
     Its mode is what the umask says, whatever the writer thinks of it.
+
+    Args:
+        durable: wait for the disk. What can be made again need not cost that.
     """
-    temporary = _beside(path)
+    temporary = beside(path)
     temporary.touch(exist_ok=False)
     mode = stat.S_IMODE(temporary.stat().st_mode)
     try:
         yield temporary
         temporary.chmod(mode)
-        sync(temporary)
+        if durable:
+            sync(temporary)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    sync(path.parent)
+    if durable:
+        sync(path.parent)
 
 
 @contextmanager
@@ -230,14 +238,19 @@ def making(directory: Path, replace: bool = False) -> Iterator[Path]:
         replace: `directory` may be there with something in it, which is then removed. (An empty
             one may be there in any case.)
     """
-    temporary = _beside(directory)
+    temporary = beside(directory)
     temporary.mkdir()
+    mode = stat.S_IMODE(temporary.stat().st_mode)
     try:
         yield temporary
+        # What was copied in has brought its modes along, that of a read-only medium perhaps.
+        for path in (temporary, *temporary.rglob("*")):
+            if path.is_dir() and not path.is_symlink():
+                path.chmod(mode)
         settle(temporary)
         if replace and directory.is_dir():
             # Never without either: the old one goes when the new one has its name.
-            old = _beside(directory)
+            old = beside(directory)
             directory.rename(old)
             try:
                 temporary.rename(directory)
@@ -255,7 +268,7 @@ def making(directory: Path, replace: bool = False) -> Iterator[Path]:
 
 def settle(directory: Path) -> None:
     """Give all files in a new directory the mode that the umask says, and see them on disk."""
-    probe = _beside(directory / "mode")
+    probe = beside(directory / "mode")
     probe.touch(exist_ok=False)
     mode = stat.S_IMODE(probe.stat().st_mode)
     probe.unlink()
@@ -275,7 +288,7 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _beside(path: Path) -> Path:
+def beside(path: Path) -> Path:
     """A name in the same directory that nobody else has: of this process, by chance unique."""
     name = path.name.encode()[:200].decode(errors="ignore")  # names end at 255 bytes
     return path.with_name(f"{name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import errno
-import json
-import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from relora.config import Config, dump_config
+from relora.config import Config, dump_config, load_run_config
 from relora.data.shards import TokenShards
 from relora.errors import (
     PREEMPTED,
@@ -20,34 +16,33 @@ from relora.errors import (
     NumericsError,
     UserError,
 )
+from relora.files import NO_ROOM, is_file, making, write_atomically
 from relora.loop import train_run
-from relora.model import load_model_config
+from relora.model import save_structure
+from relora.moved import moved_lines
 from relora.run import leave_run, start_run
 from relora.runtime import lost
 from relora.runtime.distributed import Ranks, is_lost_rank
 from relora.runtime.lost import describe_loss, forget_marks
 from relora.runtime.rundir import (
     PATIENCE_S,
-    describe_environment,
+    clear_leftovers,
     lock,
     read_run_state,
-    write_atomically,
     write_run_state,
 )
 from relora.runtime.signals import StopRequest
-
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
 def guarded(config: Config, shards: TokenShards, ranks: Ranks, wanted: Path | None = None) -> int:
     """Run with the run directory claimed, and leave in it how the run ended."""
     stop = StopRequest()
-    claim = _claim(config, shards, ranks)
+    claim, moved = _claim(config, ranks)
     step = read_run_state(config.run_dir).get("step", 0)
     status, reason, code = "failed", "a bug", 1
     run, together = None, False
     try:
-        run = start_run(config, shards, ranks, wanted)
+        run = start_run(config, shards, ranks, wanted, moved)
         finished = train_run(run, stop)
         status, reason, code = ("finished", "", 0) if finished else ("preempted", "", PREEMPTED)
         if not finished:
@@ -112,41 +107,35 @@ def _as_user_error(error: BaseException, config: Config, ranks: Ranks) -> UserEr
     return None
 
 
-def _claim(config: Config, shards: TokenShards, ranks: Ranks) -> Any:
-    """Rank 0 opens the run directory; all hear of it if it cannot."""
+def _claim(config: Config, ranks: Ranks) -> tuple[Any, list[str]]:
+    """Rank 0 opens the run directory; all hear of it if it cannot. Also what has moved since."""
     claim, problem = None, None
+    moved: list[str] = []
     if ranks.is_main:
         try:
-            claim = _open_run_dir(config, shards, ranks)
+            claim, moved = _open_run_dir(config)
         except UserError as error:
             problem = error
         except OSError as error:  # without a number: of many files at once
             kind = CheckpointError if error.errno in (*NO_ROOM, None) else ConfigError
             problem = kind(f"run_dir: {config.run_dir} cannot be written: {error}")
     ranks.agree(problem)
-    return claim
+    return claim, moved
 
 
-def _open_run_dir(config: Config, shards: TokenShards, ranks: Ranks) -> Any:
+def _open_run_dir(config: Config) -> tuple[Any, list[str]]:
     """Claim the run directory and write what describes the run. Rank 0 only."""
     run_dir = config.run_dir
     run_dir.mkdir(parents=True, exist_ok=True)
     # The other ranks wait in a collective meanwhile, which has a timeout.
     claim = lock(run_dir, min(PATIENCE_S, 30 * config.deepspeed.timeout_minutes))
     forget_marks(run_dir)
+    clear_leftovers(run_dir)
+    begun = is_file(run_dir / "config.yaml")
+    moved = moved_lines(load_run_config(run_dir), config) if begun else []
     write_atomically(run_dir / "config.yaml", dump_config(config))
-    environment = json.dumps(describe_environment(ranks), indent=1)
-    write_atomically(run_dir / "environment.json", environment + "\n")
     # Read only if it is to be written: what the run started from may be gone by now.
-    _make_once(run_dir / "model", lambda to: load_model_config(config.model).save_pretrained(to))
-    _make_once(run_dir / "tokenizer", lambda path: shutil.copytree(shards.tokenizer_dir, path))
-    return claim
-
-
-def _make_once(directory: Path, make: Callable[[Path], object]) -> None:
-    """Make a directory whole or not at all, if it is not there."""
-    if not directory.is_dir():
-        temporary = directory.with_name(f"{directory.name}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        make(temporary)
-        temporary.rename(directory)
+    if not is_file(run_dir / "model" / "config.json"):
+        with making(run_dir / "model", replace=True) as temporary:
+            save_structure(config.model, temporary)
+    return claim, moved

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from relora import console
-from relora.config import leaves
+from relora.data.beginning import encode_prompt
 from relora.data.loader import eval_batches, train_batches
 from relora.data.tokenizer import load_tokenizer
 from relora.errors import NumericsError
@@ -74,7 +74,7 @@ def _train(run: Run, stop: StopRequest) -> bool | None:
         lr = config.learning_rate(run.step)
         result = _update(run, micro_batches, lr)
         run.consumed += config.batch.global_batch_size
-        loss, stops = _exchange(run, result.loss, bool(stop))
+        loss, auxiliary, stops = _exchange(run, result, bool(stop))
         run.interval.append(time.perf_counter() - began)
         stop.note(run.step, None if run.saving else run.saved_at, run.interval[-1])
 
@@ -97,7 +97,7 @@ def _train(run: Run, stop: StopRequest) -> bool | None:
         last = run.step == clock.total
         halt = stops or run.step == config.train.stop_after
         if last or due(run.step, config.train.log_every):
-            _log(run, loss, lr, result.grad_norm)
+            _log(run, loss, auxiliary, lr, result.grad_norm)
         if last or due(run.step, config.train.eval_every):
             _evaluate(run)
             halt = halt or ranks.any(bool(stop))  # it may have taken long
@@ -121,22 +121,23 @@ def _follow_clock(run: Run, batch: Tensor) -> None:
         _measure(run, None)
 
 
-def _exchange(run: Run, loss: float, stop: bool) -> tuple[float, bool]:
-    """The one message of a step: the mean loss, and whether some rank was asked to stop.
+def _exchange(run: Run, result: zero.StepResult, stop: bool) -> tuple[float, float | None, bool]:
+    """The one message of a step: the mean losses, and whether some rank was asked to stop.
 
     In passing, a background save that every rank has written is completed, and a rank that cannot
     write its figures ends the run.
     """
     written = run.saving is not None and run.saving.written
     full = run.metrics.problem is not None
-    loss, stops, writers, troubles = run.ranks.sum(
-        [loss / run.ranks.world, float(stop), float(written), float(full)]
+    world, extra = run.ranks.world, result.auxiliary
+    loss, auxiliary, stops, writers, troubles = run.ranks.sum(
+        [result.loss / world, (extra or 0.0) / world, float(stop), float(written), float(full)]
     )
     if troubles:
         run.ranks.agree(run.metrics.problem)
     if writers == run.ranks.world:
         finish_save(run)
-    return loss, stops > 0
+    return loss, None if extra is None else auxiliary, stops > 0
 
 
 def _batches(run: Run) -> Iterator[list[Tensor]]:
@@ -268,7 +269,7 @@ def _pass_over(run: Run) -> None:
     run.consumed = place
 
 
-def _log(run: Run, loss: float, lr: float, grad_norm: float) -> None:
+def _log(run: Run, loss: float, auxiliary: float | None, lr: float, grad_norm: float) -> None:
     """The figures of this step, and the speed since the last log."""
     config = run.config
     seconds = sum(run.interval) / len(run.interval)
@@ -284,6 +285,8 @@ def _log(run: Run, loss: float, lr: float, grad_norm: float) -> None:
         "perf/memory_gib": memory_gib(run.ranks.device),
         "time/elapsed_s": run.elapsed,
     }
+    if auxiliary is not None:
+        values["train/auxiliary_loss"] = auxiliary
     if run.loss_scale:
         values["train/loss_scale"] = run.loss_scale.value
     cycle = config.clock.place_in_cycle(run.step)
@@ -318,7 +321,7 @@ def _evaluate(run: Run) -> None:
     if run.config.train.sample_prompt is not None:
         run.metrics.text(run.step, "eval/sample", _sample(run, run.config.train.sample_prompt))
     if run.step == run.config.clock.total:
-        run.metrics.conclude(leaves(run.config.model_dump(mode="json")), values)
+        run.metrics.conclude(console.hyperparameters(run.config), values)
 
 
 def _sample(run: Run, prompt: str) -> str:
@@ -326,6 +329,6 @@ def _sample(run: Run, prompt: str) -> str:
     tokenizer = load_tokenizer(run.shards.tokenizer_dir)
     count = min(SAMPLE_TOKENS, run.config.data.sequence_length // 2)
     room = run.config.data.sequence_length - count  # as long as the model is trained on
-    ids = torch.tensor([tokenizer.encode(prompt, add_special_tokens=False)[-room:]])
+    ids = torch.tensor([encode_prompt(tokenizer, prompt)[-room:]])
     ids = continue_greedily(run.engine, ids.to(run.ranks.device), count)
     return str(tokenizer.decode(ids[0]))

@@ -3,18 +3,31 @@ checkpoint directory."""
 
 from __future__ import annotations
 
-import json
+import copy
+import math
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import model_validator
 
 from relora.errors import ConfigError
+from relora.files import read_json
 from relora.section import Section
+from relora.structure import (
+    check_pretrained,
+    find_model_directory,
+    one_line,
+    read_structure,
+    refuse_failures,
+)
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel
+
+
+GENERATION_CONFIG = "generation_config.json"
 
 
 class ModelConfig(Section):
@@ -33,23 +46,6 @@ class ModelConfig(Section):
         if (self.config is None) == (self.pretrained is None):
             raise ValueError("give either config (a JSON file) or pretrained (a directory)")
         return self
-
-
-def read_model_json(path: Path) -> dict[str, Any]:
-    """The transformers config JSON at `path`, as plain values.
-
-    Raises:
-        ConfigError: no such file, no JSON, or no `model_type` in it.
-    """
-    if not path.is_file():
-        raise ConfigError(f"model.config: {path}: no such file (looked from {Path.cwd()})")
-    try:
-        values = json.loads(path.read_text(encoding="utf8"))
-    except ValueError as error:
-        raise ConfigError(f"model.config: {path}: not valid JSON: {error}") from None
-    if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
-        raise ConfigError(f'model.config: {path}: needs a "model_type", such as "llama"')
-    return values
 
 
 def layer_kind(name: str) -> str:
@@ -71,7 +67,30 @@ def build_model(config: ModelConfig, seed: int) -> PreTrainedModel:
 
     torch.manual_seed(seed)
     model = _load_pretrained(config.pretrained) if config.pretrained else _from_config(config)
+    free_padding_rows(model, draw=config.pretrained is None)
     return make_trainable(model, config.gradient_checkpointing)
+
+
+def free_padding_rows(model: nn.Module, draw: bool) -> None:
+    """Let every row of the embeddings train, in place: batches here hold no padding.
+
+    torch gives the row of the padding token no gradient, and transformers starts it as zeros; but
+    many models pad with EOS, which ends every document.
+
+    Args:
+        draw: give a row of zeros values like the others', by a generator of its own.
+    """
+    import torch
+
+    for module in model.modules():
+        if not isinstance(module, torch.nn.Embedding) or module.padding_idx is None:
+            continue
+        row = module.weight.data[module.padding_idx]
+        module.padding_idx = None
+        if draw and not row.any() and len(module.weight) > 1:
+            others = module.weight.data
+            drawn = torch.empty_like(row).normal_(generator=torch.Generator().manual_seed(0))
+            row.copy_(drawn * others.norm() / math.sqrt(others.numel() - row.numel()))
 
 
 def make_trainable(model: PreTrainedModel, gradient_checkpointing: bool) -> PreTrainedModel:
@@ -89,7 +108,88 @@ def build_meta_model(config: ModelConfig) -> PreTrainedModel:
     import torch
 
     with torch.device("meta"):
-        return _from_config(config)
+        model = _from_config(config)
+    free_padding_rows(model, draw=False)
+    return model
+
+
+def check_causal(config: ModelConfig) -> None:
+    """Whether the model predicts each token from those before it alone; by trying.
+
+    Two layers of it are built and run on a few tokens, of which the last is changed: a later token
+    must not move an earlier logit. Nothing else about an architecture is believed.
+
+    Raises:
+        ConfigError: it looks ahead, or cannot be run on tokens alone.
+    """
+    import torch
+
+    structure = load_model_config(config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = _shallow(structure).eval()
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    special = _special_ids(structure)
+    plain = [n for n in range(vocabulary) if n not in special][:9] or list(range(vocabulary))[:9]
+    ids = torch.tensor([(plain * 9)[:8]])
+    changed = ids.clone()
+    changed[0, -1] = plain[-1]
+    where = config.config or config.pretrained
+    try:
+        with torch.no_grad():
+            before, after = (model(input_ids=x).logits[:, :-1].float() for x in (ids, changed))
+    except Exception as error:  # of any code of any architecture
+        raise ConfigError(
+            f"model: {where}: {structure.model_type} cannot be run on tokens alone "
+            f"({type(error).__name__}: {str(error)[:200]}); take a causal language model"
+        ) from error
+    moved = float((after - before).abs().max() / before.abs().max().clamp_min(1e-30))
+    if not moved < 1e-3:
+        raise ConfigError(
+            f"model: {where}: {structure.model_type} as configured is no causal language model: "
+            "its logits change with tokens that come later, so it would learn to copy what it is "
+            'to predict; take a causal one (BERT and its like are with "is_decoder": true)'
+        )
+
+
+def _shallow(structure: PretrainedConfig) -> PreTrainedModel:
+    """The model with two layers, or whole where its config lists things for each layer."""
+    from transformers import AutoModelForCausalLM
+
+    small = copy.deepcopy(structure)
+    if getattr(small, "num_hidden_layers", 0) > 2:
+        try:
+            small.num_hidden_layers = 2
+            for key, value in vars(small).items():
+                if isinstance(value, list) and len(value) == structure.num_hidden_layers:
+                    setattr(small, key, value[:2])
+            return AutoModelForCausalLM.from_config(small)
+        except Exception:  # other code may count on the number of layers
+            small = copy.deepcopy(structure)
+    return AutoModelForCausalLM.from_config(small)
+
+
+def _special_ids(structure: PretrainedConfig) -> set[int]:
+    """Ids of the tokens that a model's config gives a meaning."""
+    found: set[int] = set()
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        value = getattr(structure, name, None)
+        found |= {value} if isinstance(value, int) else set(value or ())
+    return found
+
+
+def save_structure(config: ModelConfig, directory: Path) -> None:
+    """Write what a run keeps of its model beside the weights: all but them.
+
+    The generation settings of pretrained weights (stop tokens, sampling) are among it, so that an
+    export has them when what the run started from is long gone.
+    """
+    load_model_config(config).save_pretrained(directory)
+    if config.pretrained is not None:
+        settings = find_model_directory(config.pretrained) / GENERATION_CONFIG
+        if settings.is_file():
+            read_json(settings, ConfigError)
+            shutil.copyfile(settings, directory / GENERATION_CONFIG)
 
 
 def load_model_config(config: ModelConfig) -> PretrainedConfig:
@@ -98,55 +198,11 @@ def load_model_config(config: ModelConfig) -> PretrainedConfig:
     Raises:
         ConfigError: the file or directory is not one that transformers can build from.
     """
-    from transformers import AutoConfig
-
-    path = config.config
-    if path is None:
-        assert config.pretrained is not None
-        path = find_model_directory(config.pretrained) / "config.json"
-    values = read_model_json(path)
-    try:
-        return AutoConfig.for_model(**values)
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"{path}: transformers does not know this model: {error}") from None
-
-
-def find_model_directory(path: Path) -> Path:
-    """The directory with `config.json` that `model.pretrained` means: itself, or a run's `model/`.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    candidates = [path, path / "model"]
-    if (path / "manifest.json").is_file():  # a checkpoint, two levels below its run
-        candidates.append(path.resolve().parent.parent / "model")
-    for candidate in candidates:
-        if (candidate / "config.json").is_file():
-            return candidate
-    raise ConfigError(
-        f"model.pretrained: {path}: holds no config.json; give a transformers model directory, "
-        "a run directory or one of its checkpoints"
-    )
-
-
-def check_pretrained(path: Path) -> None:
-    """Whether a transformers directory holds weights at all.
-
-    Raises:
-        ConfigError: it does not, or is no such directory.
-    """
-    find_model_directory(path)
-    if not has_transformers_weights(path):
-        raise ConfigError(
-            f"model.pretrained: {path}: holds no weights (model.safetensors); give a transformers "
-            "model directory with them, a run directory or one of its checkpoints"
-        )
-
-
-def has_transformers_weights(directory: Path) -> bool:
-    """Whether transformers can load weights from `directory` (safetensors, one file or many)."""
-    names = ("model.safetensors", "model.safetensors.index.json")
-    return any((directory / name).is_file() for name in names)
+    if config.config is not None:
+        return read_structure(config.config)
+    assert config.pretrained is not None
+    path = find_model_directory(config.pretrained) / "config.json"
+    return read_structure(path, "model.pretrained")
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
@@ -157,16 +213,22 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 def _load_pretrained(directory: Path) -> PreTrainedModel:
     import torch
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     check_pretrained(directory)
+    structure = load_model_config(ModelConfig(pretrained=directory))
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=torch.float32, local_files_only=True, output_loading_info=True
+            directory,
+            config=structure,
+            dtype=torch.float32,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ConfigError(f"model.pretrained: {directory}: {error}") from None
+    except Exception as error:  # what transformers raises at other people's files may be anything
+        raise ConfigError(f"model.pretrained: {directory}: {one_line(error)}") from error
     model, report = loaded
     # transformers would draw these at random and go on.
     lacking = sorted({*report["missing_keys"], *(str(key) for key in report["mismatched_keys"])})
@@ -179,7 +241,5 @@ def _from_config(config: ModelConfig) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     structure = load_model_config(config)
-    try:
-        return AutoModelForCausalLM.from_config(structure)
-    except (ValueError, RuntimeError) as error:
-        raise ConfigError(f"model: {error}") from None
+    where = f"model: {config.config or config.pretrained}"
+    return refuse_failures(lambda: AutoModelForCausalLM.from_config(structure), where)

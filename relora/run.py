@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,19 @@ from typing import Any
 import torch
 
 from relora import console
+from relora.advice import idle_settings
 from relora.config import Config
 from relora.data.shards import TokenShards
-from relora.errors import DataError
-from relora.lora.inject import adapted_layers, add_adapters, find_targets
+from relora.errors import DataError, UserError
+from relora.lora.choose import describe_left, find_targets, linear_layers
+from relora.lora.inject import adapted_layers, add_adapters
 from relora.model import build_meta_model, build_model, count_parameters, make_trainable
+from relora.own_files import describe_files
 from relora.restart.merge import init_adapters_, shrink_
 from relora.runtime import zero
 from relora.runtime.checkpoint import (
     Checkpoint,
-    complete_checkpoints,
+    named_checkpoints,
     newest_sound,
     open_checkpoint,
 )
@@ -58,6 +62,7 @@ class Run:
     loss_scale: zero.LossScale | None = None  # with precision fp16
     losses: list[float] = field(default_factory=list)  # of the last steps, for train.spike
     rollbacks: list[Rollback] = field(default_factory=list)  # what the run has gone back from
+    files: dict[str, str] = field(default_factory=dict)  # hashes of the run's own; on rank 0
 
     @property
     def elapsed(self) -> float:
@@ -65,8 +70,18 @@ class Run:
         return time.perf_counter() - self.started
 
 
-def start_run(config: Config, shards: TokenShards, ranks: Ranks, wanted: Path | None = None) -> Run:
-    """Build the run as it was at its newest sound checkpoint (or the wanted one), or at step 0."""
+def start_run(
+    config: Config,
+    shards: TokenShards,
+    ranks: Ranks,
+    wanted: Path | None = None,
+    notes: Sequence[str] = (),
+) -> Run:
+    """Build the run as it was at its newest sound checkpoint (or the wanted one), or at step 0.
+
+    Args:
+        notes: what to say first.
+    """
     checkpoint, complaints = find_checkpoint(config, ranks, wanted)
     step = checkpoint.step if checkpoint else 0
     if checkpoint and checkpoint.state["data"] != shards.fingerprint:
@@ -74,38 +89,69 @@ def start_run(config: Config, shards: TokenShards, ranks: Ranks, wanted: Path | 
             f"{shards.directory}: holds other tokens than the run in {config.run_dir} was trained "
             "on so far; put the old shards back, or start in another run_dir"
         )
+    files, made_anew = describe_files(config, shards, ranks, checkpoint, step)
     metrics = Metrics(config.run_dir, ranks.is_main, resumed_at=step)
     ranks.agree(metrics.problem)
-    for complaint in complaints:
-        metrics.say(f"passed over {complaint}")
+    passed_over = [f"passed over {complaint}" for complaint in complaints]
+    for line in (*notes, *passed_over, *made_anew):
+        metrics.say(line)
     engine, places = _build_engine(config, ranks, step, checkpoint)
     run = Run(config, ranks, shards, metrics, engine, places, step, started=time.perf_counter())
-    run.wanted = wanted
+    run.wanted, run.files = wanted, files
     if config.deepspeed.precision == "fp16":
         run.loss_scale = zero.LossScale()
     run.rollbacks = read_rollbacks(config.run_dir, ranks)
-    for line in console.header(config, count_parameters(engine.module), shards, ranks):
+    for line in _header(run) if ranks.is_main else ():
         metrics.say(line)
     if checkpoint:
-        run.consumed = checkpoint.state["consumed"]
-        run.skipped = checkpoint.state["skipped"]
-        run.started -= checkpoint.state["elapsed_s"]
-        run.saved_at = step
-        if run.loss_scale:
-            run.loss_scale = zero.LossScale(*checkpoint.state["loss_scale"])
-        shrink_(engine.module, checkpoint.state["shrink"])
-        run.losses = checkpoint.state["losses"] if config.train.spike else []
-        metrics.say(f"going on from step {step} ({checkpoint.directory})")
-        run.abandoned = [p for p in complete_checkpoints(config.run_dir) if step_of(p) > step]
-        if wanted is not None and run.abandoned:
-            later = ", ".join(path.name for path in run.abandoned)
-            metrics.say(
-                f"going back: {later} will go once the first checkpoint from here is complete"
-            )
-        # A boundary at what was to be the end was no merge; now it is one.
-        run.owes_merge = checkpoint.state["merges"] < config.clock.merges_before(step)
+        _take_up(run, checkpoint)
     _note_progress(run, step)
     return run
+
+
+def _header(run: Run) -> Iterator[str]:
+    """What is said before the first step: the run, what trains in full, what does nothing."""
+    config, shards = run.config, run.shards
+    yield from console.header(config, count_parameters(run.engine.module), shards, run.ranks)
+    if config.lora is not None:
+        for line in describe_left(build_meta_model(structure_of(config)), config.lora):
+            yield f"{'in full':9} {line}"
+    sequences = len(shards.validation) // config.data.sequence_length
+    for line in idle_settings(config, _measured_shapes(run), run.step, sequences):
+        yield f"{'note':9} {line}"
+
+
+def _take_up(run: Run, checkpoint: Checkpoint) -> None:
+    """Be as far as the checkpoint says."""
+    config, step = run.config, run.step
+    run.consumed = checkpoint.state["consumed"]
+    run.skipped = checkpoint.state["skipped"]
+    run.started -= checkpoint.state["elapsed_s"]
+    run.saved_at = step
+    if run.loss_scale:
+        run.loss_scale = zero.LossScale(*checkpoint.state["loss_scale"])
+    shrink_(run.engine.module, checkpoint.state["shrink"])
+    run.losses = checkpoint.state["losses"] if config.train.spike else []
+    run.metrics.say(f"going on from step {step} ({checkpoint.directory})")
+    # Damaged ones too, but nothing that no run has made.
+    later_ones = [p for p in named_checkpoints(config.run_dir) if step_of(p) > step]
+    run.abandoned = [p for p in later_ones if p.is_dir() and not p.is_symlink()]
+    if run.wanted is not None and run.abandoned:
+        later = ", ".join(path.name for path in run.abandoned)
+        run.metrics.say(
+            f"going back: {later} will go once the first checkpoint from here is complete"
+        )
+    # A boundary at what was to be the end was no merge; now it is one.
+    run.owes_merge = checkpoint.state["merges"] < config.clock.merges_before(step)
+
+
+def _measured_shapes(run: Run) -> dict[str, tuple[int, ...]]:
+    """Shapes of the weights whose spectra are measured, if any are, by layer."""
+    if run.config.spectra is None:
+        return {}
+    module = run.engine.module
+    names = [name for name, _ in adapted_layers(module)] or list(linear_layers(module))
+    return {name: tuple(run.places[f"{name}.weight"].shape) for name in names}
 
 
 def find_checkpoint(
@@ -125,7 +171,7 @@ def _build_engine(
     Weights the source lacks are as at the start of the run; adapters it lacks are born.
     """
     if source is None:
-        model = _first_model(config)
+        model = _first_model(config, ranks)
     else:  # its structure is enough, and the run directory has that
         model = build_model(structure_of(config), config.seed)
     if config.clock.has_adapters(step):
@@ -153,12 +199,28 @@ def _build_engine(
     return engine, places
 
 
-def _first_model(config: Config) -> Any:
+def _first_model(config: Config, ranks: Ranks) -> Any:
     """The model at step 0: from scratch, from a transformers directory, or from another run."""
     pretrained = config.model.pretrained
     if pretrained is None or not is_subject(pretrained):
         return build_model(config.model, config.seed)
-    model = merged_model(open_subject(pretrained))
+    # Rank 0 chooses: the other run may be at work, and all must start from one checkpoint.
+    opened = problem = None
+    if ranks.is_main:
+        try:
+            opened = open_subject(pretrained)
+        except UserError as error:
+            problem = error
+    ranks.agree(problem)
+    directory = ranks.share(opened and opened.checkpoint.directory)
+    if opened is None:
+        try:
+            opened = open_subject(directory)
+        except UserError as error:
+            problem = error
+    ranks.agree(problem)
+    assert opened is not None
+    model = merged_model(opened)
     return make_trainable(model, config.model.gradient_checkpointing)
 
 
@@ -209,6 +271,7 @@ def save(run: Run, background: bool) -> None:
         "loss_scale": run.loss_scale and [run.loss_scale.value, run.loss_scale.calm],
         "world_size": run.ranks.world,
         "config": run.config.model_dump(mode="json"),  # for who reads the checkpoint elsewhere
+        "run_files": run.files,
         "versions": installed_versions(),
     }
     began = time.perf_counter()

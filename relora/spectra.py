@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -35,13 +36,17 @@ from relora.analysis import (
     stable_rank,
 )
 from relora.errors import CheckpointError
-from relora.lora.inject import adapted_layers, linear_layers
+from relora.files import TEMPORARY, replacing
+from relora.lora.choose import linear_layers
+from relora.lora.inject import adapted_layers
 from relora.lora.layers import LoRALayer, delta_rows
 from relora.model import layer_kind
 from relora.run import Run
 
 # Smaller dimension up to which all singular values are computed: a second or two a layer.
 EXACT_UP_TO = 2048
+# What a measurement leaves, whole or not.
+_FILE = re.compile(rf"step_([0-9]{{8,}})\.(safetensors|rank_[0-9]{{4,}})({TEMPORARY}|\.tmp)?")
 # Figures of a layer whose medians over the layers go into metrics.jsonl.
 MEDIANS = (
     "cycle_stable_rank",
@@ -57,13 +62,16 @@ MEDIANS = (
 
 def measurements(run_dir: Path) -> list[Path]:
     """The files of a run's measurements, in the order of steps."""
-    return sorted((run_dir / "spectra").glob("step_????????.safetensors"))
+    found = ((path, _FILE.fullmatch(path.name)) for path in (run_dir / "spectra").glob("step_*"))
+    whole = [(int(m[1]), path) for path, m in found if m and m[2] == "safetensors" and not m[3]]
+    return [path for _, path in sorted(whole)]
 
 
 def drop_after(run_dir: Path, step: int) -> None:
     """Remove the measurements of later steps, unfinished ones too; they come again. Rank 0 only."""
-    for path in (run_dir / "spectra").glob("step_????????.*"):
-        if int(path.name[5:13]) > step:
+    for path in (run_dir / "spectra").glob("step_*"):
+        match = _FILE.fullmatch(path.name)
+        if match is not None and int(match[1]) > step:
             path.unlink()
 
 
@@ -319,11 +327,6 @@ def _part(run: Run, rank: int) -> Path:
 
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write a file whole or not at all."""
-    temporary = path.with_name(f"{path.name}.tmp")
     plain = {name: t.float().cpu().contiguous() for name, t in tensors.items()}
-    try:
+    with replacing(path, durable=False) as temporary:
         save_file(plain, temporary, metadata=metadata)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

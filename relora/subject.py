@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from relora.config import Config, load_run_config
-from relora.errors import CheckpointError
+from relora.config import Config, build_config, load_run_config
+from relora.errors import CheckpointError, ConfigError
+from relora.files import is_file, supplied
 from relora.model import ModelConfig, build_model
-from relora.runtime.checkpoint import Checkpoint, newest_checkpoint, run_of
+from relora.own_files import hash_run_files
+from relora.runtime.checkpoint import (
+    Checkpoint,
+    is_checkpoint,
+    open_subject_checkpoint,
+    run_of,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,27 +34,79 @@ class Subject:
 
     @property
     def tokenizer_dir(self) -> Path:
-        """The run's transformers tokenizer."""
-        return self.run_dir / "tokenizer"
+        """The run's transformers tokenizer.
+
+        Raises:
+            CheckpointError: it is not the one that the checkpoint was written with.
+        """
+        directory = self.run_dir / "tokenizer"
+        self._compare(directory, "tokenizer")
+        return directory
+
+    @property
+    def structure(self) -> ModelConfig:
+        """The model's structure, from the run's own copy.
+
+        Raises:
+            CheckpointError: it is not the one that the checkpoint was written with.
+        """
+        path = self.run_dir / "model" / "config.json"
+        self._compare(path, "model")
+        return ModelConfig(config=path)
+
+    def _compare(self, path: Path, name: str) -> None:
+        expected = self.checkpoint.state["run_files"].get(name)  # not in checkpoints of old
+        with supplied(CheckpointError, path):
+            if expected is not None and hash_run_files(self.run_dir)[name] != expected:
+                raise CheckpointError(
+                    f"{path}: is not as it was when {self.checkpoint.directory} was written; put "
+                    "the old one back"
+                )
 
 
 def is_subject(path: Path) -> bool:
     """Whether `path` is a run directory or one of its checkpoints."""
-    return (path / "config.yaml").is_file() or (path / "manifest.json").is_file()
+    return is_file(path / "config.yaml") or is_checkpoint(path)
 
 
-def open_subject(path: Path) -> Subject:
+def say_aside(text: str) -> None:
+    """A line beside a command's output, which may be read by a program."""
+    print(f"relora: {text}", file=sys.stderr)
+
+
+def open_subject(path: Path, say: Callable[[str], None] = say_aside) -> Subject:
     """Find the checkpoint that `path` (a run or a checkpoint) means, and its run.
+
+    A flipped bit would load without a word, so every file is hashed. All are held open: the run
+    may retire the checkpoint as soon as it was found.
+
+    Args:
+        say: is told of every newer checkpoint that was passed over.
 
     Raises:
         CheckpointError: there is none, or it is damaged.
     """
-    directory = newest_checkpoint(path)
-    run_dir = run_of(directory)
-    if not (run_dir / "config.yaml").is_file():
-        raise CheckpointError(f"{directory}: {run_dir} is no run directory: it has no config.yaml")
-    checkpoint = Checkpoint(directory, thorough=True)  # a flipped bit would load without a word
-    return Subject(run_dir, load_run_config(run_dir), checkpoint)
+    checkpoint, complaints = open_subject_checkpoint(path)
+    run_dir = run_of(checkpoint.directory)
+    if not is_file(run_dir / "config.yaml"):
+        raise CheckpointError(
+            f"{checkpoint.directory}: {run_dir} is no run directory: it has no config.yaml"
+        )
+    for complaint in complaints:
+        say(f"passed over {complaint}")
+    return Subject(run_dir, _config_of(checkpoint, run_dir), checkpoint)
+
+
+def _config_of(checkpoint: Checkpoint, run_dir: Path) -> Config:
+    """The config that a checkpoint was written with, whatever became of the run's file since."""
+    values = checkpoint.state["config"]
+    if values is None:
+        return load_run_config(run_dir)
+    where = f"{checkpoint.directory / 'state.json'}: config"
+    try:
+        return build_config(values, where, read_model=False)
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
 
 
 def structure_of(config: Config) -> ModelConfig:
@@ -53,7 +114,7 @@ def structure_of(config: Config) -> ModelConfig:
 
     So what a run started from may go; its checkpoints hold every weight.
     """
-    if not (config.run_dir / "model" / "config.json").is_file():
+    if not is_file(config.run_dir / "model" / "config.json"):
         return config.model
     checkpointing = config.model.gradient_checkpointing
     path = config.run_dir / "model" / "config.json"
@@ -68,8 +129,7 @@ def merged_model(subject: Subject) -> PreTrainedModel:
     from relora.lora.layers import delta_rows
 
     config, checkpoint = subject.config, subject.checkpoint
-    structure = ModelConfig(config=subject.run_dir / "model" / "config.json")
-    model = build_model(structure, config.seed)
+    model = build_model(subject.structure, config.seed)
     if config.clock.has_adapters(checkpoint.step):
         assert config.lora is not None
         add_adapters(model, config.lora)

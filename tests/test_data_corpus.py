@@ -12,7 +12,8 @@ import pytest
 import zstandard
 
 from relora.data.config import SourceConfig
-from relora.data.corpus import describe_source, iter_documents
+from relora.data.corpus import iter_documents
+from relora.data.identity import describe_source
 from relora.errors import DataError
 
 TRICKY = [

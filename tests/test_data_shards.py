@@ -10,6 +10,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ import pytest
 import relora.data.prepare
 import relora.data.shards
 import relora.data.units
+import relora.files
 from relora.data.config import DataConfig
 from relora.data.prepare import prepare
 from relora.data.shards import describe, open_shards, shard_directory
@@ -191,30 +193,37 @@ def test_a_killed_prepare_goes_on_to_the_same_bytes_and_leaves_no_process(
     assert resumed <= len(encoded) - resumed - 3  # the parts that were there were not made again
 
 
-def test_a_crash_at_any_commit_leaves_nothing_that_looks_finished(corpus, monkeypatch):
-    """Stop before and after each rename, then run again: the same bytes every time."""
+class Crash(BaseException):
+    pass
 
-    class Crash(BaseException):
-        pass
 
-    monkeypatch.setattr(relora.data.units, "UNIT_CHARACTERS", 20_000)
-    undisturbed = config(corpus, "undisturbed")
-    prepare(undisturbed, workers=1, quiet=True)
-    publish = relora.data.shards.publish
+def crashing(write, calls, place: int):
+    """A writer of relora.files that stops before or after it gives a file its name."""
 
-    def crash_at(place):
-        calls = iter(range(10**6))
-
-        def crashing(temporary, final):
+    @contextmanager
+    def writing(*arguments):
+        with write(*arguments) as temporary:
+            yield temporary
             call = next(calls)
             if call == place // 2 and place % 2 == 0:
                 raise Crash
-            publish(temporary, final)
-            if call == place // 2:
-                raise Crash
+        if call == place // 2:
+            raise Crash
 
-        for module in (relora.data.prepare, relora.data.units):
-            monkeypatch.setattr(module, "publish", crashing)
+    return writing
+
+
+def test_a_crash_at_any_commit_leaves_nothing_that_looks_finished(corpus, monkeypatch):
+    """Stop before and after each rename, then run again: the same bytes every time."""
+    monkeypatch.setattr(relora.data.units, "UNIT_CHARACTERS", 20_000)
+    undisturbed = config(corpus, "undisturbed")
+    prepare(undisturbed, workers=1, quiet=True)
+    writers = {"replacing": relora.files.replacing, "making": relora.files.making}
+
+    def crash_at(place):
+        calls = iter(range(10**6))
+        for name, write in writers.items():
+            monkeypatch.setattr(relora.files, name, crashing(write, calls, place))
 
     for place in range(100):
         settings = config(corpus, f"crash{place}")
@@ -243,7 +252,9 @@ def test_parts_of_other_text_are_not_used(corpus):
     (directory / "index.json").unlink()
     (directory / "parts").mkdir()
     job = relora.data.units.Job(directory / "tokenizer", "", 2, "uint16", 0.2)
-    relora.data.units.make_part(job, directory / "parts/00000000.npz", ["something else"])
+    relora.data.units.make_part(
+        job, directory / "parts/00000000.npz", [relora.data.units.Piece("something else")]
+    )
     prepare(settings, quiet=True)
     assert made(settings) == made(undisturbed)
 

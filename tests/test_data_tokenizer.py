@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 import re
 from pathlib import Path
 
@@ -256,11 +257,11 @@ def test_a_directory_that_holds_no_tokenizer_is_named(tmp_path):
         build(tmp_path, ["abc"], path=str(tmp_path / "empty"))
 
 
-def train_elsewhere(path: Path, library, **options) -> None:
+def train_elsewhere(path: Path, library, lines: int = 8000, **options) -> None:
     """A .model file with sentencepiece's own defaults: NFKC, dummy prefix, spaces squeezed."""
-    lines = [line for _, text in library[::20] for line in text.splitlines() if line.strip()]
+    text = [line for _, text in library[::20] for line in text.splitlines() if line.strip()]
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines[:8000]),
+        sentence_iterator=iter(text[:lines]),
         model_prefix=str(path.with_suffix("")),
         vocab_size=800,
         minloglevel=3,
@@ -288,18 +289,138 @@ def test_a_foreign_sentencepiece_model_keeps_its_ids(tmp_path, library, kind, by
                 assert tokenizer.decode(ids) == reference.decode(expected)
 
 
-def test_a_sentencepiece_model_that_cannot_be_carried_over_exactly_is_refused(tmp_path, library):
-    """sentencepiece puts its dummy prefix before the text only, not after a symbol within."""
+# sentencepiece's own defaults are NFKC and more, a dummy prefix, and spaces squeezed.
+OPTIONS = {
+    "defaults": {},
+    "symbols": {"user_defined_symbols": ["<sep>", "foo bar", "\u2581x", "[return]"]},
+    "symbols and bytes": {"user_defined_symbols": ["<sep>"], "byte_fallback": True},
+    "symbols that are normalised": {
+        "user_defined_symbols": ["\n", "\t", "\n\n"],
+        "remove_extra_whitespaces": False,
+    },
+    "symbols without prefix": {"user_defined_symbols": ["<sep>"], "add_dummy_prefix": False},
+    "control symbols": {"control_symbols": ["<c1>"]},
+    "suffix": {"treat_whitespace_as_suffix": True},
+    "folded cases": {"normalization_rule_name": "nmt_nfkc_cf"},
+    "no normalisation": {"normalization_rule_name": "identity"},
+    "whole lines": {"split_by_whitespace": False},
+    "as Llama's": {
+        "normalization_rule_name": "identity",
+        "byte_fallback": True,
+        "split_digits": True,
+        "remove_extra_whitespaces": False,
+        "allow_whitespace_only_pieces": True,
+    },
+    "as Gemma's": {
+        "normalization_rule_name": "identity",
+        "byte_fallback": True,
+        "split_digits": True,
+        "remove_extra_whitespaces": False,
+        "allow_whitespace_only_pieces": True,
+        "add_dummy_prefix": False,
+        "user_defined_symbols": ["\n\n", "<2mass>", "\u2581\u2581", "\u2581\u2581\u2581\u2581"],
+    },
+}
+# Without letters whose wide form stands before a mark, decomposed Hangul and marks by twos, where
+# the table of characters cannot be had as sentencepiece applies it.
+PARTS = [*AWKWARD, "a", "x", "b", "<sep>", "foo bar", "[return]", "<2mass>", "<c1>", "\n\n", "½"]
+PARTS += [
+    "\u00a0",
+    "¨",
+    "\u0300",
+    "\ufb01",
+    "Å",
+    "हिन्दी",
+    "ไทย",
+    "Ａ",
+    "ß",
+    "\x85",
+    "\r",
+    ".",
+    "(",
+    ")",
+]
+PARTS.remove("\u2581")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_a_sentencepiece_model_keeps_its_ids_whatever_its_options(tmp_path, library, kind, options):
     path = tmp_path / "foreign.model"
-    train_elsewhere(path, library, model_type="bpe", user_defined_symbols=["<sep>"])
-    with pytest.raises(DataError, match=r"foreign\.model: .*cannot be carried over exactly"):
+    train_elsewhere(path, library, lines=1000, hard_vocab_limit=False, model_type=kind, **options)
+    built = build(tmp_path, [text for _, text in library[::400]], path=str(path))
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    tokenizer, encoder = load_tokenizer(built), load_encoder(built)
+    draw = random.Random(0)
+    texts = ["".join(draw.choices(PARTS, k=draw.randint(0, 9))) for _ in range(500)]
+    texts += [line for _, text in library[::500] for line in text.splitlines()]
+    symbols = options.get("user_defined_symbols", [])
+    for text in texts:
+        if "Ａ\u0300" in text or reference.normalize(text).strip("\u2581") in symbols:
+            continue  # alone, a symbol of a bpe model has no space before it
+        ids, expected = encoder(text), reference.encode(text)
+        assert tokenizer(text)["input_ids"] == ids
+        if ids != expected:
+            assert kind == "unigram", text
+            assert_tied(reference, ids, expected)
+        if reference.unk_id() not in ids:
+            assert tokenizer.decode(ids) == reference.decode(expected), text
+
+
+def assert_tied(reference, ids, expected):
+    """Both ways are as likely: float32's rounding, or its choice among equals, decides."""
+    symbols = {n for n in range(3, reference.vocab_size()) if reference.get_score(n) == 0}
+
+    def score(number):
+        piece = reference.id_to_piece(number)
+        return 0.1 * len(piece.encode()) if number in symbols else reference.get_score(number)
+
+    scores = [math.fsum(map(score, each)) for each in (ids, expected)]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-6)
+
+
+def refused_model(tmp_path, library) -> Path:
+    """One whose pieces spell a space in a way that its normaliser does not."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    path = tmp_path / "foreign.model"
+    train_elsewhere(path, library, lines=1000, model_type="bpe")
+    proto = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
+    proto.normalizer_spec.escape_whitespaces = False
+    path.write_bytes(proto.SerializeToString())
+    return path
+
+
+def test_a_sentencepiece_model_that_cannot_be_carried_over_is_refused_naming_what_stands_in_the_way(
+    tmp_path, library
+):
+    path = refused_model(tmp_path, library)
+    with pytest.raises(DataError, match=r"foreign\.model: .*cannot be .* exactly") as caught:
         build(tmp_path, ["abc"], path=str(path))
+    assert "escape_whitespaces: false" in str(caught.value)
+    assert "text with its piece '<unk>'" in str(caught.value)
+    assert "user_defined_symbols" not in str(caught.value)
+
+
+def test_the_way_out_of_it_works_as_it_is_written(tmp_path, library):
+    (tmp_path / "DIR").mkdir()
+    path = refused_model(tmp_path, library).rename(tmp_path / "DIR" / "tokenizer.model")
+    with pytest.raises(DataError, match="into a directory DIR") as caught:
+        build(tmp_path, ["abc"], path=str(path))
+    (code,) = re.findall(r"run (\S+)\,", str(caught.value))
+    exec(code, {"PreTrainedTokenizerFast": PreTrainedTokenizerFast, "DIR": str(tmp_path / "DIR")})
+    built = build(tmp_path, ["abc"], path=str(tmp_path / "DIR"))
+    theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path / "DIR")
+    for _, text in library[::300]:
+        ids = theirs.encode(text, add_special_tokens=False, split_special_tokens=True)
+        assert load_encoder(built)(text) == ids
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"model_type": "word"}, "only bpe and unigram"),
+        ({"model_type": "word"}, "model_type is word, and only bpe and unigram.*train one"),
+        ({"model_type": "char"}, "model_type is char, and only bpe and unigram.*train one"),
         ({"model_type": "bpe", "eos_id": -1}, "no EOS piece"),
     ],
 )

@@ -223,7 +223,7 @@ def measure(ranks: Any, config: Config) -> dict[str, float]:
         zero.train_step(run.engine, batches, loss_of, 1e-4, 1.0)
     with run.engine.coalesce_grad_reduction() if stage else contextlib.nullcontext():
         for batch in batches:
-            run.engine.backward(loss_of(run.engine, batch))
+            run.engine.backward(loss_of(run.engine, batch).total)
     seen: set[int] = set()
     places = list(run.places)
     remainders = [p.remainder for p in places if p.remainder is not None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 from pathlib import Path
 
@@ -47,16 +48,21 @@ def test_what_is_no_plain_file_is_not_waited_for(tmp_path: Path) -> None:
 def test_modes_follow_the_umask(tmp_path: Path) -> None:
     import torch
 
+    (tmp_path / "given" / "below").mkdir(parents=True)
+    (tmp_path / "given").chmod(0o555)
     before = os.umask(0o027)
     try:
         with files.replacing(tmp_path / "weights") as temporary:
             save_file({"x": torch.zeros(2)}, temporary)
         with files.making(tmp_path / "export") as directory:
+            shutil.copytree(tmp_path / "given", directory, dirs_exist_ok=True)
             save_file({"x": torch.zeros(2)}, directory / "weights")
     finally:
         os.umask(before)
     for path in (tmp_path / "weights", tmp_path / "export" / "weights"):
         assert stat.S_IMODE(path.stat().st_mode) == 0o640, path
+    for path in (tmp_path / "export", tmp_path / "export" / "below"):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o750, path
 
 
 def test_a_failed_write_leaves_what_was_there_and_nothing_else(tmp_path: Path) -> None:

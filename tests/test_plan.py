@@ -7,6 +7,7 @@ import re
 import resource
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from relora.cli import main
 from relora.commands.plan import count_by_group
 from relora.config import build_config, load_config
+from relora.console import timeline as header_timeline
 from relora.data.prepare import prepare
 from relora.estimate import full_rank_twin, memory_by_part, peak_memory, training_flops
 from relora.lora.config import LoRAConfig
@@ -25,6 +27,7 @@ from relora.model import ModelConfig, build_meta_model, count_parameters
 from relora.runtime.config import parse_count
 from relora.runtime.metrics import format_bytes, format_count
 from relora.timeline import phases
+from runs import make_config
 
 ROOT = Path(__file__).parent.parent
 LLAMA = {
@@ -272,6 +275,27 @@ def test_many_cycles_are_cut_out_of_the_middle(
     assert max(map(len, page.splitlines())) <= 100
 
 
+def test_a_run_of_any_length_is_planned_in_seconds(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """10¹² steps with 2.5·10¹¹ cycles: they are counted, the first and the last are shown."""
+    overrides = ["train.steps=1000000000000", "relora.cycle_steps=4", "relora.rewarm_steps=1"]
+    started = time.process_time()
+    page = page_of(capsys, str(config), *overrides, "--png", "picture.png")
+    assert time.process_time() - started < 30
+    assert "  … 249,999,999,984 more cycles …" in page
+    assert "999,999,999,996 – 1,000,000,000,000" in page
+    assert "256T = 1,000,000,000,000 steps × 256" in page
+    assert Path("picture.png").stat().st_size > 10_000
+    # A cycle's highest rate follows the base curve; one column holds three billion cycles.
+    assert re.search(r"cycle 249999999995 .* 2\.00e-04   end", page)
+    [line] = (line for line in header_timeline(load_config(config, overrides).clock).split(" · ")
+              if "merges" in line)  # fmt: skip
+    assert line == (
+        "cycles of 4: merges after 24, 28, 32, 36, 40, 44, 48, 52, … (249999999994 in all)"
+    )
+
+
 WARNINGS = {
     "lora.rank=20": "lora.rank 20: A and B hold as many numbers as the weight itself in 8 of 14",
     "warm_start=null": "no warm_start: from random weights, low rank from the first step",
@@ -448,3 +472,48 @@ def test_ranks_without_work_are_warned_of(config: Path, capsys: pytest.CaptureFi
     assert "one rank has nothing to share: with ZeRO 0 it is" in said()
     assert "nothing to share" not in said("deepspeed.zero_stage=0")
     assert "nothing to share" not in said("--devices", "2")
+
+
+def test_the_config_is_planned_whatever_its_run_directory_holds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its run is told apart: to go on, finished, of another model, with another config."""
+    path = make_config(tmp_path / "run", train__save_every=6, train__steps=14)
+
+    def stands(*overrides: str) -> str:
+        page = page_of(capsys, str(path), *overrides)
+        found = re.search(r"^run_dir {6}(.*(?:\n {13}.*)*)", page, re.MULTILINE)
+        return " ".join(found[1].split()) if found else ""
+
+    assert stands() == ""
+    assert main(["train", str(path), "train.stop_after=6"]) == 75
+    capsys.readouterr()
+    assert stands() == "has begun: train goes on from step 6"
+    assert main(["train", str(path)]) == 0
+    capsys.readouterr()
+    assert stands() == "is finished: train has nothing to do"
+    assert stands("train.steps=20") == "has begun: train goes on from step 14"
+    assert "is at step 14 already" in stands("train.steps=13")
+    assert stands("optimizer.lr=0.5") == (
+        "train refuses it: it holds another run: optimizer.lr was 0.01"
+    )
+    # The same file with another model in it: that one is planned.
+    model = tmp_path / "other.json"
+    values = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
+    assert "width 32" in page_of(capsys, str(path))
+    model.write_text(json.dumps({**values, "hidden_size": 64}))
+    page = page_of(capsys, str(path), f"model.config={model}")
+    assert "2 layers of width 64" in page
+    assert "train refuses it: it holds another run: model.config was" in page
+    config = yaml.safe_load(path.read_text())
+    Path(config["model"]["config"]).rename(tmp_path / "kept.json")
+    try:
+        Path(config["model"]["config"]).write_text(model.read_text())
+        page = page_of(capsys, str(path))
+    finally:
+        (tmp_path / "kept.json").replace(config["model"]["config"])
+    assert "2 layers of width 64" in page
+    assert "it holds a run of another model: hidden_size: was 32, is now 64" in page
+    # What cannot be read as a run is said too, and planned all the same.
+    (tmp_path / "run" / "config.yaml").write_text("{")
+    assert "train refuses it: " in stands()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from dataclasses import replace
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from relora.commands.compare import read_report
 from relora.errors import CheckpointError, ConfigError
 from relora.report import figures
 from relora.report.arms import Arm, group, loss_at_seconds, loss_at_tokens, reached, spread
@@ -22,6 +24,7 @@ from relora.report.questions import at_equal_memory
 from relora.report.read import BLOCK, Evaluations, RunFiles, read_lines, read_run
 from relora.report.svg import LIGHT, Look, drawing, to_svg
 from relora.report.text import tables, to_markdown
+from relora.report.write import write_report
 from runs import train
 
 HOSTILE = '<script>alert(1)</script> a|b $x_1$ & "q" _u_'
@@ -326,3 +329,71 @@ def test_other_shards_under_equal_settings_are_named(run: RunFiles) -> None:
     assert build_report(group([run, run], ["a", "b"]))["warnings"] == []
     report = build_report(group([run, other], ["a", "b"]))
     assert report["warnings"] == ["data: b was trained on other token shards than a"]
+
+
+# --- runs that went on elsewhere ------------------------------------------------------------------
+
+
+def went_on(run_dir: Path, step: int, **changes: Any) -> Path:
+    """As if a run had gone on from a step with something else about its environment."""
+    from relora.runtime.rundir import read_stretches, record_stretch
+
+    (environment,) = read_stretches(run_dir)
+    record_stretch(run_dir, step, {**environment, **changes})
+    return run_dir
+
+
+def test_a_run_on_two_machines_has_no_time_to_compare_and_says_what_changed(
+    run: RunFiles, tmp_path: Path
+) -> None:
+    """Speed, ranks and prediction are of its longest stretch; what has no time stays compared."""
+    mixed = went_on(shutil.copytree(run.path, tmp_path / "mixed"), 2, world_size=2, device="Abacus")
+    lines = [json.loads(line) for line in (mixed / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        if "perf/step_ms" in line:
+            line["perf/step_ms"] = 1.0 if line["step"] <= 2 else 2.0 + line["step"] % 2
+    (mixed / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    plain = shutil.copytree(run.path, tmp_path / "plain")
+    report = read_report([str(plain), str(mixed)])
+    first, second = report["arms"]
+    assert first["name"] == "plain"
+    notes = "\n".join(report["warnings"])
+    assert "mixed went on from step 2 with device" in notes
+    assert "world_size 1 → 2" in notes
+    assert "its time is a mixture and is not compared" in notes
+    times = report["questions"]["seconds"]["rows"]
+    assert [row["loss"]["mean"] is None for row in times] == [False, True]
+    assert all(row["loss"]["mean"] for row in report["questions"]["tokens"]["rows"])
+    assert [row["seconds"] is None for row in report["questions"]["target"]["rows"]] == [
+        False,
+        True,
+    ]
+    (seed,) = second["seeds"]
+    assert seed["world_size"] == 2
+    assert seed["step_ms"] == pytest.approx(2.5, abs=0.51)
+    assert second["predicted"]["bytes_per_step"] > 0
+    assert first["predicted"]["bytes_per_step"] == 0
+    assert read_report([str(mixed)])["questions"]["seconds"]["at"] is None
+    assert write_report(report, tmp_path / "report")
+
+
+def test_going_on_with_the_same_is_one_stretch_and_going_back_forgets(tmp_path: Path) -> None:
+    from relora.runtime.rundir import read_stretches, record_stretch
+
+    def stretches() -> list[tuple[int, str]]:
+        return [(s["from_step"], s["on"]) for s in read_stretches(tmp_path)]
+
+    for step, on, expected in [
+        (0, "a", [(0, "a")]),
+        (5, "a", [(0, "a")]),
+        (8, "b", [(0, "a"), (8, "b")]),
+        (9, "b", [(0, "a"), (8, "b")]),
+        (12, "a", [(0, "a"), (8, "b"), (12, "a")]),
+        (12, "c", [(0, "a"), (8, "b"), (12, "c")]),
+        (7, "a", [(0, "a")]),
+        (0, "b", [(0, "b")]),
+    ]:
+        assert record_stretch(tmp_path, step, {"on": on}) is None
+        assert stretches() == expected
+    (tmp_path / "environment.json").write_text('{"on": "old"}')
+    assert stretches() == [(0, "old")]

@@ -368,6 +368,35 @@ def test_tensorboard_has_the_figures_and_the_merges(undisturbed: Path, tmp_path:
         )
 
 
+def test_tensorboard_has_each_figure_of_a_step_once(undisturbed: Path) -> None:
+    """An evaluation says again how far the run is; the board needs it once."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(undisturbed / "tensorboard")).Reload()
+    assert "train/tokens" in events.Tags()["scalars"]
+    for tag in events.Tags()["scalars"]:
+        steps = [event.step for event in events.Scalars(tag)]
+        assert len(steps) == len(set(steps)), tag
+
+
+def test_the_table_of_hyperparameters_begins_with_what_runs_are_compared_by(
+    undisturbed: Path,
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams import plugin_data_pb2
+
+    events = EventAccumulator(str(undisturbed / "tensorboard")).Reload()
+    data = plugin_data_pb2.HParamsPluginData.FromString(
+        events.summary_metadata["_hparams_/experiment"].plugin_data.content
+    )
+    names = [info.name for info in data.experiment.hparam_infos]
+    assert names[:3] == ["method", "optimizer.lr", "lora.lr"]
+    assert {"lora.rank", "relora.cycle_steps", "relora.reset.mode", "seed"} <= set(names)
+    hidden = ("dir", "files", "every", "path", "config", "num_workers", "micro_batch_size")
+    assert not [name for name in names if name.rpartition(".")[2].startswith(hidden)]
+    assert not [name for name in names if "dir" in name or "every" in name]
+
+
 def read_board(directory: Path) -> dict[str, dict[int, float]]:
     """Scalars by tag and step, as TensorBoard itself reads them."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

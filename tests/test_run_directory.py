@@ -409,6 +409,7 @@ def test_shards_that_changed_places_with_their_index_are_refused(
     values = json.loads(index.read_text())
     splits = values["splits"]
     splits["train"], splits["validation"] = splits["validation"], splits["train"]
+    del values["index_sha256"]  # or the index alone would be refused
     index.write_text(json.dumps(values))
     train_bin, validation_bin = (index.with_name(f"{x}.bin") for x in ("train", "validation"))
     train_bin.rename(index.with_name("aside"))
@@ -460,6 +461,7 @@ def test_shards_that_are_bad_on_one_machine_stop_all_ranks(tmp_path: Path) -> No
         index = path.with_name("index.json")
         values = json.loads(index.read_text())
         values["splits"]["train"]["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+        del values["index_sha256"]  # or the index alone would be refused
         index.write_text(json.dumps(values))
 
     cases = {
@@ -515,3 +517,50 @@ def test_a_model_file_that_changed_under_the_run_is_refused(
     error = capsys.readouterr().err
     assert "rms_norm_eps" in error
     assert str(model) in error
+
+
+# --- what does nothing ----------------------------------------------------------------------------
+
+PAST = "beyond the run's 24 steps, so it does nothing: "
+IDLE = {
+    "train.log_every": PAST + "the last step alone is logged",
+    "train.eval_every": PAST + "evaluated at the end alone",
+    "train.save_every": PAST + "saved at the end alone",
+    "train.keep_every": PAST + "no checkpoint stays for that",
+    "spectra.every": PAST + "measured at merges and the end",
+    "train.stop_after": "does nothing, since the run ends after 24 steps",
+    "train.eval_sequences": "the validation split has 320: all are read",
+    "spectra.directions": "no measured weight has more than 32",
+}
+
+
+def test_what_does_nothing_in_a_run_is_said_by_it_and_by_its_plan_and_changes_nothing(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """999 of everything; a line for each, and the same losses."""
+    settings = [f"{path}=999" for path in IDLE if path != "train.eval_every"]
+    settings += ["train.spike={window: 999}"]
+    config = make_config(tmp_path / "run", spectra={})
+    assert relora("train", config, *settings, "train.eval_sequences=999") == 0
+    output = " ".join(capsys.readouterr().out.split())
+    said = {path: text for path, text in IDLE.items() if path != "train.eval_every"}
+    for path, text in said.items():
+        assert f"note {path} 999: {text}" in output, path
+    assert "note train.spike.window 999: never full in 24 steps" in output
+    assert output.count(" note ") == len(said) + 1
+    assert series(tmp_path / "run", "train/loss")[24] == series(finished, "train/loss")[24]
+    assert relora("plan", config, *settings, "train.eval_every=999") == 0
+    planned = " ".join(capsys.readouterr().out.split())
+    for path, text in IDLE.items():
+        if path != "train.eval_sequences":  # its text is not read for a plan
+            assert f"{path} 999: {text}" in planned, path
+
+
+def test_a_stop_that_is_past_is_said(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(run_dir, "train.steps=26", "train.stop_after=8") == 0
+    output = capsys.readouterr().out
+    assert "train.stop_after 8: does nothing, since the run is at step 24 already" in output
+
+
+def test_a_run_in_which_all_does_something_has_no_notes(finished: Path) -> None:
+    assert "\nnote " not in (finished / "log.txt").read_text()

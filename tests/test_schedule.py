@@ -96,7 +96,7 @@ def test_a_merge_follows_update_k_iff_k_is_a_boundary_after_birth_and_before_the
     boundaries = {clock.birth + n * clock.cycle for n in range(1, clock.total + 1)}
     expected = [k for k in range(clock.total + 2) if k in boundaries and k < clock.total]
     assert [k for k in range(clock.total + 2) if clock.is_merge(k)] == expected
-    assert clock.merge_steps() == expected
+    assert list(clock.merge_steps()) == expected
     for step in range(clock.total + 2):
         assert clock.merges_before(step) == sum(k <= step for k in expected)
 
@@ -104,7 +104,7 @@ def test_a_merge_follows_update_k_iff_k_is_a_boundary_after_birth_and_before_the
 @given(clocks())
 @settings(max_examples=300, deadline=None)
 def test_every_merge_and_a_birth_restart_the_learning_rate(clock: Clock) -> None:
-    restarts = [*clock.merge_steps(), clock.birth] if clock.birth else clock.merge_steps()
+    restarts = [*clock.merge_steps(), *([clock.birth] if clock.birth else [])]
     for step in restarts:
         if clock.rewarm:
             assert clock.lr_factor(step) == 0.0
@@ -153,3 +153,28 @@ def test_adapters_exist_from_birth_on_and_birth_is_an_event_only_after_a_warm_st
     assert scratch.has_adapters(0)
     assert not any(scratch.is_birth(k) for k in range(11))
     assert not any(full.has_adapters(k) or full.is_merge(k) for k in range(11))
+
+
+@given(clocks(), st.data())
+@settings(max_examples=500, deadline=None)
+def test_the_turns_hold_the_highest_and_the_lowest_rate_of_any_stretch(
+    clock: Clock, data: st.DataObject
+) -> None:
+    start = data.draw(st.integers(0, clock.total - 1))
+    stop = data.draw(st.integers(start + 1, clock.total))
+    every = [clock.lr_factor(step) for step in range(start, stop)]
+    turns = [clock.lr_factor(step) for step in clock.turns(start, stop)]
+    assert len(turns) < 30
+    assert max(turns) == pytest.approx(max(every), rel=1e-12)
+    assert min(turns) == pytest.approx(min(every), rel=1e-12, abs=1e-15)
+
+
+@pytest.mark.parametrize("total", [10**12, 2**63 - 1])
+def test_merges_of_a_run_of_any_length_are_counted_and_not_listed(total: int) -> None:
+    clock = Clock(total=total, birth=7, cycle=3, rewarm=1)
+    merges = clock.merge_steps()
+    assert len(merges) == clock.merges_before(total) == (total - 1 - 7) // 3
+    assert merges[:2] == range(10, 16, 3)
+    assert clock.is_merge(merges[-1])
+    assert total - 3 <= merges[-1] < total
+    assert len(clock.turns(0, total)) < 30

@@ -40,11 +40,11 @@ def spoil(patch: Any, steps_of_data: set[int], rank: int = 0, value: float = flo
         now.update(batch=consumed // BATCH, rank=this_rank)
         real_seed(seed, consumed, this_rank)
 
-    def loss_of(model: Any, batch: torch.Tensor) -> torch.Tensor:
+    def loss_of(model: Any, batch: torch.Tensor) -> Any:
         loss = real_loss(model, batch)
-        training = model.training
-        spoilt = training and now["batch"] in steps_of_data and now["rank"] == rank
-        return loss * value if spoilt else loss
+        if now["batch"] in steps_of_data and now["rank"] == rank:
+            return loss._replace(total=loss.total * value, cross_entropy=loss.cross_entropy * value)
+        return loss
 
     patch.setattr(loop, "seed_dropout", seed_dropout)
     patch.setattr(loop, "loss_of", loss_of)

@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from relora.errors import DataError
-from relora.subject import merged_model, open_subject
+from relora.errors import ConfigError, DataError
+from relora.files import is_file
+from relora.subject import Subject, merged_model, open_subject
+
+if TYPE_CHECKING:
+    from relora.data.shards import TokenShards
 
 
-def evaluate(subject: Path, split: str, max_sequences: int | None, batch_size: int) -> int:
-    """Print the token-weighted loss of the merged model in fp32, on one device."""
+def evaluate(
+    subject: Path,
+    split: str,
+    max_sequences: int | None,
+    batch_size: int,
+    overrides: Sequence[str] = (),
+) -> int:
+    """Print the token-weighted loss of the merged model in fp32, on one device.
+
+    Args:
+        overrides: `data.dir=DIR`, where the run's shards lie if they are not found.
+    """
     opened = open_subject(subject)
 
     from relora.data.loader import eval_batches
-    from relora.data.shards import open_shards
     from relora.runtime.distributed import lone_rank
     from relora.runtime.evaluation import evaluate_loss, perplexity
 
-    shards = open_shards(opened.config.data)
-    if opened.checkpoint.state["data"] != shards.fingerprint:
-        raise DataError(
-            f"{shards.directory}: holds other tokens than {opened.checkpoint.directory} was "
-            "trained on; put the old shards back"
-        )
     ranks = lone_rank()
     batches = eval_batches(
-        getattr(shards, split),
+        getattr(find_shards(opened, overrides), split),
         sequence_length=opened.config.data.sequence_length,
         micro_batch=batch_size,
         rank=0,
@@ -40,3 +48,39 @@ def evaluate(subject: Path, split: str, max_sequences: int | None, batch_size: i
         f"perplexity {perplexity(loss):.2f}, on {tokens:,} tokens"
     )
     return 0
+
+
+def find_shards(subject: Subject, overrides: Sequence[str]) -> TokenShards:
+    """The shards that a checkpoint was trained on, wherever they and the run have been moved to.
+
+    Raises:
+        ConfigError: there are none, or the overrides are more than `data.dir`.
+        DataError: those that are there hold other tokens.
+    """
+    from relora.data.shards import open_shards, shard_directory
+    from relora.moved import data_candidates
+
+    candidates = data_candidates(subject.config, subject.run_dir)
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key != "data.dir" or not value:
+            raise ConfigError(f"{override}: relora evaluate takes data.dir=DIR and nothing else")
+        candidates = [c.model_copy(update={"dir": Path(value)}) for c in candidates]
+    by_place = {shard_directory(data): data for data in candidates}
+    others = []
+    for directory, data in by_place.items():
+        if is_file(directory / "index.json"):
+            shards = open_shards(data)
+            if shards.fingerprint == subject.checkpoint.state["data"]:
+                return shards
+            others.append(directory)
+    name = subject.checkpoint.directory
+    if others:
+        raise DataError(
+            f"{others[0]}: holds other tokens than {name} was trained on; put the old shards back, "
+            "or say where they are: data.dir=DIR"
+        )
+    raise ConfigError(
+        f"data: there are no token shards of {name} at {', '.join(map(str, by_place))}; say where "
+        "they are (data.dir=DIR), or make them anew from the same text: relora prepare CONFIG"
+    )

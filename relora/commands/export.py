@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
+import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from relora import __version__
-from relora.errors import ConfigError
-from relora.model import has_transformers_weights
+from relora.errors import CheckpointError, ConfigError
+from relora.files import making, supplied
+from relora.model import GENERATION_CONFIG
 from relora.runtime.metrics import format_count, read_metrics
-from relora.subject import Subject, merged_model, open_subject
+from relora.structure import has_transformers_weights
+from relora.subject import Subject, merged_model, open_subject, say_aside
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,31 +30,68 @@ def export(subject: Path, to: Path, format: str, dtype: str, force: bool) -> int
     opened = open_subject(subject)
 
     import torch
-    from transformers import GenerationConfig
 
     from relora.data.tokenizer import load_tokenizer
 
-    tokenizer = load_tokenizer(opened.tokenizer_dir)
+    tokenizer = load_tokenizer(opened.tokenizer_dir, CheckpointError)
     model = merged_model(opened).to(getattr(torch, dtype))
     model.config.use_cache = True
-    special = {
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    model.config.update(special)
-    model.generation_config = GenerationConfig(**special)
-    temporary = to.resolve().with_name(f"{to.resolve().name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    shutil.copytree(opened.tokenizer_dir, temporary, dirs_exist_ok=True)
-    (temporary / "README.md").write_text(model_card(opened, model), encoding="utf8")
-    if to.exists():
-        shutil.rmtree(to)
-    temporary.rename(to)
+    set_special_tokens(model, tokenizer, opened.run_dir / "model")
+    write_export(to, opened, model)
     print(f"{to}: step {opened.checkpoint.step} of {opened.run_dir}, {dtype}; load it with")
     print(f'    AutoModelForCausalLM.from_pretrained("{to}")')
     return 0
+
+
+def write_export(to: Path, subject: Subject, model: PreTrainedModel) -> None:
+    """Write all files of an export, or none; an earlier one stays until the new one is whole.
+
+    Raises:
+        CheckpointError: they cannot be written (the disk is full, say), or the run has lost some.
+    """
+    from safetensors import SafetensorError
+
+    from relora.data.transformers_tokenizer import place_tokenizer
+
+    target = Path(os.path.realpath(to))  # a link goes on to be one
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with making(target, replace=True) as temporary:
+            model.save_pretrained(temporary)
+            place_tokenizer(subject.tokenizer_dir, temporary, CheckpointError)
+            (temporary / "README.md").write_text(model_card(subject, model), encoding="utf8")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"--to: {to}: the export cannot be written: {error}; what was there is as it was; make "
+            "room, or choose another directory"
+        ) from None
+
+
+def set_special_tokens(model: PreTrainedModel, tokenizer: Any, structure: Path) -> None:
+    """Give the model's configs the tokenizer's BOS, EOS and padding, in place.
+
+    Generation settings that the run started from (several stop tokens, sampling) stay as they are;
+    the tokenizer fills what they lack.
+
+    Args:
+        structure: the run's `model/`, which has them if there were any.
+    """
+    from transformers import GenerationConfig
+
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    special = {name: getattr(tokenizer, name) for name in names}
+    given = GenerationConfig(**special)
+    if (structure / GENERATION_CONFIG).is_file():
+        given = GenerationConfig.from_pretrained(structure)
+        for name in names:
+            if getattr(given, name) is None:
+                setattr(given, name, special[name])
+    model.generation_config = given
+    for name in names:
+        old = getattr(model.config, name, None)
+        # A list of stop tokens that has the tokenizer's among it says more.
+        if not (isinstance(old, list) and special[name] in old):
+            setattr(model.config, name, special[name])
 
 
 def check_target(to: Path, force: bool) -> None:
@@ -61,8 +100,9 @@ def check_target(to: Path, force: bool) -> None:
     Raises:
         ConfigError: something else is there, such as the run itself.
     """
-    if not to.exists() or (to.is_dir() and not any(to.iterdir())):
-        return
+    with supplied(ConfigError, f"--to: {str(to)[:300]}"):
+        if not to.exists() or (to.is_dir() and not any(to.iterdir())):
+            return
     if not (has_transformers_weights(to) and (to / "README.md").is_file()):
         raise ConfigError(f"--to: {to} exists and is no export; choose another directory")
     if not force:
@@ -72,7 +112,12 @@ def check_target(to: Path, force: bool) -> None:
 def model_card(subject: Subject, model: PreTrainedModel) -> str:
     """A short README with the run's figures, all of them from the run directory."""
     config, step = subject.config, subject.checkpoint.step
-    lines = [line for line in read_metrics(subject.run_dir) if line["step"] <= step]
+    try:
+        metrics = read_metrics(subject.run_dir)
+    except CheckpointError as error:  # the weights do not depend on it
+        say_aside(f"{error}; the model card goes without the figures of the training")
+        metrics = []
+    lines = [line for line in metrics if line["step"] <= step]
     evaluations = [line for line in lines if "eval/loss" in line]
     parameters = sum(p.numel() for p in model.parameters())
     tokens = subject.checkpoint.state["consumed"] * config.data.sequence_length

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from relora.errors import ConfigError
+from relora.errors import CheckpointError, ConfigError
+from relora.structure import context_of
 from relora.subject import merged_model, open_subject
 
 
@@ -22,17 +23,18 @@ def generate(
 
     import torch
 
+    from relora.data.beginning import encode_prompt
     from relora.data.tokenizer import load_tokenizer
     from relora.runtime.distributed import lone_rank
 
-    tokenizer = load_tokenizer(opened.tokenizer_dir)
-    ids = torch.tensor([tokenizer.encode(prompt, add_special_tokens=False)], dtype=torch.long)
+    tokenizer = load_tokenizer(opened.tokenizer_dir, CheckpointError)
+    ids = torch.tensor([encode_prompt(tokenizer, prompt)], dtype=torch.long)
     if not ids.numel():
         raise ConfigError("--prompt: is empty; give at least one character to go on from")
     model: Any = merged_model(opened).eval()
     model.to(lone_rank().device)
     model.config.use_cache = True
-    context = getattr(model.config, "max_position_embeddings", None)
+    context = context_of(model.config)
     if context is not None and ids.shape[1] + max_new_tokens > context:
         raise ConfigError(
             f"--max-new-tokens: {max_new_tokens} after a prompt of {ids.shape[1]} tokens is beyond "

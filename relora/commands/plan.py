@@ -6,7 +6,7 @@ import shlex
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from relora.config import Config, check_world, load_config
 from relora.errors import ConfigError
@@ -41,10 +41,14 @@ def plan(
     # Imported after the config is known to be sound, since torch takes seconds.
     from relora.lora.inject import adapted_layers, add_adapters
     from relora.model import build_meta_model
-    from relora.subject import structure_of
+    from relora.structure import check_context
     from relora.timeline import curve, draw, timeline
 
-    model = build_meta_model(structure_of(run))
+    run = _with_its_model(run)
+    model = build_meta_model(run.model)
+    check_context(
+        model.config, run.data.sequence_length, str(run.model.config or run.model.pretrained)
+    )
     parameters = sum(p.numel() for p in model.parameters())
     shapes = {}
     if run.lora is not None:
@@ -73,22 +77,41 @@ def plan(
     return 0
 
 
+def _with_its_model(config: Config) -> Config:
+    """The config, with the run's own copy of the model in place of one that has gone since.
+
+    Raises:
+        ConfigError: the weights to start from are not whole.
+    """
+    from relora.files import exists
+    from relora.structure import check_pretrained
+    from relora.subject import is_subject, structure_of
+
+    pretrained = config.model.pretrained
+    if pretrained is not None and not exists(pretrained):
+        return config.model_copy(update={"model": structure_of(config)})
+    if pretrained is not None and not is_subject(pretrained):
+        check_pretrained(pretrained)
+    return config
+
+
 def count_by_group(model: nn.Module) -> dict[str, tuple[int, int]]:
     """(trainable, frozen) numbers of parameters by what they are, shared ones counted once."""
     from torch.nn import Embedding
 
     head = model.get_output_embeddings()  # type: ignore[operator]
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, Embedding)}
-    groups = dict.fromkeys(
-        ("projections", "adapters", "embeddings", "head", "norms, biases"), (0, 0)
-    )
+    names = ("projections", "experts", "adapters", "embeddings", "head", "norms, biases")
+    groups = dict.fromkeys(names, (0, 0))
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
             group = "adapters"
         elif id(parameter) in embeddings:
             group = "embeddings"
-        elif head is not None and parameter is head.weight:
+        elif head is not None and parameter is getattr(head, "weight", None):
             group = "head"
+        elif parameter.dim() == 3 and "expert" in name:
+            group = "experts"
         else:
             group = "norms, biases" if parameter.dim() == 1 else "projections"
         trainable, frozen = groups[group]
@@ -101,14 +124,18 @@ def count_by_group(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def _header(config: Config, model: nn.Module, path: str) -> list[str]:
-    shape = model.config
-    layers, width = shape.num_hidden_layers, shape.hidden_size  # type: ignore[union-attr]
+    from relora.standing import standing
+
     source = config.model.config or config.model.pretrained
     lines = [
         f"plan         {path}",
         f"run          {config.run_dir}, seed {config.seed}",
-        f"model        {shape.model_type}, {layers} layers of width {width}, from {source}",  # type: ignore[union-attr]
+        f"model        {_size_of(model.config)}, from {source}",
     ]
+    stands = standing(config)
+    if stands is not None:
+        wrap = textwrap.TextWrapper(WIDTH, subsequent_indent=" " * 13)
+        lines[2:2] = wrap.wrap(f"{'run_dir':<13}{stands}")
     lora, relora = config.lora, config.relora
     if lora is None:
         return [*lines, "method       full rank"]
@@ -125,7 +152,18 @@ def _header(config: Config, model: nn.Module, path: str) -> list[str]:
     return lines
 
 
+def _size_of(structure: Any) -> str:
+    """A model's type, depth and width; those of the decoder, if it has other parts."""
+    text = structure.get_text_config(decoder=True)
+    layers, width = (getattr(text, name, None) for name in ("num_hidden_layers", "hidden_size"))
+    if layers is None or width is None:
+        return str(structure.model_type)
+    return f"{structure.model_type}, {layers} layers of width {width}"
+
+
 def _parameters(config: Config, model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> list[str]:
+    from relora.lora.choose import describe_left
+
     lines = [f"parameters {'trainable':>20} {'frozen':>18} {'together':>18}"]
     groups = count_by_group(model)
     total = [sum(counts) for counts in zip(*groups.values(), strict=True)]
@@ -133,11 +171,13 @@ def _parameters(config: Config, model: nn.Module, shapes: dict[str, tuple[int, .
         lines.append(f"  {name:<14} {trainable:>14,} {frozen:>18,} {trainable + frozen:>18,}")
     if config.lora is not None:
         rank, cycles = config.lora.rank, len(config.clock.merge_steps()) + 1
-        full = max(min(shape) for shape in shapes.values())
+        full = max((min(shape) for shape in shapes.values()), default=0)
         lines += [
             f"  {total[0] / sum(total):.1%} is trained once adapters are born; their updates sum "
             f"to rank {min(full, cycles * rank)} of {full} at most",
         ]
+        wrap = textwrap.TextWrapper(WIDTH, initial_indent="  ", subsequent_indent="    ")
+        lines += [wrap.fill(line) for line in describe_left(model, config.lora)]  # type: ignore[arg-type]
     return lines
 
 
@@ -179,6 +219,7 @@ def _arithmetic(config: Config, devices: int, tokens_per_s: float | None) -> lis
         flops_per_token,
         speedup_ceiling,
         training_flops,
+        uncounted,
     )
     from relora.runtime.metrics import format_bytes, format_count
 
@@ -198,6 +239,8 @@ def _arithmetic(config: Config, devices: int, tokens_per_s: float | None) -> lis
             "break-even   done before full rank if a step with adapters takes less than "
             f"{100 * even.time_limit:.4g} % of its time",
         ]
+    wrap = textwrap.TextWrapper(WIDTH, subsequent_indent=" " * 13)
+    lines += [wrap.fill(f"{'not counted':<13}{what}") for what in uncounted(config)]
     if devices > 1:
         traffic = f"traffic      {format_bytes(bytes_per_step(config, devices, False))} "
         traffic += "received per rank and step in full rank"
@@ -248,7 +291,7 @@ def _merges(config: Config, shapes: dict[str, tuple[int, ...]]) -> list[str]:
     from relora.runtime.metrics import format_bytes
 
     factors = [config.lora.rank * (m + n) for m, n in shapes.values()]
-    largest = max(m * n for m, n in shapes.values())
+    largest = max((m * n for m, n in shapes.values()), default=0)
     sent = "nothing but counts is sent: every rank has A and B"
     if config.deepspeed.zero_stage == 3:
         blocks = len(gather_blocks(factors, largest))
@@ -282,7 +325,8 @@ def _engines(config: Config) -> list[str]:
 
 
 def _disk(config: Config, model: nn.Module, parameters: int) -> list[str]:
-    from relora.lora.inject import adapted_layers, linear_layers
+    from relora.lora.choose import linear_layers
+    from relora.lora.inject import adapted_layers
     from relora.runtime.metrics import format_bytes
     from relora.runtime.saving import checkpoint_bytes
 

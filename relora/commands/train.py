@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from relora.config import (
     MAY_CHANGE,
+    PATHS,
     Config,
     check_world,
     differences,
@@ -21,7 +23,9 @@ from relora.errors import (
     LostRankError,
     UserError,
 )
-from relora.model import build_meta_model, check_pretrained
+from relora.files import exists, is_dir, is_file
+from relora.model import build_meta_model, check_causal, check_pretrained
+from relora.structure import changed_keys, check_context
 
 # torch and all that imports it waits until the config has been checked.
 if TYPE_CHECKING:
@@ -60,14 +64,17 @@ def train(config: Path, overrides: Sequence[str], resume: str = "auto") -> int:
 
     from relora.data.shards import open_shards
     from relora.guard import guarded
+    from relora.moved import prepared_data
     from relora.runtime import zero
 
     ranks = read_ranks()
     shards = problem = None
     try:
         # Machines may have disks of their own: one rank on each reads its shards through.
-        shards = open_shards(settings.data, verify=ranks.local_rank == 0)
+        shards = open_shards(prepared_data(settings), verify=ranks.local_rank == 0)
         check_vocabulary(settings, shards)
+        if ranks.local_rank == 0:
+            check_tokenizer(settings, shards)
     except UserError as error:
         if ranks.world == 1:
             raise
@@ -102,10 +109,10 @@ def find_checkpoint(run_dir: Path, path: Path) -> Path:
     home = run_dir / "checkpoints"
     names = [checkpoint.name for checkpoint in complete_checkpoints(run_dir)]
     has = f"{home} has {', '.join(names)}" if names else f"{home} has none"
-    resolved = path.resolve()
-    if not resolved.is_dir():
-        raise ConfigError(f"--resume: {path}: no such checkpoint; {has}")
-    if resolved.parent != home.resolve() or not is_checkpoint_name(resolved.name):
+    resolved = Path(os.path.realpath(path))
+    if not is_dir(resolved):
+        raise ConfigError(f"--resume: {str(path)[:300]}: no such checkpoint; {has}")
+    if resolved.parent != Path(os.path.realpath(home)) or not is_checkpoint_name(resolved.name):
         raise ConfigError(
             f"--resume: {path} is no checkpoint of this run; {has}. To start another run from its "
             f"weights, set model.pretrained={path} and another run_dir"
@@ -120,18 +127,25 @@ def is_finished(config: Config, wanted: Path | None = None) -> bool:
         ConfigError: it holds another run, or one that is past the wanted length already.
     """
     from relora.runtime.manifest import step_of
-    from relora.runtime.rundir import read_run_state
+    from relora.runtime.rundir import check_plain, read_run_state
 
     saved = config.run_dir / "config.yaml"
-    if config.run_dir.exists() and not config.run_dir.is_dir():
+    if exists(config.run_dir) and not is_dir(config.run_dir):
         raise ConfigError(f"run_dir: {config.run_dir} is not a directory; choose another")
-    if not saved.is_file():
+    check_plain(saved)
+    if not is_file(saved):
         return False
+    before = load_run_config(config.run_dir)
     changes = [
         f"{path}: was {old!r}, is now {new!r}"
-        for path, old, new in differences(load_run_config(config.run_dir), config)
-        if not path.startswith(MAY_CHANGE)
+        for path, old, new in differences(before, config)
+        if not path.startswith(MAY_CHANGE) and (path not in PATHS or None in (old, new))
     ]
+    if not changes and before != config:
+        from relora.moved import other_contents
+
+        check_same_model(config)
+        changes = list(other_contents(before, config))
     if changes:
         raise ConfigError(
             "\n  ".join(
@@ -159,7 +173,8 @@ def check_model(config: Config) -> None:
     Raises:
         ConfigError: targets, rank or context do not fit the model.
     """
-    from relora.runtime.checkpoint import newest_checkpoint
+    from relora.runtime.checkpoint import is_checkpoint, named_checkpoints, no_checkpoint
+    from relora.runtime.distributed import read_rank
     from relora.subject import is_subject, structure_of
 
     pretrained = config.model.pretrained
@@ -167,16 +182,15 @@ def check_model(config: Config) -> None:
         check_same_model(config)
     elif pretrained is not None:
         if is_subject(pretrained):
-            newest_checkpoint(pretrained)
+            if not is_checkpoint(pretrained) and not named_checkpoints(pretrained):
+                raise no_checkpoint(pretrained)
         else:
             check_pretrained(pretrained)
+    if structure_of(config) is config.model and read_rank() == 0:  # one is enough, and costs
+        check_causal(config.model)
     model = build_meta_model(structure_of(config))
-    context = getattr(model.config, "max_position_embeddings", None)
-    if context is not None and config.data.sequence_length > context:
-        raise ConfigError(
-            f"data.sequence_length: {config.data.sequence_length} is longer than the model's "
-            f"context of {context}; take at most {context}"
-        )
+    where = str(config.model.config or config.model.pretrained)
+    check_context(model.config, config.data.sequence_length, where)
     if config.lora is not None:
         from relora.lora.inject import find_targets
 
@@ -191,17 +205,11 @@ def check_same_model(config: Config) -> None:
     """
     from relora.model import ModelConfig, load_model_config
 
-    begun = (config.run_dir / "model" / "config.json").is_file()
-    if not begun or (config.model.pretrained and not config.model.pretrained.exists()):
+    begun = is_file(config.run_dir / "model" / "config.json")
+    if not begun or (config.model.pretrained and not exists(config.model.pretrained)):
         return
-    old = load_model_config(ModelConfig(pretrained=config.run_dir)).to_dict()
-    new = load_model_config(config.model).to_dict()
-    # What only one of them has is a default of another version of transformers.
-    changes = [
-        f"{key}: was {old[key]!r}, is now {new[key]!r}"
-        for key in sorted(old.keys() & new.keys() - {"transformers_version", "dtype"})
-        if old[key] != new[key]
-    ]
+    old = load_model_config(ModelConfig(pretrained=config.run_dir))
+    changes = changed_keys(old, load_model_config(config.model))
     if changes:
         where = config.model.config or config.model.pretrained
         raise ConfigError(
@@ -230,6 +238,30 @@ def check_vocabulary(config: Config, shards: TokenShards) -> None:
             f"data.tokenizer: has {shards.vocab_size} tokens, the model's vocabulary only {size}; "
             "make the model's vocab_size at least that"
         )
+
+
+def check_tokenizer(config: Config, shards: TokenShards) -> None:
+    """Whether an export will give the ids that the run is trained on.
+
+    Raises:
+        DataError: transformers builds another tokenizer for this type of model; or a run that has
+            not begun would see documents begin otherwise than texts that an export is given.
+    """
+    from relora.data.beginning import begin_ids
+    from relora.data.tokenizer import load_tokenizer
+    from relora.data.transformers_tokenizer import require_agreement
+    from relora.model import load_model_config
+    from relora.subject import structure_of
+
+    structure = structure_of(config)
+    begins = begin_ids(load_tokenizer(shards.tokenizer_dir))
+    has_begun = structure is not config.model
+    if begins != list(shards.index.get("begin_ids", [])) and not has_begun:
+        raise DataError(
+            f"{shards.directory}: was prepared when documents did not begin with what the "
+            f"tokenizer puts before a text (ids {begins}); delete it and run: relora prepare CONFIG"
+        )
+    require_agreement(shards.tokenizer_dir, load_model_config(structure))
 
 
 def check_same_shards(shards: TokenShards, ranks: Ranks) -> None:

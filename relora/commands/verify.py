@@ -4,15 +4,26 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from relora.errors import CheckpointError
 from relora.runtime.metrics import format_bytes
 
 
 def verify(checkpoint: Path) -> int:
-    """Hash every file of a checkpoint; names the first one that is not as its manifest says."""
-    from relora.runtime.checkpoint import Checkpoint, newest_checkpoint
+    """Hash every file of a checkpoint; names the first one that is not as its manifest says.
 
-    directory = newest_checkpoint(checkpoint)
-    opened = Checkpoint(directory, thorough=True)
-    size = sum(file.stat().st_size for file in directory.iterdir())
-    print(f"{directory}: sound; step {opened.step}, {format_bytes(size)} in all")
+    Of a run directory the newest. Where an older one alone is sound, that is an error too, which
+    says so.
+
+    Raises:
+        CheckpointError: it is not sound, or there is none.
+    """
+    from relora.runtime.checkpoint import open_subject_checkpoint
+
+    opened, complaints = open_subject_checkpoint(checkpoint)
+    if complaints:
+        raise CheckpointError(
+            f"{'; '.join(complaints)}; the newest that is sound is {opened.directory}"
+        )
+    size = format_bytes(opened.bytes)
+    print(f"{opened.directory}: sound; step {opened.step}, {size} in all")
     return 0

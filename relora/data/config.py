@@ -3,11 +3,36 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from relora.section import Section
+
+MAX_WORKERS = 64
+
+
+class CutConfig(Section):
+    """How a text file is cut into documents: exactly one of these.
+
+    What stands between two documents belongs to neither, and all else stays as it is. `cut:
+    blank_lines` in the file is short for `{blank_lines: true}`.
+    """
+
+    separator: str | None = Field(default=None, min_length=1)  # "\n": each line is a document
+    blank_lines: bool = False  # at lines of nothing but spaces and tabs
+    # Pieces of at most so many characters: at the end of a line, else at a space, else anywhere.
+    characters: int | None = Field(default=None, ge=100, le=100_000_000)
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> CutConfig:
+        given = self.changed("separator", "blank_lines", "characters")
+        if len(given) != 1:
+            raise ValueError(
+                "give exactly one of separator: TEXT, blank_lines: true and characters: N; "
+                f"given: {', '.join(given) or 'none'}"
+            )
+        return self
 
 
 class SourceConfig(Section):
@@ -15,10 +40,18 @@ class SourceConfig(Section):
 
     `source: python` in the file is short for `{builtin: python}`: the standard library's source
     code of the interpreter that runs; `python_packages` adds that of the packages it has.
+
+    `files` are paths and patterns, and each file is read once. `*`, `?` and `[…]` stand for
+    characters of a name, `**` as a part of its own for any folders, also none. Links are followed,
+    and circles of them end: a real file is read under one name. Names that begin with a dot are
+    matched only where the pattern has the dot too. A name that exists is itself, whatever
+    characters are in it (`dir [2024]/*.txt`). Documents come pattern by pattern, and by path.
+
+    A text file is one document unless `cut` says otherwise.
     """
 
     builtin: Literal["python", "python_packages"] | None = None
-    files: list[str] | None = None  # paths and globs
+    files: list[Annotated[str, Field(min_length=1)]] | None = None  # paths and patterns
     dataset: str | None = None  # a Hugging Face dataset by name
     saved: Path | None = None  # a directory written by datasets' save_to_disk
 
@@ -27,8 +60,15 @@ class SourceConfig(Section):
     split: str = "train"  # `dataset` and `saved` only
     revision: str | None = None  # `dataset` only
     streaming: bool = True  # `dataset` only
-    max_documents: int | None = Field(default=None, ge=1)
+    cut: CutConfig | None = None  # `files` only: cut text files (.txt, .md, .py) into documents
+    # Two are the fewest of which training and validation can have one each.
+    max_documents: int | None = Field(default=None, ge=2, le=10**12)
     deduplicate: bool = False  # drop a document whose whole text has come before
+
+    @field_validator("cut", mode="before")
+    @classmethod
+    def _shorthand(cls, value: object) -> object:
+        return {"blank_lines": True} if value == "blank_lines" else value
 
     @model_validator(mode="after")
     def _exactly_one(self) -> SourceConfig:
@@ -43,6 +83,8 @@ class SourceConfig(Section):
             raise ValueError(f"{', '.join(only_dataset)} would do nothing without dataset")
         if self.changed("split") and not (self.dataset or self.saved):
             raise ValueError("split would do nothing without dataset or saved")
+        if self.cut and not self.files:
+            raise ValueError("cut would do nothing without files")
         return self
 
 
@@ -53,7 +95,11 @@ class TokenizerConfig(Section):
     vocab_size: int | None = Field(default=None, ge=300, le=2**31 - 1)
     # `train` only: how much text of the corpus sentencepiece sees
     training_megabytes: float = Field(default=20.0, gt=0)
-    path: str | None = None  # a .model file, a transformers tokenizer directory, or a hub name
+    # a .model file, a transformers tokenizer directory, or a hub name
+    path: str | None = Field(default=None, min_length=1)
+    # `path` only. null: documents and prompts begin with what the tokenizer itself puts before a
+    # text (BOS, where its post-processor has it). false: with nothing, in the export too.
+    add_bos: bool | None = None
 
     @model_validator(mode="after")
     def _train_or_path(self) -> TokenizerConfig:
@@ -63,6 +109,16 @@ class TokenizerConfig(Section):
             raise ValueError("train needs vocab_size, for example 32100")
         if self.path and self.changed("vocab_size", "training_megabytes"):
             raise ValueError("vocab_size and training_megabytes would do nothing beside path")
+        if self.add_bos:
+            raise ValueError(
+                "add_bos: only false can be set; null already takes what the tokenizer puts before "
+                "a text, and another beginning belongs into its tokenizer.json (post_processor)"
+            )
+        if self.add_bos is False and not self.path:
+            raise ValueError(
+                "add_bos: false would do nothing: a tokenizer trained here puts nothing before a "
+                "text; remove it"
+            )
         return self
 
 
@@ -73,8 +129,19 @@ class DataConfig(Section):
     tokenizer: TokenizerConfig
     sequence_length: int = Field(ge=8)  # tokens
     dir: Path = Path("data")
-    validation_fraction: float = Field(default=0.01, gt=0, lt=0.5)  # share of the documents
-    num_workers: int = Field(default=0, ge=0)  # loader processes per rank; 0 reads in the loop
+    # Share of the documents; below 1e-12 of them there is none in any corpus.
+    validation_fraction: float = Field(default=0.01, ge=1e-12, lt=0.5)
+    num_workers: int = 0  # loader processes per rank; 0 reads in the loop
+
+    @field_validator("num_workers")
+    @classmethod
+    def _few_workers(cls, value: int) -> int:
+        if not 0 <= value <= MAX_WORKERS:
+            raise ValueError(
+                f"must be from 0 to {MAX_WORKERS}: these processes are for each rank, and one "
+                "alone reads more tokens from shards than a GPU trains on"
+            )
+        return value
 
     @field_validator("source", mode="before")
     @classmethod

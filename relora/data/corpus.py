@@ -9,43 +9,105 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
-import platform
 import sys
 import sysconfig
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from relora import files
 from relora.data.config import SourceConfig
-from relora.data.files import Document, read_file, require_field, require_readable, text_of
+from relora.data.files import TEXT, kind_of, read_file, require_readable
+from relora.data.globs import files_below, matching_files, root_of
+from relora.data.rows import require_field, text_of
+from relora.data.text import Document, LongDocument, digest_of
 from relora.errors import DataError
 
-_PACKAGES = {"site-packages", "dist-packages"}  # the folders that hold them
+AnyDocument = Document | LongDocument
+
+_PACKAGES = frozenset(("site-packages", "dist-packages"))  # the folders that hold them
+_WHOLE_CHARACTERS = 1_000_000  # a document up to that is sampled as it is
+_STRETCH_CHARACTERS = 4096  # the length of the tokenizer's own stretches
 
 
-def iter_documents(source: SourceConfig) -> Iterator[Document]:
+@dataclass
+class Tally:
+    """What was read of a source: documents of each of its parts, and a digest of all text."""
+
+    documents: dict[str, int] = field(default_factory=dict)
+    text: Any = field(default_factory=hashlib.sha256)
+
+    def add(self, part: str, digest: bytes) -> None:
+        """Count a document."""
+        self.documents[part] = self.documents.get(part, 0) + 1
+        self.text.update(digest)
+
+    def sha256(self) -> str:
+        """Of all documents so far, one after the other."""
+        return str(self.text.hexdigest())
+
+
+def iter_documents(source: SourceConfig, tally: Tally | None = None) -> Iterator[AnyDocument]:
     """The documents of a source that are not empty, always in the same order.
 
-    Raises DataError, naming the file and where possible the line or row, at the first document
-    that cannot be read exactly, and at the end if there was none at all.
+    What is read is counted in `tally`. Raises DataError, naming the file and where possible the
+    line or row, at the first document that cannot be read exactly, and at the end if there was
+    none at all.
     """
-    if source.builtin:
-        documents = _python_modules(source.builtin)
-    elif source.files:
-        documents = itertools.chain.from_iterable(
-            read_file(path, source.text_field) for path in _matching_files(source.files)
-        )
-    else:
-        documents = _read_dataset(source)
     found = False
-    kept: Iterator[Document] = (document for document in documents if document.text)
-    if source.deduplicate:
-        kept = _without_repeats(kept)
-    for document in itertools.islice(kept, source.max_documents):
+    kept = (
+        pair for pair in _documents(source) if isinstance(pair[1], LongDocument) or pair[1].text
+    )
+    digested = _digested(kept, source.deduplicate, tally is not None)
+    for part, document, digest in itertools.islice(digested, source.max_documents):
         found = True
+        if tally:
+            tally.add(part, digest)
         yield document
     if not found:
         raise DataError(f"data.source: {source_name(source)} holds no text: no document at all")
+
+
+def iter_sample(source: SourceConfig) -> Iterator[Document]:
+    """The documents, of which none is too long to be held: long ones come in stretches.
+
+    These are the stretches that the training of a tokenizer cuts all text into.
+    """
+    for document in iter_documents(source):
+        if isinstance(document, Document) and len(document.text) <= _WHOLE_CHARACTERS:
+            yield document
+        else:
+            for stretch in _stretches(document.blocks()):
+                yield Document(document.origin, stretch)
+
+
+def _stretches(blocks: Iterator[str]) -> Iterator[str]:
+    """Text cut at line ends into stretches of at most 4,096 characters, wherever blocks end."""
+    held = ""
+    for block in blocks:
+        held, start = held + block, 0
+        while start + _STRETCH_CHARACTERS < len(held):
+            end = start + _STRETCH_CHARACTERS
+            end = held.rfind("\n", start, end) + 1 or end
+            yield held[start:end]
+            start = end
+        held = held[start:]
+    if held:
+        yield held
+
+
+def _documents(source: SourceConfig) -> Iterator[tuple[str, AnyDocument]]:
+    """Each document with the part of the source that it came from: a pattern, or all of it."""
+    if source.files:
+        for pattern, paths in matching(source.files).items():
+            for path in paths:
+                for document in read_file(path, source.text_field, source.cut):
+                    yield pattern, document
+        return
+    rows = _python_modules(source.builtin) if source.builtin else _read_dataset(source)
+    for document in rows:
+        yield source_name(source), document
 
 
 def source_name(source: SourceConfig) -> str:
@@ -55,71 +117,105 @@ def source_name(source: SourceConfig) -> str:
     return str(source.builtin or source.dataset or source.saved)
 
 
-def source_files(source: SourceConfig) -> list[Path] | None:
-    """The local files a source reads, in reading order; None for a data set from the hub."""
-    if source.builtin:
-        return [root / name for root, name in _python_files(source.builtin)]
-    if source.files:
-        return _matching_files(source.files)
-    if source.saved:
-        return sorted(path for path in source.saved.rglob("*") if path.is_file())
-    return None
+def source_files(source: SourceConfig) -> dict[str, list[tuple[str, Path]]] | None:
+    """The local files a source reads, by its parts, in reading order, each with its name.
 
-
-def describe_source(source: SourceConfig) -> dict[str, Any]:
-    """The settings plus, for local text, a digest of all names, sizes and times, as JSON.
-
-    Two descriptions differ when the text may. A hub data set is described by its settings alone:
-    pin `revision` to be sure of it.
+    That is its name below the folder where the part's pattern begins, so that it stays when all
+    is moved. None for a data set from the hub.
     """
-    described: dict[str, Any] = {"settings": source.model_dump(mode="json")}
     if source.builtin:
-        described["python"] = platform.python_version()
-    files = source_files(source)
-    if files is not None:
-        stats = [(path, path.stat()) for path in files]
-        listing = hashlib.sha256()
-        for path, stat in stats:
-            listing.update(f"{path.absolute()}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
-        described["files"] = len(files)
-        described["bytes"] = sum(stat.st_size for _, stat in stats)
-        described["listing_sha256"] = listing.hexdigest()
-    return described
+        found = [(name, root / name) for root, name in _python_files(source.builtin)]
+        return {source_name(source): found}
+    if source.files:
+        return {
+            pattern: [(_below(root, path), path) for path in paths]
+            for pattern, paths in matching(source.files).items()
+            for root in [root_of(pattern)]
+        }
+    folder = source.saved.expanduser() if source.saved else Path(str(source.dataset))
+    if not files.is_dir(folder):
+        return None if source.dataset else {source_name(source): []}
+    return {source_name(source): [(name, folder / name) for name in files_below(folder)]}
+
+
+def _below(root: Path, path: Path) -> str:
+    return path.name if path == root else os.path.relpath(path, root)
+
+
+def require_documents(source: SourceConfig) -> None:
+    """DataError for a source that can only be one document, and for a cut of what is no text."""
+    if not source.files:
+        return
+    paths = [path for part in matching(source.files).values() for path in part]
+    texts = [path for path in paths if kind_of(path) in TEXT]
+    if source.cut and not texts:
+        raise DataError(
+            f"data.source.cut: would do nothing: none of the {len(paths)} files is text "
+            f"({', '.join(TEXT)}); leave it out"
+        )
+    if len(paths) == len(texts) == 1 and not source.cut:
+        raise DataError(
+            f"{paths[0]}: a text file is one document, and training and validation need one each; "
+            "cut it: data.source.cut=blank_lines at blank lines, "
+            "'data.source.cut.separator=\"\\n\"' where a line ends or at any other text, "
+            "data.source.cut.characters=10000 by length; or name more files"
+        )
+
+
+def part_counts(source: SourceConfig, tally: Tally | None = None) -> list[dict[str, Any]]:
+    """Each part of a source, such as a pattern: its name, files, and documents if counted."""
+    parts = source_files(source)
+    names: dict[str, int | None] = (
+        {source_name(source): None}
+        if parts is None
+        else {name: len(part) for name, part in parts.items()}
+    )
+    return [
+        {"name": name, "files": count}
+        | ({"documents": tally.documents.get(name, 0)} if tally else {})
+        for name, count in names.items()
+    ]
 
 
 def text_bytes(source: SourceConfig) -> int | None:
     """About how many bytes of text there are, for a progress bar; None where nobody knows."""
-    files = source_files(source)
-    if files is None or source.saved or source.max_documents:
+    parts = source_files(source)
+    if parts is None or not (source.files or source.builtin) or source.max_documents:
         return None
-    if any(path.suffix.lower() in (".gz", ".zst", ".parquet") for path in files):
+    paths = [path for part in parts.values() for _, path in part]
+    if any(path.suffix.lower() in (".gz", ".zst", ".parquet") for path in paths):
         return None
-    return sum(path.stat().st_size for path in files)
+    with files.supplied(DataError, "data.source"):
+        return sum(path.stat().st_size for path in paths)
 
 
-def _without_repeats(documents: Iterable[Document]) -> Iterator[Document]:
-    """Each text once, where it first stands; about 100 bytes of memory a document."""
+def _digested(
+    documents: Iterable[tuple[str, AnyDocument]], deduplicate: bool, wanted: bool
+) -> Iterator[tuple[str, AnyDocument, bytes]]:
+    """Each document with a digest of its text, if that is wanted.
+
+    To deduplicate, each text once, where it first stands; about 100 bytes of memory a document.
+    """
     seen: set[bytes] = set()
-    for document in documents:
-        digest = hashlib.blake2b(document.text.encode(), digest_size=16).digest()
-        if digest not in seen:
+    for part, document in documents:
+        digest = digest_of(document, 16) if deduplicate or wanted else b""
+        if deduplicate:
+            if digest in seen:
+                continue
             seen.add(digest)
-            yield document
+        yield part, document, digest
 
 
 def _python_files(which: str) -> list[tuple[Path, str]]:
     """(root, name below it) of every .py file of the standard library, then of the packages."""
     roots = [Path(sysconfig.get_path("stdlib"))]
     if which == "python_packages":
-        roots += [Path(entry) for entry in dict.fromkeys(sys.path) if Path(entry).name in _PACKAGES]
+        entries = [Path(entry) for entry in dict.fromkeys(sys.path)]
+        roots += [each for each in entries if each.name in _PACKAGES and files.is_dir(each)]
     found = []
     for root in roots:
-        names = []
-        for folder, folders, files in os.walk(root):
-            folders[:] = [name for name in folders if name not in _PACKAGES]
-            below = Path(folder).relative_to(root)
-            names += [(below / name).as_posix() for name in files if name.endswith(".py")]
-        found += [(root, name) for name in sorted(names)]
+        below = files_below(root, _PACKAGES)
+        found += [(root, name) for name in below if name.endswith(".py")]
     if not found:
         raise DataError(
             f"data.source: this interpreter keeps no .py files under {roots[0]}; name files instead"
@@ -130,31 +226,29 @@ def _python_files(which: str) -> list[tuple[Path, str]]:
 def _python_modules(which: str) -> Iterator[Document]:
     """Every module that is UTF-8; the tests of the standard library hold a few that are not."""
     for root, name in _python_files(which):
+        with files.supplied(DataError, root / name):
+            content = (root / name).read_bytes()
         try:
-            yield Document(name, (root / name).read_bytes().decode())
+            yield Document(name, content.decode())
         except UnicodeDecodeError:
             continue
 
 
-def _matching_files(patterns: list[str]) -> list[Path]:
-    """The files that paths and globs name: pattern by pattern, sorted within each, none twice."""
-    found: dict[Path, None] = {}
+def matching(patterns: list[str]) -> dict[str, list[Path]]:
+    """The files that paths and patterns name: pattern by pattern, sorted within, none twice.
+
+    Raises DataError for a pattern that names nothing, and for a file that nobody can read: before
+    anything is written.
+    """
+    found: dict[str, list[Path]] = {}
+    seen: set[str] = set()
     for pattern in patterns:
-        path = Path(pattern).expanduser()
-        fixed = list(itertools.takewhile(lambda part: not set(part) & set("*?["), path.parts))
-        if len(fixed) == len(path.parts):
-            matches = [path] if path.exists() else []
-        else:
-            below = "/".join(path.parts[len(fixed) :])
-            matches = sorted(each for each in Path(*fixed).glob(below) if each.is_file())
-        if not matches:
-            raise DataError(
-                f"data.source.files: {pattern!r} matches no file (looked from {Path.cwd()})"
-            )
-        for each in matches:
-            require_readable(each)  # a file nobody can read is an error before anything is written
-            found[each] = None
-    return list(found)
+        named = matching_files(pattern)
+        for path in named.values():
+            require_readable(path)
+        found.setdefault(pattern, []).extend(named[real] for real in named if real not in seen)
+        seen |= named.keys()
+    return found
 
 
 def _read_dataset(source: SourceConfig) -> Iterator[Document]:
@@ -169,7 +263,9 @@ def _read_dataset(source: SourceConfig) -> Iterator[Document]:
         try:
             item = next(numbered, None)
         except Exception as error:  # whatever the network, the hub or a builder may raise
-            raise DataError(f"data set {name}: {type(error).__name__}: {error}") from error
+            raise DataError(
+                f"data set {name}: {type(error).__name__}: {files.explain(error)}"
+            ) from error
         if item is None:
             return
         origin = f"{name} {source.split} row {item[0]}"
@@ -190,9 +286,11 @@ def _load_dataset(source: SourceConfig) -> Any:
                 revision=source.revision,
                 streaming=source.streaming,
             )
-        found = datasets.load_from_disk(str(source.saved))
+        found = datasets.load_from_disk(str(Path(source.saved or "").expanduser()))
     except Exception as error:  # see above
-        raise DataError(f"data set {name}: {type(error).__name__}: {error}") from error
+        raise DataError(
+            f"data set {name}: {type(error).__name__}: {files.explain(error)}"
+        ) from error
     if not isinstance(found, datasets.DatasetDict):
         if source.changed("split"):
             raise DataError(f"{name}: holds one data set without splits; leave out source.split")

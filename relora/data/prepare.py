@@ -12,7 +12,6 @@ import fcntl
 import functools
 import hashlib
 import itertools
-import json
 import os
 import shutil
 import sys
@@ -25,51 +24,109 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from relora import files
 from relora.data import corpus
+from relora.data.beginning import begin_ids
 from relora.data.config import DataConfig
-from relora.data.shards import FORMAT, SPLITS, describe, publish, read_index, shard_directory
+from relora.data.identity import describe_source, text_digest
+from relora.data.reuse import Say, clear, take_over, use_again, what_is_wrong, write_index
+from relora.data.shards import FORMAT, SPLITS, describe, shard_directory
 from relora.data.tokenizer import (
     build_tokenizer,
     describe_tokenizer,
     load_tokenizer,
     tokenizer_hash,
 )
-from relora.data.units import Job, cut_units, make_part, make_parts, part_path
-from relora.errors import DataError
+from relora.data.units import Job, cut_units, make_part, make_parts, part_path, read_part
+from relora.errors import DataError, UserError
 
-Say = Callable[[str], None]
 _SAY_EVERY = 10  # seconds
 
 
 def prepare(
-    config: DataConfig, *, seed: int = 0, workers: int | None = None, quiet: bool = False
+    config: DataConfig,
+    *,
+    seed: int = 0,
+    workers: int | None = None,
+    quiet: bool = False,
+    check_tokenizer: Callable[[Path], object] | None = None,
 ) -> Path:
     """Make the token shards of a config, if they are not there yet, and return their directory.
 
     `seed` chooses the text a tokenizer is trained on where there is more than enough of it. What
     is prepared already stays, whatever the seed: runs that differ in it share their data.
-    `workers` is the number of processes that tokenize, by default one per core. Raises DataError
-    when the text or the tokenizer is unusable; then no index.json is left.
+    `workers` is the number of processes that tokenize, by default one per core. `check_tokenizer`
+    is called with the tokenizer's directory before text is tokenized, and may raise. Raises
+    DataError when the text or the tokenizer is unusable; then no index.json is left.
     """
     say = _say(quiet)
+    corpus.require_documents(config.source)
     made_from = {  # raises for a source that matches nothing, before anything is written
-        "source": corpus.describe_source(config.source),
+        "source": describe_source(config.source),
         "tokenizer": describe_tokenizer(config.tokenizer),
     }
     directory = shard_directory(config)
-    try:
+    text = functools.cache(functools.partial(_read_text, config, say))
+    with _writing(directory):
+        if (
+            what_is_wrong(directory, config, made_from, text) is None
+        ):  # perhaps where nobody can write
+            use_again(directory, config, made_from, say)
+            return directory
         directory.mkdir(parents=True, exist_ok=True)
         with _alone_in(directory, say):
-            if not _is_complete(directory, made_from, say):
-                try:
-                    _prepare(config, directory, made_from, seed, workers or _cores(), quiet)
-                except DataError:
-                    if not (directory / "tokenizer").is_dir():  # nothing to go on with
-                        shutil.rmtree(directory)
-                    raise
-    except OSError as error:
-        raise DataError(f"cannot write token shards to {directory}: {error}") from error
+            # Another prepare may have been at work meanwhile.
+            wrong = what_is_wrong(directory, config, made_from, text)
+            if wrong is None:
+                use_again(directory, config, made_from, say)
+                return directory
+            if wrong:
+                say(f"prepared anew, because {wrong}")
+            if take_over(directory, config, made_from, text, say):
+                return directory
+            try:
+                _start_or_go_on(directory, made_from, say)
+                if not (directory / "tokenizer").is_dir():
+                    _make_tokenizer(config, directory, made_from, seed, say)
+                if check_tokenizer:
+                    check_tokenizer(directory / "tokenizer")
+                _prepare(config, directory, made_from, seed, workers or _cores(), quiet)
+            except (UserError, OSError):
+                if not (directory / "tokenizer").is_dir():  # nothing to go on with
+                    _leave(directory)
+                raise
     return directory
+
+
+def _read_text(config: DataConfig, say: Say) -> str:
+    say(
+        f"{corpus.source_name(config.source)}: names and sizes are those of prepared text, and "
+        "times are not; reading it to compare"
+    )
+    return text_digest(config.source)
+
+
+@contextmanager
+def _writing(directory: Path) -> Iterator[None]:
+    """What the system has against writing, as a DataError."""
+    try:
+        yield
+    except BrokenPipeError:  # that is about what is printed
+        raise
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        raise DataError(
+            f"cannot write token shards to {directory}: {files.explain(error)}{where}; make room, "
+            "or name another place by data.dir"
+        ) from error
+
+
+def _leave(directory: Path) -> None:
+    """Remove a directory that holds nothing but what prepare wrote."""
+    clear(directory)
+    (directory / "lock").unlink(missing_ok=True)
+    if not any(directory.iterdir()):
+        directory.rmdir()
 
 
 def _prepare(
@@ -81,14 +138,6 @@ def _prepare(
     quiet: bool,
 ) -> None:
     say = _say(quiet)
-    _start_or_go_on(directory, made_from, say)
-    began = time.monotonic()
-    if not (directory / "tokenizer").is_dir():
-        _make_tokenizer(config, directory, seed)
-        say(
-            f"tokenizer: {config.tokenizer.train or config.tokenizer.path}, "
-            f"{time.monotonic() - began:.1f} s"
-        )
     tokenizer = load_tokenizer(directory / "tokenizer")
     vocab_size = max(tokenizer.get_vocab().values()) + 1  # ids may have gaps
     job = Job(
@@ -97,11 +146,14 @@ def _prepare(
         eos_id=int(tokenizer.eos_token_id),
         dtype="uint16" if vocab_size <= 1 << 16 else "uint32",
         validation_fraction=config.validation_fraction,
+        begin_ids=tuple(begin_ids(tokenizer)),
     )
     began = time.monotonic()
     parts = directory / "parts"
     parts.mkdir(exist_ok=True)
-    count = _tokenize(config, job, parts, workers, quiet)
+    tally = corpus.Tally()
+    count = _tokenize(config, job, parts, tally, workers, quiet)
+    _require_unchanged(config, directory, made_from)
     splits, max_token_id = _join(directory, parts, count, job)
     index = {
         "format": FORMAT,
@@ -113,9 +165,12 @@ def _prepare(
         "splits": splits,
         "validation_fraction": config.validation_fraction,
         "tokenizer_seed": seed,
+        "parts": corpus.part_counts(config.source, tally),
+        "text_sha256": tally.sha256(),
+        **({"begin_ids": job.begin_ids} if job.begin_ids else {}),
         **made_from,
     }
-    _write_json(directory / "index.json", index)
+    write_index(directory, index)
     shutil.rmtree(parts)
     say(f"{describe(index)}\n{directory}: done, {time.monotonic() - began:.1f} s")
 
@@ -131,7 +186,9 @@ def _cores() -> int:
 @contextmanager
 def _alone_in(directory: Path, say: Say) -> Iterator[None]:
     """Hold the directory's lock; the system frees it when this process ends, however it ends."""
-    with (directory / "lock").open("w") as lock:
+    # Without waiting, whatever may stand there under that name.
+    flags = os.O_RDWR | os.O_CREAT | os.O_NONBLOCK
+    with os.fdopen(os.open(directory / "lock", flags, 0o666), "rb") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -140,66 +197,67 @@ def _alone_in(directory: Path, say: Say) -> Iterator[None]:
         yield
 
 
-def _is_complete(directory: Path, made_from: dict[str, Any], say: Say) -> bool:
-    if not (directory / "index.json").is_file():
-        return False
-    try:
-        index = read_index(directory)
-    except DataError as error:
-        say(f"prepared anew, because {error}")
-        (directory / "made_from.json").unlink(missing_ok=True)  # trust nothing in there
-        return False
-    if changes := _changes(index, made_from):
-        say(f"prepared anew, because {changes}")
-        return False
-    shutil.rmtree(directory / "parts", ignore_errors=True)  # killed between index and clean-up
-    say(f"{directory}: prepared already\n{describe(index)}")
-    return True
-
-
-def _changes(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """In words, how the text or tokenizer differs from what a directory was made from."""
-    found = []
-    for what in ("source", "tokenizer"):
-        for key in sorted({*before[what], *now[what]}):
-            old, new = before[what].get(key), now[what].get(key)
-            if old != new:
-                short = key.endswith("sha256")
-                found.append(f"its {what} changed" + ("" if short else f": {key} {old} → {new}"))
-    return ", ".join(dict.fromkeys(found))
-
-
 def _start_or_go_on(directory: Path, made_from: dict[str, Any], say: Say) -> None:
     """Clear away what was made from something else; keep what a killed run may build on."""
-    (directory / "index.json").unlink(missing_ok=True)
+    for path in directory.glob("*.tmp"):  # of a killed run: this process holds the lock
+        shutil.rmtree(path) if files.is_dir(path) else path.unlink()
     record = directory / "made_from.json"
-    if record.is_file() and json.loads(record.read_bytes()) == made_from:
-        if (directory / "tokenizer").is_dir():
-            say(f"{directory}: going on with an unfinished prepare")
-        return
-    for name in ("tokenizer", "parts"):
-        shutil.rmtree(directory / name, ignore_errors=True)
-    for split in SPLITS:
-        (directory / f"{split}.bin").unlink(missing_ok=True)
-    _write_json(record, made_from)
+    # An index that is still there is of other text, or damaged: then nothing is to be trusted.
+    if files.exists(record) and not files.exists(directory / "index.json"):
+        try:
+            kept = files.read_json(record, DataError)
+            sha256 = kept.pop("tokenizer_sha256", None)
+            if kept == made_from:
+                if _hash_of_tokenizer(directory) == sha256:
+                    if sha256:
+                        say(f"{directory}: going on with an unfinished prepare")
+                    return
+                say(f"{directory / 'tokenizer'}: is not as it was made; all is made anew")
+        except DataError as error:
+            say(f"{error}; all is made anew")
+    clear(directory)
+    files.write_json(record, made_from)
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    publish(temporary, path)
+def _require_unchanged(config: DataConfig, directory: Path, made_from: dict[str, Any]) -> None:
+    """DataError if the source is no longer what it was before it was read."""
+    now = describe_source(config.source)
+    if now != made_from["source"]:
+        (directory / "made_from.json").unlink(
+            missing_ok=True
+        )  # the tokenizer may be of either text
+        raise DataError(
+            f"data.source: {corpus.source_name(config.source)} changed while it was read (files "
+            f"{made_from['source']['files']} → {now['files']}, bytes "
+            f"{made_from['source']['bytes']} → {now['bytes']}, or what is in them); nothing of it "
+            "was kept; run prepare again when nobody writes there"
+        )
 
 
-def _make_tokenizer(config: DataConfig, directory: Path, seed: int) -> None:
-    temporary = directory / "tokenizer.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    build_tokenizer(config.tokenizer, lambda: corpus.iter_documents(config.source), temporary, seed)
-    publish(temporary, directory / "tokenizer")
+def _make_tokenizer(
+    config: DataConfig, directory: Path, made_from: dict[str, Any], seed: int, say: Say
+) -> None:
+    began = time.monotonic()
+    with files.making(directory / "tokenizer") as temporary:
+        build_tokenizer(
+            config.tokenizer, lambda: corpus.iter_sample(config.source), temporary, seed
+        )
+    record = {**made_from, "tokenizer_sha256": _hash_of_tokenizer(directory)}
+    files.write_json(directory / "made_from.json", record)
+    kind = config.tokenizer.train or config.tokenizer.path
+    say(f"tokenizer: {kind}, {time.monotonic() - began:.1f} s")
 
 
-def _tokenize(config: DataConfig, job: Job, parts: Path, workers: int, quiet: bool) -> int:
-    """Make every part that is missing; returns how many there are."""
-    units = cut_units(corpus.iter_documents(config.source))
+def _hash_of_tokenizer(directory: Path) -> str | None:
+    tokenizer = directory / "tokenizer"
+    return tokenizer_hash(tokenizer) if files.is_dir(tokenizer) else None
+
+
+def _tokenize(
+    config: DataConfig, job: Job, parts: Path, tally: corpus.Tally, workers: int, quiet: bool
+) -> int:
+    """Make every part that is missing, counting documents in `tally`; returns how many parts."""
+    units = cut_units(corpus.iter_documents(config.source, tally))
     first = list(itertools.islice(units, 2))
     if len(first) < 2:  # not worth the start of a process
         workers = 1
@@ -241,23 +299,23 @@ def _join(
         totals = np.zeros(2, dtype=np.int64)
         digest = hashlib.sha256()
         tokens = 0
-        temporary = directory / f"{split}.tmp"
-        with temporary.open("wb") as file:
-            for number in range(count):
-                with np.load(part_path(parts, number)) as part:
+        with files.replacing(directory / f"{split}.bin") as temporary:
+            with temporary.open("wb") as file:
+                for number in range(count):
+                    part = read_part(part_path(parts, number))
                     ids = part[split]
                     totals += part["counts"][number_of_split]
-                tokens += len(ids)
-                max_token_id = max(max_token_id, int(ids.max(initial=0)))
-                digest.update(ids.data)
-                file.write(ids.data)
-        if tokens == 0:
-            raise DataError(
-                f"data.validation_fraction: at {job.validation_fraction} no document of this "
-                f"source fell into the {split} split; documents are split whole, so give more of "
-                "them (one a file, or one a row) or another fraction"
-            )
-        publish(temporary, directory / f"{split}.bin")
+                    tokens += len(ids)
+                    max_token_id = max(max_token_id, int(ids.max(initial=0)))
+                    digest.update(ids.data)
+                    file.write(ids.data)
+            if tokens == 0:
+                raise DataError(
+                    f"data.validation_fraction: at {job.validation_fraction} no document of this "
+                    f"source fell into the {split} split; documents are split whole, so give more "
+                    "of them (one a file, or one a row), cut text files into documents by "
+                    "data.source.cut, or take another fraction"
+                )
         splits[split] = {
             "documents": int(totals[0]),
             "tokens": tokens,

@@ -18,20 +18,28 @@ from __future__ import annotations
 import io
 import json
 import re
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 from relora.data.config import TokenizerConfig
+from relora.data.transformers_tokenizer import PROBES
 from relora.errors import DataError
 
 _SPACE = "\u2581"  # how sentencepiece writes a space
 _CHECKED_CHARACTERS = 1_000_000  # of the sample, to compare both encoders on
 _THREADS = 8  # a constant: a unigram model depends on how many threads its sums are split over
+# Of a user-defined symbol in a unigram model, a byte of it (as found in sentencepiece 0.2.3).
+_SYMBOL_BONUS = 0.1
 _SCORE_UNIT = 16  # scores are multiples of 1/16
 
 # Ways to cut text before the model sees it, the finest first. Cutting is exact where no piece of
 # the vocabulary spans a cut, and makes the encoder's cache of words worth having.
 _CUTS = (r" *[A-Za-z]+| *[^A-Za-z ]+| +", r" *[^ ]+| +")
+_SUFFIX_CUTS = (r"[^ ]+ *| +",)
+# Characters of a private plane: the first stands between others, the rest for user-defined symbols,
+# while text is normalised.
+_STAND_INS = 0x10F000
 
 
 def train_sentencepiece(config: TokenizerConfig, sample: list[str]) -> bytes:
@@ -100,16 +108,21 @@ def write_sentencepiece(model: bytes, directory: Path, sample: list[str], name: 
         reference = sentencepiece.SentencePieceProcessor(model_proto=model)
     except (DecodeError, RuntimeError) as error:
         raise DataError(f"{name}: not a sentencepiece model: {error}") from error
+    if not proto.pieces:
+        raise DataError(f"{name}: not a sentencepiece model: it has no pieces")
     if reference.eos_id() < 0:
         raise DataError(f"{name}: has no EOS piece, and documents end in it")
     kind = proto.trainer_spec.model_type
     if kind not in (proto.trainer_spec.BPE, proto.trainer_spec.UNIGRAM):
-        raise DataError(f"{name}: only bpe and unigram sentencepiece models are read")
+        names = proto.trainer_spec.ModelType.Name(kind).lower()
+        raise DataError(
+            f"{name}: model_type is {names}, and only bpe and unigram sentencepiece models are "
+            "read; train one, here by data.tokenizer: {train: bpe, vocab_size: …}"
+        )
     fast = _convert(proto)
-    # Foreign models may hold anything: the names of their own pieces are the likeliest to differ.
-    own = "".join(f"a{p.piece}b " for p in proto.pieces if p.type != proto.SentencePiece.NORMAL)
-    _require_equal_ids(fast, reference, [own, *sample], name)
-    fast.save(str(directory / "tokenizer.json"))
+    _require_equal_ids(fast, reference, proto, sample, name)
+    # Not by `save`: what the disk says would come as no OSError.
+    (directory / "tokenizer.json").write_text(fast.to_str(pretty=True), encoding="utf8")
     (directory / "tokenizer.model").write_bytes(model)
     names = {
         f"{name}_token": reference.id_to_piece(number)
@@ -135,78 +148,154 @@ def _parse(model: bytes) -> Any:
     return messages.ModelProto.FromString(model)
 
 
-def _require_equal_ids(fast: Any, reference: Any, sample: list[str], name: str) -> None:
-    checked = 0
-    for text in sample:
+def _require_equal_ids(fast: Any, reference: Any, proto: Any, sample: list[str], name: str) -> None:
+    """DataError, with what stands in the way, if ids are not sentencepiece's."""
+    scores = _scores(proto)
+    for where, text in _checked_texts(proto, sample):
         text = text.replace(_SPACE, "")
         ids, expected = fast.encode(text, add_special_tokens=False).ids, reference.encode(text)
-        if ids != expected and not _tie(reference, ids, expected):
+        if ids != expected and not _tie(reference, scores, ids, expected):
             raise DataError(
                 f"{name}: this sentencepiece model cannot be carried over exactly: ids differ on "
-                f"text that begins {text[:40]!r}; save it as a transformers tokenizer directory "
-                "and name that as data.tokenizer.path"
+                f"{where}. What stands in the way is one of: {', '.join(_peculiarities(proto))}. "
+                "Train it without, or, if the ids that transformers gives it will do, put it into "
+                "a directory DIR as tokenizer.model, run PreTrainedTokenizerFast.from_pretrained("
+                "DIR).save_pretrained(DIR), and name DIR as data.tokenizer.path"
             )
+
+
+def _checked_texts(proto: Any, sample: list[str]) -> Iterator[tuple[str, str]]:
+    """What to compare on, and what to call it."""
+    for p in proto.pieces:  # the likeliest to differ
+        if p.type not in (proto.SentencePiece.NORMAL, proto.SentencePiece.BYTE):
+            for text in (f"a{p.piece}b ", f" {p.piece}  {p.piece}c"):
+                yield f"text with its piece {p.piece!r}", text
+    for text in PROBES:
+        yield f"the text {text!r}", text
+    checked = 0
+    for text in sample:
+        yield f"text that begins {text[:40]!r}", text
         checked += len(text)
         if checked > _CHECKED_CHARACTERS:
             return
 
 
-def _tie(reference: Any, ids: list[int], expected: list[int]) -> bool:
+def _peculiarities(proto: Any) -> list[str]:
+    """Options of a model that this package's own models do not have."""
+    trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
+    types = {p.type for p in proto.pieces}
+    found = {
+        "user_defined_symbols": proto.SentencePiece.USER_DEFINED in types,
+        "pieces of type UNUSED": proto.SentencePiece.UNUSED in types,
+        "treat_whitespace_as_suffix": trainer.treat_whitespace_as_suffix,
+        f"normalization_rule_name {normalizer.name!r}": bool(normalizer.precompiled_charsmap),
+        "remove_extra_whitespaces": normalizer.remove_extra_whitespaces,
+        "add_dummy_prefix": normalizer.add_dummy_prefix,
+        "escape_whitespaces: false": not normalizer.escape_whitespaces,
+        "byte_fallback: false": not trainer.byte_fallback,
+    }
+    return [option for option, is_there in found.items() if is_there] or ["its vocabulary"]
+
+
+def _tie(reference: Any, scores: list[float], ids: list[int], expected: list[int]) -> bool:
     """Whether two ways to cut a text are equally likely, as far as float32 can tell.
 
     A foreign unigram model keeps its scores, and sentencepiece's choice among such ties, which
     depends on its rounding, cannot be had from anything else.
     """
-    scores = [sum(map(reference.get_score, each)) for each in (ids, expected)]
+    ours, theirs = (sum(scores[number] for number in each) for each in (ids, expected))
     same_text = reference.decode(ids) == reference.decode(expected)
-    return same_text and abs(scores[0] - scores[1]) <= 1e-6 * abs(scores[1])
+    return bool(same_text and abs(ours - theirs) <= 1e-6 * abs(theirs))
 
 
 def _convert(proto: Any) -> Any:
     """A sentencepiece ModelProto as a `tokenizers.Tokenizer` that gives the same ids."""
-    from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
+    from tokenizers import AddedToken, Regex, Tokenizer, pre_tokenizers
 
     kinds = proto.SentencePiece
-    user_defined = [
-        p.piece.replace(_SPACE, " ") for p in proto.pieces if p.type == kinds.USER_DEFINED
-    ]
+    is_bpe = proto.trainer_spec.model_type == proto.trainer_spec.BPE
     control = [p.piece for p in proto.pieces if p.type in (kinds.CONTROL, kinds.UNKNOWN)]
-    normal = {p.piece.replace(_SPACE, " "): p.score for p in proto.pieces if p.type == kinds.NORMAL}
-    pieces = [
-        (
-            p.piece if p.type in (kinds.CONTROL, kinds.BYTE) else p.piece.replace(_SPACE, " "),
-            p.score,
-        )
-        for p in proto.pieces
-    ]
-    fallback = proto.trainer_spec.byte_fallback
-    unknown = next(i for i, p in enumerate(proto.pieces) if p.type == kinds.UNKNOWN)
-    if proto.trainer_spec.model_type == proto.trainer_spec.BPE:
-        model: Any = models.BPE(
-            {piece: number for number, (piece, _) in enumerate(pieces)},
-            _merges(normal),
-            unk_token=pieces[unknown][0],
-            byte_fallback=fallback,
-            fuse_unk=True,
-        )
-    else:
-        # The lattice of `tokenizers` would take `</s>` or `<0x41>` in a text for these pieces.
-        never = min(normal.values()) - 1000
-        scored = [(piece, normal.get(piece, never)) for piece, _ in pieces]
-        model = models.Unigram(scored, unk_id=unknown, byte_fallback=fallback)
-    fast = Tokenizer(model)
-    steps = _normalizers(proto)
-    if steps:
-        fast.normalizer = normalizers.Sequence(steps)
-    for cut in _CUTS:
-        if all(re.fullmatch(cut, piece) for piece in normal):
-            fast.pre_tokenizer = pre_tokenizers.Split(Regex(cut), "isolated")
-            break
+    normal = {_spell(p.piece): p.score for p in proto.pieces if p.type == kinds.NORMAL}
+    symbols = [_spell(p.piece) for p in proto.pieces if _is_symbol(proto, p)]
+    fast = Tokenizer(_bpe(proto, normal) if is_bpe else _unigram(proto, normal))
+    if steps := _normalizers(proto, symbols, is_bpe):
+        fast.normalizer = steps
+    if cut := _cut(proto, normal if is_bpe else {*normal, *symbols}):
+        fast.pre_tokenizer = pre_tokenizers.Split(Regex(cut), "isolated")
     fast.decoder = _decoder(proto)
     fast.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in control])
-    fast.add_tokens([AddedToken(name, normalized=False) for name in user_defined])
+    if is_bpe:
+        # Found in normalised text, so that what stands around a symbol is normalised as one text.
+        fast.add_tokens(
+            [AddedToken(name, normalized=fast.normalizer is not None) for name in symbols]
+        )
     fast.encode_special_tokens = True
     return fast
+
+
+def _cut(proto: Any, pieces: Collection[str]) -> str | None:
+    """The finest way to cut text that no piece spans, and no stretch of unknown characters."""
+    cuts: tuple[str, ...] = _SUFFIX_CUTS if proto.trainer_spec.treat_whitespace_as_suffix else _CUTS
+    if not proto.trainer_spec.byte_fallback:  # then such a stretch is one token
+        cuts = cuts[-1:] if " " in pieces else ()
+    return next((cut for cut in cuts if all(re.fullmatch(cut, piece) for piece in pieces)), None)
+
+
+def _spell(piece: str) -> str:
+    """A piece as it stands in tokenizer.json: its spaces are spaces."""
+    return piece.translate(str.maketrans(f"{_SPACE} ", f" {_SPACE}"))
+
+
+def _spellings(proto: Any) -> list[str]:
+    kinds = proto.SentencePiece
+    return [
+        p.piece if p.type in (kinds.CONTROL, kinds.BYTE) else _spell(p.piece) for p in proto.pieces
+    ]
+
+
+def _is_symbol(proto: Any, piece: Any) -> bool:
+    """Whether a piece is a user-defined symbol that can be found: normalised text has no spaces."""
+    return piece.type == proto.SentencePiece.USER_DEFINED and " " not in piece.piece
+
+
+def _scores(proto: Any) -> list[float]:
+    """The score that sentencepiece's lattice gives to each piece."""
+    return [
+        _SYMBOL_BONUS * len(p.piece.encode()) if _is_symbol(proto, p) else p.score
+        for p in proto.pieces
+    ]
+
+
+def _unknown(proto: Any) -> int:
+    return next(i for i, p in enumerate(proto.pieces) if p.type == proto.SentencePiece.UNKNOWN)
+
+
+def _bpe(proto: Any, normal: dict[str, float]) -> Any:
+    from tokenizers import models
+
+    pieces = _spellings(proto)
+    return models.BPE(
+        {piece: number for number, piece in enumerate(pieces)},
+        _merges(normal),
+        unk_token=pieces[_unknown(proto)],
+        byte_fallback=proto.trainer_spec.byte_fallback,
+        fuse_unk=True,
+    )
+
+
+def _unigram(proto: Any, normal: dict[str, float]) -> Any:
+    """User-defined symbols are pieces among others here: with a score that beats all others."""
+    from tokenizers import models
+
+    # The lattice of `tokenizers` would take `</s>` or `<0x41>` in a text for these pieces.
+    never = min(normal.values()) - 1000
+    scored = [
+        (spelling, score if spelling in normal or _is_symbol(proto, p) else never)
+        for p, spelling, score in zip(proto.pieces, _spellings(proto), _scores(proto), strict=True)
+    ]
+    return models.Unigram(
+        scored, unk_id=_unknown(proto), byte_fallback=proto.trainer_spec.byte_fallback
+    )
 
 
 def _merges(normal: dict[str, float]) -> list[tuple[str, str]]:
@@ -219,25 +308,64 @@ def _merges(normal: dict[str, float]) -> list[tuple[str, str]]:
     ]
 
 
-def _normalizers(proto: Any) -> list[Any]:
-    """What a foreign model does to text first; nothing for one trained here."""
+def _normalizers(proto: Any, symbols: list[str], is_bpe: bool) -> Any:
+    """What a foreign model does to text first; None for one trained here.
+
+    In sentencepiece's order (normalizer.cc): the table of characters, which leaves user-defined
+    symbols alone, then extra spaces, then the one space before or after the text.
+    """
     from tokenizers import Regex, normalizers
 
     spec = proto.normalizer_spec
     steps: list[Any] = []
     if spec.precompiled_charsmap:
-        steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
+        steps += _table(spec.precompiled_charsmap, symbols)
     if spec.remove_extra_whitespaces:
-        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+        steps += [
+            normalizers.Replace(Regex(r"\A +| +\z"), ""),
+            normalizers.Replace(Regex(" {2,}"), " "),
+        ]
     if spec.add_dummy_prefix:
-        steps.append(normalizers.Prepend(" "))
-    return steps
+        if proto.trainer_spec.treat_whitespace_as_suffix:
+            steps.append(normalizers.Replace(Regex(r"(?<=.)\z"), " "))
+        elif is_bpe and symbols:
+            # The names of added tokens are normalised too, and shall get no space.
+            names = "|".join(map(re.escape, symbols))
+            steps.append(normalizers.Replace(Regex(rf"\A(?!(?:{names})\z)(?=.|\n)"), " "))
+        else:
+            steps.append(normalizers.Prepend(" "))
+    return normalizers.Sequence(steps) if steps else None
+
+
+def _table(charsmap: bytes, symbols: list[str]) -> list[Any]:
+    """The table of characters, applied as sentencepiece does.
+
+    `tokenizers` looks up a base and its marks as one character and finds the first alone, so that
+    the marks of `\u00bd\u0301` or the line feed of CR LF would be lost: here they are held apart.
+    """
+    from tokenizers import Regex, normalizers
+
+    table = normalizers.Precompiled(charsmap)
+    marks = r"[\p{M}\x{200d}\x{ff9e}\x{ff9f}]"
+    characters = (chr(c) for c in range(1, 0x20000) if not 0xD800 <= c < 0xE000)
+    changed = [ord(c) for c in characters if table.normalize_str(c) != c]
+    bases = "".join(rf"\x{{{code:x}}}" for code in changed)
+    stand_ins = [s for s in symbols if " " not in s and table.normalize_str(s) != s]
+    before, after = [], []
+    for number, symbol in enumerate(sorted(stand_ins, key=len, reverse=True), 1):
+        before.append(normalizers.Replace(symbol, chr(_STAND_INS + number)))
+        after.append(normalizers.Replace(chr(_STAND_INS + number), symbol))
+    if (lone := table.normalize_str("\r")) != "\r":
+        before.append(normalizers.Replace("\r", lone))
+    apart = normalizers.Replace(Regex(f"(?<=[{bases}]|{marks})(?={marks})"), chr(_STAND_INS))
+    return [*before, apart, table, normalizers.Replace(chr(_STAND_INS), ""), *after]
 
 
 def _decoder(proto: Any) -> Any:
     from tokenizers import decoders
 
     steps: list[Any] = [decoders.ByteFallback(), decoders.Fuse()]
-    if proto.normalizer_spec.add_dummy_prefix:
+    at_end = proto.trainer_spec.treat_whitespace_as_suffix  # sentencepiece leaves it there
+    if proto.normalizer_spec.add_dummy_prefix and not at_end:
         steps.append(decoders.Strip(" ", 1, 0))
     return decoders.Sequence(steps)

@@ -12,21 +12,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from pydantic import BaseModel, Field, ValidationError
 
+from relora import files
 from relora.data.config import DataConfig
 from relora.data.corpus import source_name
+from relora.data.identity import settings_of
+from relora.data.tokenizer import settings_of as tokenizer_settings
 from relora.data.tokenizer import tokenizer_hash
 from relora.errors import ConfigError, DataError
 
 FORMAT = 1  # raise it when the same settings would give other bytes
 SPLITS = ("train", "validation")
+_PARTS_SHOWN = 50
 
 
 @dataclass(frozen=True)
@@ -47,8 +51,8 @@ def shard_directory(config: DataConfig) -> Path:
     """Where the shards of these settings lie; other source or tokenizer settings, another place."""
     settings = {
         "format": FORMAT,
-        "source": config.source.model_dump(mode="json"),
-        "tokenizer": config.tokenizer.model_dump(mode="json"),
+        "source": settings_of(config.source),
+        "tokenizer": tokenizer_settings(config.tokenizer),
         "validation_fraction": config.validation_fraction,
     }
     fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
@@ -64,7 +68,7 @@ def open_shards(config: DataConfig, *, verify: bool = False) -> TokenShards:
     index says.
     """
     directory = shard_directory(config)
-    if not (directory / "index.json").is_file():
+    if not files.is_file(directory / "index.json"):
         raise ConfigError(
             f"data: there are no token shards at {directory} for these source and tokenizer "
             "settings; run: relora prepare CONFIG"
@@ -74,9 +78,8 @@ def open_shards(config: DataConfig, *, verify: bool = False) -> TokenShards:
         for split in SPLITS:
             _verify(directory / f"{split}.bin", index["splits"][split])
     hashes = [index["splits"][split]["sha256"] for split in SPLITS] + [index["tokenizer_sha256"]]
-    maps = [
-        np.memmap(directory / f"{split}.bin", dtype=index["dtype"], mode="r") for split in SPLITS
-    ]
+    with files.supplied(DataError, directory):
+        maps = [np.memmap(directory / f"{s}.bin", dtype=index["dtype"], mode="r") for s in SPLITS]
     return TokenShards(
         directory=directory,
         tokenizer_dir=directory / "tokenizer",
@@ -89,40 +92,88 @@ def open_shards(config: DataConfig, *, verify: bool = False) -> TokenShards:
     )
 
 
+_Count = Annotated[int, Field(strict=True, ge=0, lt=1 << 63)]
+
+
+class _Split(BaseModel):
+    documents: _Count
+    tokens: Annotated[_Count, Field(ge=1)]
+    bytes: _Count
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+
+class _Made(BaseModel):
+    settings: dict[str, Any]
+
+
+class _Part(BaseModel):
+    name: str
+    files: _Count | None
+    documents: _Count | None = None
+
+
+class _Index(BaseModel):
+    """What index.json must have; `index_sha256`, where it is, vouches for all of it."""
+
+    dtype: Literal["uint16", "uint32"]
+    vocab_size: _Count
+    eos_id: _Count
+    max_token_id: _Count
+    tokenizer_sha256: str
+    splits: dict[Literal["train", "validation"], _Split] = Field(min_length=2)
+    source: _Made
+    tokenizer: _Made
+    parts: list[_Part] = []
+
+
 def read_index(directory: Path) -> dict[str, Any]:
     """index.json, if it makes sense and shards and tokenizer are as it says; else a DataError."""
     path = directory / "index.json"
     try:
-        index = json.loads(path.read_bytes())
-        if index["format"] != FORMAT:
-            raise _damaged(path, f"has format {index['format']}, and this version reads {FORMAT}")
-        width = {"uint16": 2, "uint32": 4}[index["dtype"]]
-        sizes = {split: index["splits"][split]["tokens"] * width for split in SPLITS}
-        if not 0 <= index["max_token_id"] < index["vocab_size"]:
-            raise _damaged(
-                path, f"has token id {index['max_token_id']} in {index['vocab_size']} tokens"
-            )
-        _ = index["eos_id"], index["tokenizer_sha256"], index["source"], index["tokenizer"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise _damaged(path, f"is broken ({type(error).__name__}: {error})") from error
-    for split, expected in sizes.items():
-        shard = directory / f"{split}.bin"
-        actual = shard.stat().st_size if shard.is_file() else None
-        if actual is None:
-            raise _damaged(shard, "is missing")
-        if actual != expected:
-            raise _damaged(shard, f"has {actual:,} bytes where its index says {expected:,}")
+        index = files.read_json(path, DataError)
+    except DataError as error:
+        raise _damaged(path, f"is broken ({str(error).removeprefix(f'{path}: ')})") from error
+    if index.get("format") != FORMAT:
+        raise _damaged(path, f"has format {index.get('format')}, and this version reads {FORMAT}")
+    try:
+        _Index.model_validate(index)
+    except ValidationError as error:
+        first = error.errors()[0]
+        what = ".".join(map(str, first["loc"]))
+        raise _damaged(path, f"is broken ({what}: {first['msg']})") from error
+    highest = max(index["max_token_id"], index["eos_id"])
+    if highest >= index["vocab_size"]:
+        raise _damaged(path, f"has token id {highest} in {index['vocab_size']} tokens")
+    if index.get("index_sha256") not in (None, index_hash(index)):
+        raise _damaged(path, "is not what prepare wrote")
+    width = np.dtype(index["dtype"]).itemsize
+    for split in SPLITS:
+        _require_size(directory / f"{split}.bin", index["splits"][split]["tokens"] * width)
     tokenizer_dir = directory / "tokenizer"
-    if not tokenizer_dir.is_dir() or tokenizer_hash(tokenizer_dir) != index["tokenizer_sha256"]:
-        raise _damaged(tokenizer_dir, "is not the tokenizer these shards were made with")
+    with files.supplied(DataError, tokenizer_dir):
+        if not tokenizer_dir.is_dir() or tokenizer_hash(tokenizer_dir) != index["tokenizer_sha256"]:
+            raise _damaged(tokenizer_dir, "is not the tokenizer these shards were made with")
     return index
 
 
+def index_hash(index: dict[str, Any]) -> str:
+    """sha256 over an index but for the hash itself."""
+    rest = {key: value for key, value in index.items() if key != "index_sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _require_size(shard: Path, expected: int) -> None:
+    with files.supplied(DataError, shard):
+        actual = shard.stat().st_size if shard.is_file() else None
+    if actual is None:
+        raise _damaged(shard, "is missing")
+    if actual != expected:
+        raise _damaged(shard, f"has {actual:,} bytes where its index says {expected:,}")
+
+
 def describe(index: dict[str, Any]) -> str:
-    """Prepared data in one line a split."""
-    lines = []
+    """Prepared data: a line for each part of the source, and one a split."""
+    lines = part_lines(index.get("parts", []))
     for split in SPLITS:
         counts = index["splits"][split]
         lines.append(
@@ -133,24 +184,23 @@ def describe(index: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def publish(temporary: Path, final: Path) -> None:
-    """Give a finished file or directory its name, so that a crash leaves all of it or nothing."""
-    for path in temporary.iterdir() if temporary.is_dir() else [temporary]:
-        _sync(path)
-    temporary.replace(final)
-    _sync(final.parent)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def part_lines(parts: list[dict[str, Any]]) -> list[str]:
+    """What each pattern of a source gave: a wrong one is seen by it."""
+    lines = []
+    for part in parts[:_PARTS_SHOWN]:
+        counts = [
+            f"{part[what]:,} {what if part[what] != 1 else what[:-1]}"
+            for what in ("documents", "files")
+            if part.get(what) is not None
+        ]
+        lines.append(f"{part['name']}: {', '.join(counts)}")
+    if len(parts) > _PARTS_SHOWN:
+        lines.append(f"… and {len(parts) - _PARTS_SHOWN:,} patterns more")
+    return lines
 
 
 def _verify(shard: Path, counts: dict[str, Any]) -> None:
-    with shard.open("rb") as file:
+    with files.supplied(DataError, shard), shard.open("rb") as file:
         actual = hashlib.file_digest(file, "sha256").hexdigest()
     if actual != counts["sha256"]:
         raise _damaged(

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from relora import files
 from relora.data.config import TokenizerConfig
 from relora.data.corpus import Document
 from relora.data.sentencepiece_model import train_sentencepiece, write_sentencepiece
-from relora.errors import DataError
+from relora.data.transformers_tokenizer import open_directory, parse_file, take_over
+from relora.errors import ConfigError, DataError, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,27 +48,48 @@ def build_tokenizer(
     sample = [text for _, text in itertools.islice(documents(), 200)]
     if config.path.endswith(".model"):
         path = Path(config.path).expanduser()
-        if not path.is_file():
-            raise DataError(f"data.tokenizer.path: no file {path}")
-        write_sentencepiece(path.read_bytes(), directory, sample, f"data.tokenizer.path: {path}")
+        if not files.is_file(path):
+            raise DataError(f"data.tokenizer.path: no file {path} (looked from {Path.cwd()})")
+        if config.add_bos is False:
+            raise ConfigError(
+                "data.tokenizer.add_bos: false would do nothing: a sentencepiece model puts "
+                "nothing before a text; remove it"
+            )
+        where = f"data.tokenizer.path: {path}"
+        with files.supplied(DataError, where):
+            model = path.read_bytes()
+        write_sentencepiece(model, directory, sample, where)
     else:
-        _copy_transformers(config.path, directory, sample)
+        take_over(config.path, directory, sample, config.add_bos)
 
 
 def describe_tokenizer(config: TokenizerConfig) -> dict[str, Any]:
     """The settings and, of a tokenizer that lies here, the content, as JSON."""
-    described: dict[str, Any] = {"settings": config.model_dump(mode="json")}
+    described: dict[str, Any] = {"settings": settings_of(config)}
     path = Path(config.path).expanduser() if config.path else None
-    if path and path.is_file():
-        described["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
-    elif path and path.is_dir():
-        described["sha256"] = tokenizer_hash(path)
+    with files.supplied(DataError, f"data.tokenizer.path: {path}"):
+        if path and files.is_file(path):
+            described["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+        elif path and files.is_dir(path):
+            described["sha256"] = tokenizer_hash(path)
     return described
 
 
-def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a directory that `build_tokenizer` wrote."""
-    return _from_transformers(str(directory))
+def settings_of(config: TokenizerConfig) -> dict[str, Any]:
+    """The settings that name shards: those that are newer than shards only where they are used."""
+    settings = config.model_dump(mode="json")
+    if config.add_bos is None:
+        del settings["add_bos"]
+    return settings
+
+
+def load_tokenizer(directory: Path, kind: type[UserError] = DataError) -> PreTrainedTokenizerBase:
+    """The tokenizer of a directory that `build_tokenizer` wrote, by its tokenizer.json.
+
+    Raises:
+        UserError: of the kind asked for: its files are damaged or gone.
+    """
+    return open_directory(directory, kind, str(directory))
 
 
 def tokenizer_hash(directory: Path) -> str:
@@ -84,16 +107,21 @@ def load_encoder(directory: Path) -> Callable[[str], list[int]]:
 
     Needs no transformers (seconds to import) where the tokenizer is a fast one.
     """
-    if not (directory / "tokenizer.json").is_file():
+    fast = load_fast(directory)
+    if fast is None:
         slow = load_tokenizer(directory)
         return lambda text: slow.encode(text, add_special_tokens=False, split_special_tokens=True)
-    from tokenizers import Tokenizer
-
-    fast = Tokenizer.from_file(str(directory / "tokenizer.json"))
-    fast.no_truncation()  # both may have been saved with the tokenizer
-    fast.no_padding()
-    fast.encode_special_tokens = True
     return lambda text: fast.encode_batch_fast([text], add_special_tokens=False)[0].ids
+
+
+def load_fast(directory: Path) -> Any:
+    """The `tokenizers.Tokenizer` of a directory, which reads no special tokens in a text, and
+    neither truncates nor pads; None for a slow tokenizer."""
+    if not files.is_file(directory / "tokenizer.json"):
+        return None
+    fast = parse_file(directory, DataError, str(directory))
+    fast.encode_special_tokens = True
+    return fast
 
 
 def encode_documents(encoder: Callable[[str], list[int]], texts: list[str]) -> list[np.ndarray]:
@@ -133,35 +161,3 @@ def _stretches(documents: Iterator[Document]) -> Iterator[str]:
                 end = text.rfind("\n", start, end) + 1 or end
             yield text[start:end]
             start = end
-
-
-def _from_transformers(name: str) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:  # a broken file or an unknown name may raise anything
-        raise DataError(
-            f"data.tokenizer.path: {name} is no tokenizer transformers can load "
-            f"(a directory, a name on the hub or a .model file): {error}"
-        ) from error
-
-
-def _copy_transformers(name: str, directory: Path, sample: list[str]) -> None:
-    """Save a transformers tokenizer; DataError if it would come back with other ids."""
-    tokenizer = _from_transformers(name)
-    if tokenizer.eos_token_id is None:
-        raise DataError(
-            f"data.tokenizer.path: {name} has no EOS token, and documents end in it; set "
-            "eos_token in its tokenizer_config.json"
-        )
-    tokenizer.save_pretrained(str(directory))
-    again = load_encoder(directory)
-    for text in sample:
-        if tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True) != again(
-            text
-        ):
-            raise DataError(
-                f"data.tokenizer.path: {name} gives other ids once saved, on text that begins "
-                f"{text[:40]!r}; this version of transformers cannot save it"
-            )

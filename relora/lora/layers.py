@@ -29,6 +29,7 @@ class LoRALayer(nn.Module):
         scale: s, the factor of the update.
         shrink: d, what weight decay has left of the frozen weight since the last merge.
         transposed: whether `weight` is (in, out), as in GPT-2's Conv1D.
+        plain: the class that the layer had before.
     """
 
     weight: Tensor
@@ -38,6 +39,7 @@ class LoRALayer(nn.Module):
     shrink: float
     lora_dropout: float
     transposed: bool
+    plain: type[nn.Module]
 
     def add_lora_(self, rank: int, scale: float, dropout: float) -> None:
         """Freeze the weight and add A and B beside it; B is zero, A is left for `reinit`."""
@@ -69,6 +71,7 @@ class LoRALinear(LoRALayer, nn.Linear):
     """nn.Linear with an update; weight is (out, in)."""
 
     transposed = False
+    plain = nn.Linear
 
     def forward(self, x: Tensor) -> Tensor:
         """x (…, in) → (…, out)."""
@@ -79,6 +82,7 @@ class LoRAConv1D(LoRALayer, Conv1D):
     """GPT-2's Conv1D, a linear layer whose weight is (in, out), with an update."""
 
     transposed = True
+    plain = Conv1D
 
     def forward(self, x: Tensor) -> Tensor:
         """x (…, in) → (…, out)."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from relora.config import differences
+from relora.config import PATHS, differences
 from relora.errors import ConfigError
 from relora.report.read import Evaluations, RunFiles
 
@@ -116,11 +116,17 @@ def group(runs: Sequence[RunFiles], names: Sequence[str | None]) -> list[Arm]:
 def other_than_seed(a: RunFiles, b: RunFiles) -> list[str]:
     """Leaves that make two runs different experiments."""
     found = [path for path, *_ in differences(a.config, b.config) if path not in NOT_THE_EXPERIMENT]
+    found = [path for path in found if not only_moved(path, a, b)]
     if a.model is not None and a.model == b.model:
         found = [path for path in found if path != "model.config"]
     elif a.model != b.model and a.model is not None and b.model is not None:
         found.append("model.config")
     return sorted(set(found))
+
+
+def only_moved(path: str, a: RunFiles, b: RunFiles) -> bool:
+    """Whether a leaf is where two runs found the same tokens, and no more than that."""
+    return path.startswith("data.") and path in PATHS and a.data is not None and a.data == b.data
 
 
 def plain(name: str) -> str:

@@ -28,7 +28,8 @@ RULES = {
     "that failed or diverged; each run's last evaluation at or before it",
     "seconds": "at the smallest last elapsed time of these runs; the loss is interpolated linearly "
     "in time between evaluations. Time includes evaluating, merging and saving, and not what was "
-    "lost to a stop or a rollback and done again",
+    "lost to a stop or a rollback and done again. A run that went on with other ranks, settings or "
+    "on another machine has no time to compare",
     "memory": "perplexity is that at equal tokens; memory is the peak of rank 0, allocated on a "
     "GPU and resident on a CPU, where it holds the whole process and no prediction applies",
     "target": "where the mean loss of an arm's seeds first comes down to the baseline's last one, "
@@ -63,6 +64,7 @@ def build_report(arms: Sequence[Arm], baseline: str | None = None) -> dict[str, 
     memory = {arm.name: over_seeds(arm, peak_memory_gib) for arm in arms}
     spectra, complaints = spectra_of_arms(arms, base.name)
     unpredicted = {p.complaint for p in predictions.values() if p.complaint}
+    complaints += [f"{name}: {line}" for name, p in predictions.items() for line in p.left]
     complaints += [f"not predicted: {complaint}" for complaint in sorted(unpredicted)]
     report = {
         "format": FORMAT,
@@ -100,8 +102,8 @@ def _baseline(arms: Sequence[Arm], evaluated: Sequence[Arm], wanted: str | None)
 
 def peak_memory_gib(run: RunFiles) -> float | None:
     """Peak memory of rank 0 in GiB."""
-    values = run.log["perf/memory_gib"]
-    return float(np.nanmax(values)) if np.isfinite(values).any() else None
+    values = run.of_main("perf/memory_gib")
+    return float(values.max()) if len(values) else None
 
 
 def _arm(arm: Arm, prediction: Prediction) -> dict[str, Any]:

@@ -120,7 +120,11 @@ def _learning_rate(run: RunFiles) -> dict[str, list[float | None]]:
     """The rate of each update by the config, thinned between its corners."""
     clock, done = run.config.clock, run.step
     wanted = set(np.linspace(0, max(0, done - 1), LR_POINTS).astype(int).tolist())
-    for corner in (clock.warmup, clock.birth or 0, *clock.merge_steps()):
+    merges = clock.merge_steps()[: clock.merges_before(done)]
+    merges = merges[
+        :: 1 + max(0, len(merges) - 1) // LR_POINTS
+    ]  # more would lie between two of those points
+    for corner in (clock.warmup, clock.birth or 0, *merges):
         wanted |= {corner - 1, corner, corner + clock.rewarm}
     steps = sorted(step for step in wanted if 0 <= step < done)
     tokens, seconds = place(run, np.array(steps, np.float64))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from relora.config import leaves
-from relora.report.arms import Arm
-from relora.report.read import RunFiles
+from relora.report.arms import Arm, only_moved
+from relora.report.read import MACHINE, RunFiles, Stretch
 from relora.runtime.metrics import format_duration
 
 LENGTHS = ("train.steps", "train.tokens")
@@ -23,7 +24,7 @@ UNFAIR = {
 HARMLESS = ("data.dir", "data.num_workers", "model.config")
 NOT_SHOWN = ("run_dir", "seed", "data.dir", "train.stop_after")
 SILENT_S = 600.0  # a run at work that has written nothing for so long may be dead
-MACHINE = ("device", "world_size", "threads_per_rank", "platform")
+NOT_OF_THE_MACHINE = ("settings", "shards")  # the config says it, and places do not matter
 
 
 def differences_between(arms: Sequence[Arm]) -> dict[str, list[dict[str, Any]]]:
@@ -61,7 +62,7 @@ def _tree(run: RunFiles) -> dict[str, Any]:
 
 
 def _environment(run: RunFiles) -> dict[str, Any]:
-    return run.environment
+    return {k: v for k, v in run.environment.items() if k not in NOT_OF_THE_MACHINE}
 
 
 def _rows(arms: Sequence[Arm], tables: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -90,6 +91,7 @@ def _unlike(arms: Sequence[Arm], baseline: Arm) -> Iterator[str]:
             for path in dict.fromkeys([*one, *other]):
                 why = next((w for p, w in UNFAIR.items() if path.startswith(p)), None)
                 skipped = path in HARMLESS and (known or path != "model.config")
+                skipped = skipped or only_moved(path, first, run)
                 if path in LENGTHS and run.config.total_steps == first.config.total_steps:
                     continue
                 if why is None or skipped or one.get(path) == other.get(path):
@@ -130,7 +132,7 @@ def _other_machines(arms: Sequence[Arm], baseline: Arm) -> Iterator[str]:
         found: dict[Any, list[str]] = {}
         for arm, run in runs:
             value = leaves(run.environment).get(key)
-            if value is not None:
+            if isinstance(value, str | int):
                 found.setdefault(value, []).append(title_of(arm, run))
         if len(found) > 1:
             what = "times do not compare" if key in MACHINE else "other code"
@@ -150,9 +152,34 @@ def _state_of(arm: Arm, run: RunFiles) -> Iterator[str]:
         yield f"{title} says it is running, and has written nothing for " + format_duration(
             run.silent_s
         )
+    yield from _changes_in(title, run)
     if run.evaluations.lost:
         yield f"{title} has diverged: its last {run.evaluations.lost} evaluations are not finite"
     yield from (f"{title}: {complaint}" for complaint in run.complaints)
+
+
+def _changes_in(title: str, run: RunFiles) -> Iterator[str]:
+    """What a run went on with after a stop, if that was something else."""
+    for before, after in itertools.pairwise(run.stretches):
+        a, b = (leaves(_described(stretch)) for stretch in (before, after))
+        changed = [
+            f"{k} {a.get(k)} → {b.get(k)}"
+            for k in sorted(a.keys() | b.keys())
+            if a.get(k) != b.get(k)
+        ]
+        if changed:
+            yield f"{title} went on from step {after.begin} with {', '.join(changed)}"
+    if run.mixed:
+        yield (
+            f"{title}: its time is a mixture and is not compared; speed and memory are those of "
+            f"steps {run.main.begin + 1} – {run.main.end}"
+        )
+
+
+def _described(stretch: Stretch) -> dict[str, Any]:
+    """A stretch's environment with settings by their own names."""
+    plain = {k: v for k, v in stretch.environment.items() if k not in NOT_OF_THE_MACHINE}
+    return plain | (stretch.environment.get("settings") or {})
 
 
 def _listed(values: Sequence[object]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from relora.config import OF_SPEED, Config, build_config
 from relora.errors import UserError
 from relora.lora.config import LoRAConfig
 from relora.model import ModelConfig
@@ -21,6 +22,7 @@ class Prediction:
     checkpoint_bytes: float | None = None
     trainable: int | None = None  # parameters, in the last phase
     parameters: int | None = None
+    left: tuple[str, ...] = ()  # what trains in full without adapters, and why
     flops: Callable[[int], float] | None = field(default=None, compare=False)
     complaint: str | None = None
 
@@ -28,13 +30,15 @@ class Prediction:
 def predict(run: RunFiles) -> Prediction:
     """Ask the planner about a run; its own copy of the model's structure is taken."""
     from relora.estimate import bytes_per_step, memory_by_part, peak_memory, training_flops
+    from relora.lora.choose import describe_left
+    from relora.model import build_meta_model
     from relora.runtime.saving import checkpoint_bytes
     from relora.subject import structure_of
 
     config = run.config.model_copy(update={"run_dir": run.path})
-    config = config.model_copy(update={"model": structure_of(config)})
     adapters = config.lora is not None
     try:
+        config = _as_of_main(config.model_copy(update={"model": structure_of(config)}), run)
         plain, _ = _count(config.model, None)
         trainable, frozen = _count(config.model, config.lora)
         memory = peak_memory(config, run.world)
@@ -45,6 +49,9 @@ def predict(run: RunFiles) -> Prediction:
             source = run.start.config.model_copy(update={"model": config.model})
             before = training_flops(source, run.start.step)
         training_flops(config, 0)
+        left: tuple[str, ...] = ()
+        if config.lora is not None:
+            left = tuple(describe_left(build_meta_model(config.model), config.lora))
     except (UserError, ValueError) as error:
         return Prediction(complaint=str(error))
     return Prediction(
@@ -54,8 +61,22 @@ def predict(run: RunFiles) -> Prediction:
         checkpoint_bytes=float(checkpoint_bytes(trainable, frozen)),
         trainable=trainable,
         parameters=plain,
+        left=left,
         flops=lambda steps: before + training_flops(config, steps),
     )
+
+
+def _as_of_main(config: Config, run: RunFiles) -> Config:
+    """The config with the settings of the run's longest stretch, whose speed is shown."""
+    settings = run.environment.get("settings")
+    if not isinstance(settings, dict):  # of a run from before they were kept
+        return config
+    values = config.model_dump(mode="json")
+    for path, value in settings.items():
+        if path in OF_SPEED:
+            section, _, key = path.partition(".")
+            values[section] = {**(values[section] or {}), key: value}
+    return build_config(values, f"{run.path / 'environment.json'}: settings", read_model=False)
 
 
 def _count(model: ModelConfig, lora: LoRAConfig | None) -> tuple[int, int]:

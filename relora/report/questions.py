@@ -38,14 +38,25 @@ def at_equal_tokens(arms: Sequence[Arm], baseline: Arm) -> dict[str, Any]:
 
 
 def at_equal_seconds(arms: Sequence[Arm], baseline: Arm) -> dict[str, Any]:
-    """At the smallest last elapsed time of all runs; the loss is interpolated in time."""
-    at = min(float(run.evaluations.seconds[-1]) for run in _compared(arms))
+    """At the smallest last elapsed time of all runs; the loss is interpolated in time.
+
+    Runs whose time is a mixture have none that compares; `at` is None if there are no others.
+    """
+    there = [run for run in _compared(arms) if not run.mixed]
+    at = min((float(run.evaluations.seconds[-1]) for run in there), default=None)
     rows = []
     for arm in arms:
-        row = _row(arm, [loss_at_seconds(run, at) for run in arm.runs])
-        tokens = [tokens_at_seconds(run, at) for run in arm.runs]
+        row = _row(arm, _where_timed(arm, at, loss_at_seconds))
+        tokens = _where_timed(arm, at, tokens_at_seconds)
         rows.append({**row, "tokens": spread(tokens)})
     return {"at": at, "rows": _beside(rows, baseline)}
+
+
+def _where_timed(
+    arm: Arm, at: float | None, value: Callable[[RunFiles, float], float | None]
+) -> list[float | None]:
+    """A figure of each run at a time, for those whose time is of one kind."""
+    return [None if at is None or run.mixed else value(run, at) for run in arm.runs]
 
 
 def at_equal_memory(
@@ -86,8 +97,10 @@ def until_the_baseline(
     loss = float(means[baseline.name].loss[-1])
     rows: list[dict[str, Any]] = []
     for arm in arms:
-        crossing = reached(means[arm.name], loss)
+        crossing: dict[str, Any] | None = reached(means[arm.name], loss)
         count = flops[arm.name]
+        if crossing and any(run.mixed for run in arm.runs):
+            crossing = {**crossing, "seconds": None}
         rows.append(
             {
                 "arm": arm.name,

@@ -17,10 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from relora.config import Config, build_config, load_run_config
+from relora import files
+from relora.config import Config, build_config, leaves, load_run_config
 from relora.errors import CheckpointError, ConfigError
-from relora.runtime.manifest import is_checkpoint_name, step_of
-from relora.runtime.rundir import read_run_state
+from relora.files import exists, is_file, supplied
+from relora.moved import moved_path
+from relora.runtime.checkpoint import newest_state
+from relora.runtime.metrics import decode_line
+from relora.runtime.rundir import check_plain, read_run_state, read_stretches
 
 COLUMNS = (
     "step",
@@ -32,6 +36,9 @@ COLUMNS = (
     "perf/step_ms",
     "perf/memory_gib",
 )
+# Of an environment: what decides how long a step takes.
+MACHINE = ("device", "world_size", "threads_per_rank", "platform")
+LARGEST = 1e300  # no figure is beyond it; sums of such stay finite
 BLOCK = 2000  # lines that are decoded at once
 AT_WORK = ("running", "preempted", "unknown")  # these may still get further by themselves
 
@@ -59,6 +66,25 @@ class Evaluations:
 
 
 @dataclass(frozen=True)
+class Stretch:
+    """What a run ran on for a while."""
+
+    begin: int  # after this step
+    end: int  # as far as the run has got
+    environment: dict[str, Any]
+
+    def holds(self, steps: np.ndarray) -> np.ndarray:
+        """Which of the steps are its own."""
+        return (steps > self.begin) & (steps <= self.end)
+
+    @property
+    def speed(self) -> dict[str, Any]:
+        """What decides how long a step takes."""
+        flat = leaves(self.environment)
+        return {k: v for k, v in flat.items() if k in MACHINE or k.startswith("settings.")}
+
+
+@dataclass(frozen=True)
 class RunFiles:
     """One run directory."""
 
@@ -67,7 +93,7 @@ class RunFiles:
     status: str
     reason: str
     model: dict[str, Any] | None  # model/config.json
-    environment: dict[str, Any]
+    stretches: list[Stretch]
     log: dict[str, np.ndarray]
     evaluations: Evaluations
     events: list[dict[str, Any]]  # all lines that are neither training figures nor evaluations
@@ -84,9 +110,25 @@ class RunFiles:
         return int(max(logged, default=0))
 
     @property
+    def main(self) -> Stretch:
+        """The longest stretch: figures of speed and memory are of it alone."""
+        return max(self.stretches, key=lambda stretch: stretch.end - stretch.begin)
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        """What the run ran on, for most of it."""
+        return self.main.environment
+
+    @property
+    def mixed(self) -> bool:
+        """Whether its time is a mixture: of other machines, ranks or settings."""
+        return any(stretch.speed != self.main.speed for stretch in self.stretches)
+
+    @property
     def world(self) -> int:
         """Ranks; 1 if the run does not say."""
-        return int(self.environment.get("world_size") or 1)
+        world = self.environment.get("world_size")
+        return world if type(world) is int and 0 < world < 2**31 else 1
 
     @property
     def gave_up(self) -> bool:
@@ -95,12 +137,16 @@ class RunFiles:
 
     def events_with(self, key: str) -> list[dict[str, Any]]:
         """Event lines that have `key` as a number."""
-        return [line for line in self.events if isinstance(line.get(key), int | float)]
+        return [line for line in self.events if is_number(line.get(key))]
+
+    def of_main(self, key: str) -> np.ndarray:
+        """A training figure in the longest stretch, where it is finite."""
+        values = self.log[key]
+        return values[np.isfinite(values) & self.main.holds(self.log["step"])]
 
     def median(self, key: str) -> float | None:
-        """Median of a training figure; robust against a pause of the machine."""
-        values = self.log[key]
-        values = values[np.isfinite(values)]
+        """Median of a training figure in the longest stretch; robust against a pause."""
+        values = self.of_main(key)
         return float(np.median(values)) if len(values) else None
 
 
@@ -111,12 +157,12 @@ def read_run(run_dir: Path) -> RunFiles:
         CheckpointError: it is none, or a file in it is broken; names the file and the line.
     """
     config, metrics = run_dir / "config.yaml", run_dir / "metrics.jsonl"
-    if not config.is_file():
-        what = "no such directory" if not run_dir.exists() else "it has no config.yaml"
+    if not is_file(config):
+        what = "it has no config.yaml" if exists(run_dir) else "no such directory"
         raise CheckpointError(f"{run_dir}: is no run directory that has started: {what}")
     state = read_run_state(run_dir)
     status = str(state.get("status", "unknown"))
-    if not metrics.is_file() and status in ("finished", "unknown"):
+    if not exists(metrics) and status in ("finished", "unknown"):
         raise CheckpointError(
             f"{run_dir}: is no run directory that has started: it has no metrics.jsonl"
         )
@@ -124,23 +170,45 @@ def read_run(run_dir: Path) -> RunFiles:
         settings = load_run_config(run_dir)
     except ConfigError as error:
         raise CheckpointError(f"{run_dir}: its config cannot be read: {error}") from None
-    start, complaints = _read_start(settings)
+    start, complaints = _read_start(settings, run_dir)
     log, evaluations, events, last = _read_metrics(metrics, start)
+    newest, unsound = newest_state(run_dir)
+    complaints += [f"passed over {complaint}" for complaint in unsound]
+    steps = [*log["step"], *evaluations.step]
+    stretches, unknown = _read_stretches(run_dir, int(max(steps, default=0)))
     return RunFiles(
         path=run_dir,
         config=settings,
         status=status,
         reason=str(state.get("reason", "")),
         model=read_json(run_dir / "model" / "config.json"),
-        environment=read_json(run_dir / "environment.json") or {},
+        stretches=stretches,
         log=log,
         evaluations=evaluations,
         events=events,
-        **_newest_checkpoint(run_dir),
+        checkpoint_bytes=newest and newest.bytes,
+        data=newest and str(newest.state["data"]),
         start=start,
         silent_s=max(0.0, time.time() - last) if status == "running" and last else None,
-        complaints=complaints,
+        complaints=complaints + unknown,
     )
+
+
+def _read_stretches(run_dir: Path, last: int) -> tuple[list[Stretch], list[str]]:
+    """A run's stretches up to its last step, at least one, and what is wrong with their file."""
+    complaints = []
+    try:
+        found = read_stretches(run_dir)
+    except CheckpointError as error:  # the figures do not depend on it
+        found, complaints = [], [f"{error}; what it ran on is unknown"]
+    begins = [min(stretch.pop("from_step"), last) for stretch in found] or [0]
+    ends = [*begins[1:], last]
+    stretches = [
+        Stretch(begin, end, environment)
+        for begin, end, environment in zip(begins, ends, found or [{}], strict=True)
+    ]
+    # One that has not got to a step yet says nothing of the run so far.
+    return [s for s in stretches if s.end > s.begin] or stretches[-1:], complaints
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -149,15 +217,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     Raises:
         CheckpointError: it is there and broken.
     """
-    if not path.is_file():
-        return None
-    try:
-        values = json.loads(path.read_text(encoding="utf8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: is no JSON object")
-    return values
+    return files.read_json(path, CheckpointError) if exists(path) else None
 
 
 def read_lines(path: Path) -> Iterator[list[dict[str, Any]]]:
@@ -167,7 +227,11 @@ def read_lines(path: Path) -> Iterator[list[dict[str, Any]]]:
         CheckpointError: another line is broken; names it.
     """
     done = 0
-    with path.open(encoding="utf8", errors="replace", newline="\n") as file:
+    check_plain(path)
+    with (
+        supplied(CheckpointError, path),
+        path.open(encoding="utf8", errors="replace", newline="\n") as file,
+    ):
         while True:
             lines = list(itertools.islice(file, BLOCK))
             if lines and not lines[-1].endswith("\n"):
@@ -176,7 +240,7 @@ def read_lines(path: Path) -> Iterator[list[dict[str, Any]]]:
                 return
             try:
                 found = json.loads(f"[{','.join(lines)}]")
-            except ValueError:
+            except (ValueError, RecursionError):
                 found = []
             if len(found) != len(lines) or not all(_is_line(each) for each in found):
                 found = [_decode(path, n, line) for n, line in enumerate(lines, done + 1)]
@@ -185,17 +249,16 @@ def read_lines(path: Path) -> Iterator[list[dict[str, Any]]]:
 
 
 def _is_line(values: Any) -> bool:
-    return isinstance(values, dict) and isinstance(values.get("step"), int)
+    return (
+        isinstance(values, dict) and type(values.get("step")) is int and 0 <= values["step"] < 2**63
+    )
 
 
 def _decode(path: Path, number: int, line: str) -> dict[str, Any]:
     try:
-        values = json.loads(line)
+        return decode_line(line)
     except ValueError as error:
-        raise CheckpointError(f"{path}: line {number} is not valid JSON: {error}") from None
-    if not _is_line(values):
-        raise CheckpointError(f"{path}: line {number} is no object with a step")
-    return values
+        raise CheckpointError(f"{path}: line {number} {error}") from None
 
 
 def _read_metrics(
@@ -205,18 +268,19 @@ def _read_metrics(
     evaluated: list[dict[str, Any]] = []
     events: list[dict[str, Any]] = []
     last = None
-    for block in read_lines(path) if path.is_file() else ():
+    for block in read_lines(path) if exists(path) else ():
         figures = [line for line in block if "train/loss" in line]
         for key, values in columns.items():
             values.extend([line.get(key) for line in figures])
         evaluated += [line for line in block if "eval/loss" in line]
         events += [line for line in block if "train/loss" not in line and "eval/loss" not in line]
-        last = block[-1].get("time_s", last)
+        time_s = block[-1].get("time_s")
+        last = time_s if is_number(time_s) else last
     log = {key: numbers(values) for key, values in columns.items()}
     extra_tokens, extra_s = (start.tokens, start.seconds) if start else (0.0, 0.0)
     log["train/tokens"] += extra_tokens
     log["time/elapsed_s"] += extra_s
-    finite = [i for i, line in enumerate(evaluated) if _is_finite(line["eval/loss"])]
+    finite = [i for i, line in enumerate(evaluated) if is_number(line["eval/loss"])]
     kept = [evaluated[i] for i in finite]
     evaluations = Evaluations(
         numbers([line["step"] for line in kept]),
@@ -225,65 +289,39 @@ def _read_metrics(
         numbers([line["eval/loss"] for line in kept]),
         len(evaluated) - (finite[-1] + 1 if finite else 0),
     )
-    return log, evaluations, events, last if isinstance(last, int | float) else None
+    return log, evaluations, events, last
 
 
 def numbers(values: list[Any]) -> np.ndarray:
     """Values as fp64; what is null or no number becomes NaN."""
     try:
         return np.array(values, dtype=np.float64)  # None becomes NaN
-    except (TypeError, ValueError):
-        return np.array([v if isinstance(v, int | float) else math.nan for v in values], np.float64)
+    except (TypeError, ValueError, OverflowError):
+        return np.array([v if is_number(v) else math.nan for v in values], np.float64)
 
 
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+def is_number(value: Any) -> bool:
+    """Whether a value is a number that fp64 can hold, and finite."""
+    return type(value) in (int, float) and abs(value) < LARGEST
 
 
-def _newest_checkpoint(run_dir: Path) -> dict[str, Any]:
-    """Bytes on disk of the newest complete checkpoint, and the data it was trained on."""
-    for checkpoint in _checkpoints_meant_by(run_dir):
-        try:
-            size = sum(p.stat().st_size for p in checkpoint.iterdir())
-            data = (read_json(checkpoint / "state.json") or {}).get("data")
-        except OSError:  # retired by its run in this moment
-            continue
-        return {"checkpoint_bytes": size, "data": None if data is None else str(data)}
-    return {"checkpoint_bytes": None, "data": None}
-
-
-def _read_start(config: Config) -> tuple[Start | None, list[str]]:
+def _read_start(config: Config, run_dir: Path) -> tuple[Start | None, list[str]]:
     """What the weights of `model.pretrained` had cost, if they come from a run."""
     given = config.model.pretrained
     if given is None:
         return None, []
     unknown = f"what the weights it starts from ({given}) had cost is unknown and not counted"
-    complaints: list[str] = []
-    state = None
-    for candidate in _checkpoints_meant_by(given):
-        state = read_json(candidate / "state.json")
-        if state:
-            break
-    if state is None:
-        return None, [unknown]
+    found, unsound = newest_state(moved_path(given, config, run_dir))
+    complaints = [f"passed over {complaint}" for complaint in unsound]
+    if found is None:
+        return None, [*complaints, unknown]
+    state = found.state
     try:
         source = build_config(state["config"], f"{given}: state.json", read_model=False)
-    except (ConfigError, KeyError):
-        return None, [unknown]
-    found = [state.get(key) for key in ("step", "consumed", "elapsed_s")]
+    except (ConfigError, KeyError, TypeError, AttributeError):
+        return None, [*complaints, unknown]
     if source.model.pretrained is not None:
         before = source.model.pretrained
         complaints.append(f"{given} itself starts from {before}, whose cost is not counted")
-    step, consumed, seconds = (float(v) if isinstance(v, int | float) else math.nan for v in found)
-    if not math.isfinite(step + consumed + seconds):
-        return None, [unknown]
-    tokens = consumed * source.data.sequence_length
-    return Start(str(given), source, int(step), tokens, seconds), complaints
-
-
-def _checkpoints_meant_by(path: Path) -> list[Path]:
-    """The checkpoint itself, or the run's, newest first."""
-    if (path / "manifest.json").is_file():
-        return [path]
-    found = [p for p in (path / "checkpoints").glob("step_*") if is_checkpoint_name(p.name)]
-    return sorted((p for p in found if (p / "manifest.json").is_file()), key=step_of, reverse=True)
+    tokens = float(state["consumed"] * source.data.sequence_length)
+    return Start(str(given), source, state["step"], tokens, float(state["elapsed_s"])), complaints

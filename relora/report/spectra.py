@@ -35,16 +35,15 @@ _FILE = re.compile(r"step_(\d{8,})\.safetensors")
 class Measurement:
     """One file: what was measured after a step."""
 
-    path: Path
+    file: Any  # open: a run that goes back removes what it measured after that
     step: int
     merge: int | None  # None = the end of the run, or between merges
     layers: dict[str, dict[str, Any]]
 
     def tensor(self, layer: str, kind: str) -> np.ndarray | None:
         """A tensor of the file, or None if it has none of that name."""
-        with safe_open(self.path, framework="numpy") as file:
-            name = f"{layer}|{kind}"
-            return file.get_tensor(name) if name in file.keys() else None  # noqa: SIM118
+        name = f"{layer}|{kind}"
+        return self.file.get_tensor(name) if name in self.file.keys() else None  # noqa: SIM118
 
     def median(self, figure: str) -> float | None:
         """Over the layers that have it."""
@@ -60,11 +59,13 @@ def read_measurements(run_dir: Path) -> tuple[list[Measurement], list[str]]:
         if not _FILE.fullmatch(path.name):
             continue
         try:
-            with safe_open(path, framework="numpy") as file:
-                metadata = file.metadata() or {}
+            if not path.is_file():  # a FIFO would be waited for
+                raise OSError("no plain file")
+            file = safe_open(path, framework="numpy").__enter__()
+            metadata = file.metadata() or {}
             layers = {layer["name"]: layer for layer in json.loads(metadata["layers"])}
             merge = int(metadata["merge"]) if metadata.get("merge") else None
-            found.append(Measurement(path, int(metadata["step"]), merge, layers))
+            found.append(Measurement(file, int(metadata["step"]), merge, layers))
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             complaints.append(f"{path}: is left out, since it cannot be read: {error!r}")
     return sorted(found, key=lambda measurement: measurement.step), complaints

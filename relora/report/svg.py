@@ -17,6 +17,8 @@ from typing import Any
 
 import matplotlib as mpl
 
+from relora.files import replacing
+
 mpl.use("Agg")
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; a second set for dark pages.
@@ -103,10 +105,11 @@ def to_png(figure: Any, path: Path) -> None:
     """Write a figure for papers, and forget it."""
     import matplotlib.pyplot as plt
 
-    temporary = path.with_name(f"{path.name}.tmp")
-    figure.savefig(temporary, dpi=200, format="png", facecolor="white")
-    plt.close(figure)
-    temporary.replace(path)
+    try:
+        with replacing(path, durable=False) as temporary:
+            figure.savefig(temporary, dpi=200, format="png", facecolor="white")
+    finally:
+        plt.close(figure)
 
 
 def to_svg(figure: Any, prefix: str, title: str) -> str:

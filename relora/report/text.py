@@ -135,7 +135,7 @@ def _tokens(report: dict[str, Any]) -> Table:
 
 
 def _seconds(report: dict[str, Any]) -> Table:
-    at = format_duration(report["questions"]["seconds"]["at"])
+    at = shown(report["questions"]["seconds"]["at"], format_duration)
     return _at_equal(report, "seconds", f"At equal wall-clock: {at}", _sentence(report, "seconds"))
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from relora.errors import CheckpointError
+from relora.files import write_atomically
 from relora.report import figures, spectra_figures
 from relora.report.page import to_html
 from relora.report.svg import PAPER, Look, drawing, to_png, to_svg
 from relora.report.text import to_markdown
-from relora.runtime.rundir import write_atomically
 
 Draw = Callable[[dict[str, Any], Look], Any]
 TWO_SCALES = ("curves_tokens", "curves_time", "training_loss")
@@ -59,7 +59,7 @@ def write_report(report: dict[str, Any], to: Path, refresh_s: float | None = Non
             "report.html": page,
         }
         for name, text in texts.items():
-            write_atomically(to / name, text)
+            write_atomically(to / name, text, durable=False)
     except OSError as error:
         raise CheckpointError(f"{to}: the report cannot be written: {error}") from None
     return [to / name for name in (*reversed(texts), *(f"{name}.png" for name in pictures))]

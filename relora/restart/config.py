@@ -54,8 +54,8 @@ class ReLoRAConfig(Section):
     # checkpoints read it, so host memory costs a few seconds a cycle and the GPU nothing.
     remainder: Literal["host", "device"] = "host"
     # Largest change of a merge to the probe batch's logits, relative to the largest logit.
-    # null = 1e-5 in fp32, 5e-2 in half precision.
-    tolerance: float | None = Field(default=None, gt=0)
+    # null = 1e-5 in fp32, 5e-2 in half precision. From 1 on nothing would ever be found.
+    tolerance: float | None = Field(default=None, gt=0, lt=1)
 
 
 class WarmStartConfig(Section):

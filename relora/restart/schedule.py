@@ -63,11 +63,30 @@ class Clock(NamedTuple):
         last = min(step, self.total - 1)
         return max(0, last - self.birth) // self.cycle
 
-    def merge_steps(self) -> list[int]:
-        """Every merge step of the run, in order."""
+    def merge_steps(self) -> range:
+        """Every merge step of the run, in order: counted, cut and indexed without a list of them.
+
+        A run may have billions.
+        """
         if self.birth is None or self.cycle is None:
-            return []
-        return list(range(self.birth + self.cycle, self.total, self.cycle))
+            return range(0)
+        return range(self.birth + self.cycle, self.total, self.cycle)
+
+    def turns(self, start: int, stop: int) -> list[int]:
+        """Steps of start … stop − 1 among which are the highest and the lowest factor of them all.
+
+        The factor rises or falls all the way from one restart, end of a warm-up or end of a rewarm
+        to the next. From one whole cycle to the next its peak does not rise, and its lowest value
+        is either 0 in all of them or does not rise either: two cycles at each end are enough.
+        """
+        edges = {start, stop - 1, self.warmup, self.birth or 0, (self.birth or 0) + self.rewarm}
+        first, last = self.merges_before(start), self.merges_before(stop)
+        if self.birth is not None and self.cycle is not None:
+            for n in {first, first + 1, first + 2, last - 2, last - 1, last}:
+                boundary = self.birth + n * self.cycle
+                edges |= {boundary, boundary + self.rewarm}
+        edges |= {edge - 1 for edge in edges}
+        return sorted(edge for edge in edges if start <= edge < stop)
 
     def place_in_cycle(self, step: int) -> tuple[int, int] | None:
         """(number of the cycle from 1, steps into it from 1) of update `step`; None outside any."""

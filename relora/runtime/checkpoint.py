@@ -13,6 +13,7 @@ may have been damaged, mixed up or made up by anybody: it is believed only after
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -23,8 +24,16 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from relora.errors import CheckpointError
+from relora.files import exists, is_dir, is_file, supplied
 from relora.runtime.distributed import Ranks
-from relora.runtime.manifest import is_checkpoint_name, rank_file, read_state, step_of, verify
+from relora.runtime.manifest import (
+    compare_hashes,
+    holding,
+    is_checkpoint_name,
+    rank_file,
+    read_state,
+    step_of,
+)
 from relora.runtime.places import MOMENTS
 
 _KEY = re.compile(rf"(.+)\|(value|{'|'.join(MOMENTS)})\|([0-9]{{1,18}})")
@@ -50,19 +59,22 @@ class Checkpoint:
 
     def __init__(self, directory: Path, thorough: bool = False) -> None:
         self.directory = directory
-        manifest = verify(directory, thorough)
-        self.state = read_state(directory / "state.json")
-        files = sorted(manifest["files"].keys() - {"state.json"})
-        world = self.state["world_size"]
-        if len(files) != world or files != [rank_file(rank) for rank in range(world)]:
-            raise CheckpointError(
-                f"{directory}: manifest.json names {len(files)} files of ranks, state.json was "
-                f"written by {world} ranks"
-            )
         self._pieces: dict[tuple[str, str], list[_Piece]] = defaultdict(list)
         self._open: dict[Path, Any] = {}
-        for name in files:
-            self._list_pieces(directory / name)
+        with holding(directory) as files:
+            if thorough:
+                compare_hashes(directory, files)
+            self.state = read_state(directory, files)
+            names = sorted(files.descriptors.keys() - {"state.json"})
+            world = self.state["world_size"]
+            if len(names) != world or names != [rank_file(rank) for rank in range(world)]:
+                raise CheckpointError(
+                    f"{directory}: manifest.json names {len(names)} files of ranks, state.json was "
+                    f"written by {world} ranks"
+                )
+            for name in names:
+                self._list_pieces(directory / name, files.descriptors[name])
+            self.bytes = files.bytes
         self._check_whole()
 
     @property
@@ -84,7 +96,7 @@ class Checkpoint:
         for piece in pieces:
             if piece.start <= at < min(piece.stop, stop):
                 end = min(piece.stop, stop)
-                tensor = self._file(piece.file).get_slice(piece.key)
+                tensor = self._open[piece.file].get_slice(piece.key)
                 parts.append(tensor[at - piece.start : end - piece.start])
                 at = end
         if at < stop:
@@ -117,26 +129,29 @@ class Checkpoint:
         assert values is not None
         return values.view(shape)
 
-    def _list_pieces(self, file: Path) -> None:
+    def _list_pieces(self, file: Path, descriptor: int) -> None:
+        # By its number it can be opened when it has lost its name.
+        numbered = Path(f"/proc/self/fd/{descriptor}")
         try:
-            with safe_open(file, framework="pt") as tensors:
-                # Files of several checkpoints put together would fit in every shape.
-                step = (tensors.metadata() or {}).get("step", str(self.step))
-                if step != str(self.step):
-                    raise CheckpointError(f"{file}: is of step {step[:20]}, not of {self.step}")
-                for key in tensors.keys():  # noqa: SIM118 (safe_open is no mapping)
-                    match, part = _KEY.fullmatch(key), tensors.get_slice(key)
-                    shape = part.get_shape()
-                    if match is None or part.get_dtype() != "F32" or len(shape) != 1:
-                        raise CheckpointError(
-                            f"{file}: {key[:80]!r} ({part.get_dtype()} {shape}) is no piece of a "
-                            "checkpoint: flat F32, named name|kind|start"
-                        )
-                    name, kind, start = match[1], match[2], int(match[3])
-                    self._pieces[name, kind].append(_Piece(start, start + shape[0], file, key))
-        # torch's own is raised for a file that goes at the last moment, retired by a run.
+            # It stays mapped, and needs neither name nor descriptor from here on.
+            tensors = safe_open(numbered if numbered.exists() else file, framework="pt").__enter__()
+            # Files of several checkpoints put together would fit in every shape.
+            step = (tensors.metadata() or {}).get("step", str(self.step))
+            if step != str(self.step):
+                raise CheckpointError(f"{file}: is of step {step[:20]}, not of {self.step}")
+            for key in tensors.keys():  # noqa: SIM118 (safe_open is no mapping)
+                match, part = _KEY.fullmatch(key), tensors.get_slice(key)
+                shape = part.get_shape()
+                if match is None or part.get_dtype() != "F32" or len(shape) != 1:
+                    raise CheckpointError(
+                        f"{file}: {key[:80]!r} ({part.get_dtype()} {shape}) is no piece of a "
+                        "checkpoint: flat F32, named name|kind|start"
+                    )
+                name, kind, start = match[1], match[2], int(match[3])
+                self._pieces[name, kind].append(_Piece(start, start + shape[0], file, key))
         except (SafetensorError, OSError, RuntimeError) as error:
             raise CheckpointError(f"{file}: is no safetensors file: {error}") from None
+        self._open[file] = tensors
 
     def _check_whole(self) -> None:
         """Every entry of every tensor is there once, and nothing else is."""
@@ -167,33 +182,106 @@ class Checkpoint:
                     f"one of them has {kind} of {min(different)}"
                 )
 
-    def _file(self, path: Path) -> Any:
-        if path not in self._open:
-            self._open[path] = safe_open(path, framework="pt").__enter__()
-        return self._open[path]
+
+def named_checkpoints(run_dir: Path) -> list[Path]:
+    """Whatever bears the name of a checkpoint in a run directory, oldest first, sound or not."""
+    home = run_dir / "checkpoints"
+    with supplied(CheckpointError, home):
+        found = [p for p in home.iterdir() if is_checkpoint_name(p.name)] if is_dir(home) else []
+    return sorted(found, key=step_of)
 
 
 def complete_checkpoints(run_dir: Path) -> list[Path]:
     """Directories of complete checkpoints, oldest first."""
-    found = [p for p in (run_dir / "checkpoints").glob("step_*") if is_checkpoint_name(p.name)]
-    return sorted((p for p in found if (p / "manifest.json").is_file()), key=step_of)
+    found = [path for path in named_checkpoints(run_dir) if not path.is_symlink()]
+    return [path for path in found if is_file(path / "manifest.json")]
 
 
-def newest_checkpoint(subject: Path) -> Path:
-    """The checkpoint that a RUN or CHECKPOINT argument means: itself, or the run's newest.
+def is_checkpoint(path: Path) -> bool:
+    """Whether a path means a checkpoint, sound or not, and no run."""
+    named = is_checkpoint_name(path.name) and path.parent.name == "checkpoints" and exists(path)
+    return named or exists(path / "manifest.json")
+
+
+def open_subject_checkpoint(subject: Path) -> tuple[Checkpoint, list[str]]:
+    """The checkpoint that a RUN or CHECKPOINT argument means: itself, or the run's newest sound
+    one with complaints about newer ones.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is none, or none that is sound.
     """
-    if (subject / "manifest.json").is_file():
-        return subject
-    found = complete_checkpoints(subject)
-    if not found:
+    if is_checkpoint(subject):
+        # A link to a checkpoint from outside of its run is another name for it.
+        return Checkpoint(subject if _is_inside_run(subject) else subject.resolve(), True), []
+    found, complaints = open_newest(subject)
+    if found is None:
+        raise no_checkpoint(subject)
+    return found, complaints
+
+
+def no_checkpoint(subject: Path) -> CheckpointError:
+    """What a RUN or CHECKPOINT argument that is neither gets."""
+    return CheckpointError(
+        f"{subject}: is no checkpoint and no run directory with one; "
+        "a run writes checkpoints every train.save_every steps and at its end"
+    )
+
+
+def _is_inside_run(checkpoint: Path) -> bool:
+    return exists(checkpoint.parent.parent / "config.yaml")
+
+
+def open_newest(run_dir: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint whose files are all as written, and complaints about newer ones.
+
+    A run that is at work may retire what is being opened; then there is a newer one to take. None
+    only if there are no checkpoints.
+
+    Raises:
+        CheckpointError: there are checkpoints, and none is sound.
+    """
+    complaints: dict[Path, str] = {}
+    while True:
+        left = [path for path in named_checkpoints(run_dir) if path not in complaints]
+        if not left:
+            break
+        try:
+            return Checkpoint(left[-1], thorough=True), list(complaints.values())
+        except CheckpointError as error:
+            if os.path.lexists(left[-1]):
+                complaints[left[-1]] = str(error)
+    if complaints:
         raise CheckpointError(
-            f"{subject}: is no checkpoint and no run directory with one; "
-            "a run writes checkpoints every train.save_every steps and at its end"
+            f"{run_dir}: no checkpoint is sound: {'; '.join(complaints.values())}; start anew in "
+            "another run_dir"
         )
-    return found[-1]
+    return None, []
+
+
+class Standing(NamedTuple):
+    """A checkpoint's state.json, and its bytes on disk."""
+
+    state: dict[str, Any]
+    bytes: int
+
+
+def newest_state(subject: Path) -> tuple[Standing | None, list[str]]:
+    """How a checkpoint stands, or a run's newest that is whole, and complaints about newer ones.
+
+    Nothing is hashed, so a flipped bit in its tensors is not noticed. None if there is none.
+    """
+    complaints: dict[Path, str] = {}
+    while True:
+        found = [subject] if is_checkpoint(subject) else named_checkpoints(subject)
+        left = [path for path in found if path not in complaints]
+        if not left:
+            return None, list(complaints.values())
+        try:
+            with holding(left[-1]) as held:
+                return Standing(read_state(left[-1], held), held.bytes), list(complaints.values())
+        except CheckpointError as error:
+            if os.path.lexists(left[-1]):  # and not retired by its run in this moment
+                complaints[left[-1]] = str(error)
 
 
 def newest_sound(run_dir: Path, ranks: Ranks) -> tuple[Checkpoint | None, list[str]]:
@@ -204,25 +292,18 @@ def newest_sound(run_dir: Path, ranks: Ranks) -> tuple[Checkpoint | None, list[s
     Raises:
         CheckpointError: there are checkpoints, and none is sound (every rank raises).
     """
-    directory, complaints = None, []
+    found = problem = None
+    complaints: list[str] = []
     if ranks.is_main:
-        for candidate in reversed(complete_checkpoints(run_dir)):
-            try:
-                Checkpoint(candidate, thorough=True)
-            except CheckpointError as error:
-                complaints.append(str(error))
-                continue
-            directory = candidate
-            break
-    directory, complaints = ranks.share((directory, complaints))
-    if directory is not None:
-        return open_checkpoint(directory, ranks, thorough=False), complaints
-    if complaints:
-        raise CheckpointError(
-            f"{run_dir}: no checkpoint is sound: {'; '.join(complaints)}; start anew in "
-            "another run_dir"
-        )
-    return None, []
+        try:
+            found, complaints = open_newest(run_dir)
+        except CheckpointError as error:
+            problem = error
+    ranks.agree(problem)
+    directory, complaints = ranks.share((found and found.directory, complaints))
+    if directory is None:
+        return None, []
+    return open_checkpoint(directory, ranks, thorough=False), complaints
 
 
 def open_checkpoint(directory: Path, ranks: Ranks, thorough: bool = True) -> Checkpoint:

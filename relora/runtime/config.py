@@ -77,11 +77,6 @@ class TrainConfig(Section):
     def _lengths(self) -> TrainConfig:
         if (self.steps is None) == (self.tokens is None):
             raise ValueError("give the run's length as either steps or tokens")
-        if self.spike and self.steps and self.spike.window >= self.steps:
-            raise ValueError(
-                f"spike.window: {self.spike.window} would never fill in {self.steps} steps; take "
-                "fewer, or spike: null"
-            )
         return self
 
 

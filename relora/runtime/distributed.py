@@ -162,7 +162,7 @@ def free_port() -> int:
 
 def on_terminal() -> bool:
     """Whether somebody watches the standard output."""
-    return sys.stdout.isatty()
+    return sys.stdout is not None and sys.stdout.isatty()  # None: it was closed at the start
 
 
 def memory_gib(device: torch.device) -> float:

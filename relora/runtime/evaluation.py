@@ -4,24 +4,49 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 from relora.runtime.distributed import Ranks
 
 
-def loss_of(model: Any, batch: Tensor) -> Tensor:
-    """Mean next-token loss in nats of a batch (rows, tokens); the model shifts the labels."""
-    return model(input_ids=batch, labels=batch).loss
+class Loss(NamedTuple):
+    """What a micro-batch is trained on, and what it is measured by; all are scalars."""
+
+    total: Tensor  # with the model's own auxiliary losses
+    cross_entropy: Tensor  # mean over predicted tokens in nats, without a gradient
+    auxiliary: Tensor | None = None  # the rest, such as the balance of experts; most have none
+
+
+def loss_of(model: Any, batch: Tensor) -> Loss:
+    """The losses of a batch (rows, tokens); the model shifts the labels."""
+    output = model(input_ids=batch, labels=batch)
+    total = output.loss
+    if getattr(output, "aux_loss", None) is None:
+        return Loss(total, total.detach())
+    measured = cross_entropy(output.logits.detach(), batch)
+    return Loss(total, measured, total.detach() - measured)
+
+
+def cross_entropy(logits: Tensor, batch: Tensor) -> Tensor:
+    """Mean next-token cross-entropy in nats: logits (rows, tokens, vocabulary), batch their input.
+
+    transformers' own function, which models call: equal to their loss bit for bit where they add
+    nothing to it.
+    """
+    return ForCausalLMLoss(logits, batch, vocab_size=logits.shape[-1])
 
 
 @torch.no_grad()
 def evaluate_loss(
     model: Any, batches: Iterable[tuple[Tensor, int]], ranks: Ranks
 ) -> tuple[float, int]:
-    """(mean loss per predicted token in nats, number of predicted tokens), over all ranks.
+    """(mean cross-entropy per predicted token in nats, number of predicted tokens), over all ranks.
+
+    Auxiliary losses that a model is trained on are no part of it.
 
     Args:
         model: a model, or an engine (then this is collective).
@@ -34,7 +59,8 @@ def evaluate_loss(
         # A rank without rows left still takes part in the forward pass, with one that counts 0.
         rows = batch[: max(real, 1)].to(ranks.device)
         predicted = real * (rows.shape[1] - 1)
-        total += loss_of(model, rows).item() * predicted
+        logits = model(input_ids=rows).logits
+        total += cross_entropy(logits, rows).item() * predicted
         tokens += predicted
     model.train(was_training)
     total, tokens = ranks.sum([total, tokens])

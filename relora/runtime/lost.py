@@ -20,6 +20,8 @@ import stat
 import time
 from pathlib import Path
 
+from relora.errors import CheckpointError
+from relora.files import write_atomically
 from relora.runtime.distributed import Ranks
 from relora.runtime.rundir import read_run_state
 
@@ -48,7 +50,10 @@ def is_to_tell(run_dir: Path, ranks: Ranks) -> bool:
         (run_dir / ".ranks").mkdir(exist_ok=True)
         (run_dir / ".ranks" / "told").touch(exist_ok=False)
     except FileExistsError:
-        return read_run_state(run_dir).get("status") == "running"
+        try:
+            return read_run_state(run_dir).get("status") == "running"
+        except CheckpointError:  # it is not what a rank has told; this one can
+            return True
     except OSError:  # no room for a file without content either
         return ranks.is_main
     return True
@@ -97,9 +102,7 @@ def _leave_mark(run_dir: Path, rank: int, reason: str) -> None:
     directory = run_dir / ".ranks"
     with contextlib.suppress(OSError):  # the error that brought us here matters more
         directory.mkdir(exist_ok=True)
-        temporary = directory / f"{rank:05d}.tmp"
-        temporary.write_text(reason, encoding="utf8")
-        temporary.replace(directory / f"{rank:05d}")
+        write_atomically(directory / f"{rank:05d}", reason, durable=False)
 
 
 def _read_marks(run_dir: Path) -> dict[int, str]:

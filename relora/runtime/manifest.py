@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
-from collections.abc import Callable
+import resource
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from relora.errors import CheckpointError
+from relora.files import MAX_JSON_BYTES, supplied
 
 FORMAT = 1
-MAX_JSON_BYTES = 1 << 26  # far beyond what any model or world size needs
 _NAME = re.compile(r"step_([0-9]{8,})")
 _RANK_FILE = re.compile(r"rank_[0-9]{5,}\.safetensors")
 
@@ -37,6 +41,63 @@ def step_of(directory: Path) -> int:
     return int(match[1])
 
 
+class Files(NamedTuple):
+    """A checkpoint's files, open: a run may retire it while somebody reads."""
+
+    manifest: dict[str, Any]
+    descriptors: dict[str, int]  # of every file that the manifest names
+    bytes: int  # of these and the manifest
+
+
+@contextmanager
+def holding(directory: Path) -> Iterator[Files]:
+    """Open all files of a checkpoint before the first is read, and close them at the end.
+
+    Raises:
+        CheckpointError: names the first that is missing, no plain file or of another size.
+    """
+    _refuse_link(directory)
+    with ExitStack() as stack:
+        first = _open(directory / "manifest.json", stack)
+        manifest = _parse_json(directory / "manifest.json", first)
+        if manifest.get("format") != FORMAT:
+            raise CheckpointError(
+                f"{directory}: has format {str(manifest.get('format'))[:20]}, this version reads "
+                f"{FORMAT}"
+            )
+        described = _described_files(directory, manifest)
+        _make_room_for(len(described))
+        files = {name: _open(directory / name, stack) for name in described}
+        for name, expected in described.items():
+            size = os.fstat(files[name]).st_size
+            if size != expected["bytes"]:
+                written = str(expected["bytes"])[:20]
+                raise CheckpointError(
+                    f"{directory / name}: has {size} bytes, {written} were written"
+                )
+        yield Files(
+            manifest, files, sum(os.fstat(each).st_size for each in (first, *files.values()))
+        )
+
+
+def compare_hashes(directory: Path, files: Files) -> None:
+    """Hash every file of a checkpoint.
+
+    Raises:
+        CheckpointError: names the first whose content is not that which was written.
+    """
+    for name, expected in files.manifest["files"].items():
+        path = directory / name
+        with (
+            supplied(CheckpointError, path),
+            open(files.descriptors[name], "rb", closefd=False) as file,
+        ):
+            file.seek(0)
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != expected["sha256"]:
+            raise CheckpointError(f"{path}: its content changed after it was written (SHA-256)")
+
+
 def verify(directory: Path, thorough: bool) -> dict[str, Any]:
     """Compare a checkpoint's files with its manifest; returns the manifest.
 
@@ -46,31 +107,10 @@ def verify(directory: Path, thorough: bool) -> dict[str, Any]:
     Raises:
         CheckpointError: names the first file that is missing, changed or of an unknown format.
     """
-    manifest = _read_json(directory / "manifest.json")
-    if manifest.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{directory}: has format {manifest.get('format')!r}, this version reads {FORMAT}"
-        )
-    for name, expected in _described_files(directory, manifest).items():
-        if name != "state.json" and not _RANK_FILE.fullmatch(name):
-            raise CheckpointError(
-                f"{directory / 'manifest.json'}: names {name[:80]!r}, which is no file of a "
-                "checkpoint"
-            )
-        path = directory / name
-        _refuse_link(path)
-        if not path.is_file():
-            raise CheckpointError(f"{path}: is missing")
-        size = path.stat().st_size
-        if size != expected["bytes"]:
-            raise CheckpointError(f"{path}: has {size} bytes, {expected['bytes']} were written")
-        try:
-            changed = thorough and _sha256(path) != expected["sha256"]
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read: {error}") from None
-        if changed:
-            raise CheckpointError(f"{path}: its content changed after it was written (SHA-256)")
-    return manifest
+    with holding(directory) as files:
+        if thorough:
+            compare_hashes(directory, files)
+        return files.manifest
 
 
 def _described_files(directory: Path, manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -81,31 +121,53 @@ def _described_files(directory: Path, manifest: dict[str, Any]) -> dict[str, dic
         raise CheckpointError(f"{directory}: manifest.json does not describe the files")
     if "state.json" not in files:
         raise CheckpointError(f"{directory}: manifest.json does not name state.json")
+    for name in files:
+        if name != "state.json" and not _RANK_FILE.fullmatch(name):
+            raise CheckpointError(
+                f"{directory / 'manifest.json'}: names {name[:80]!r}, which is no file of a "
+                "checkpoint"
+            )
     return files
 
 
 def describe(path: Path) -> dict[str, Any]:
     """What the manifest says of a file: its size in bytes and its SHA-256."""
-    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-
-
-def _sha256(path: Path) -> str:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": digest}
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _open(path: Path, stack: ExitStack) -> int:
+    """A descriptor of a plain file; whatever else bears the name is not waited for."""
     _refuse_link(path)
-    if not path.is_file():
-        raise CheckpointError(f"{path}: is missing; this is no complete checkpoint")
-    if path.stat().st_size > MAX_JSON_BYTES:
-        raise CheckpointError(f"{path}: {path.stat().st_size} bytes is too much for this file")
-    try:
-        values = json.loads(path.read_text(encoding="utf8"))
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not valid JSON: {error}") from None
+    with supplied(CheckpointError, path):
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except FileNotFoundError:
+            manifest = "; this is no complete checkpoint" if path.name == "manifest.json" else ""
+            raise CheckpointError(f"{path}: is missing{manifest}") from None
+        stack.callback(os.close, descriptor)
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise CheckpointError(f"{path}: is no plain file; this is no complete checkpoint")
+    return descriptor
+
+
+def _make_room_for(count: int) -> None:
+    """Let this process hold so many files more, as far as it may: there is one a rank."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + 512
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
+def _parse_json(path: Path, descriptor: int) -> dict[str, Any]:
+    """The object in an open file; `path` names it in messages."""
+    size = os.fstat(descriptor).st_size
+    if size > MAX_JSON_BYTES:
+        raise CheckpointError(f"{path}: {size} bytes is too much for this file")
+    with supplied(CheckpointError, path, "not valid JSON"):
+        values = json.loads(os.pread(descriptor, size, 0).decode("utf8"))
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: does not hold what a checkpoint's file holds")
     return values
@@ -117,15 +179,15 @@ def _refuse_link(path: Path) -> None:
         raise CheckpointError(f"{path}: is a link; a checkpoint holds plain files, copy it whole")
 
 
-def read_state(path: Path) -> dict[str, Any]:
+def read_state(directory: Path, files: Files) -> dict[str, Any]:
     """state.json with each field that a run relies on of its type and in its range."""
-    state = _DEFAULTS | _read_json(path)
+    path = directory / "state.json"
+    state = _DEFAULTS | _parse_json(path, files.descriptors["state.json"])
     for field, (fits, allowed) in _FIELDS.items():
         if field not in state:
             raise CheckpointError(f"{path}: {field} is missing")
         if not fits(state[field]):
             raise CheckpointError(f"{path}: {field} must be {allowed}")
-    directory = path.parent
     if is_checkpoint_name(directory.name) and step_of(directory) != state["step"]:
         raise CheckpointError(
             f"{path}: is of step {state['step']}, the directory of {step_of(directory)}"
@@ -156,7 +218,13 @@ def _is_scale(value: Any) -> bool:
 
 
 # Of checkpoints from before these were kept.
-_DEFAULTS: dict[str, Any] = {"shrink": 1.0, "loss_scale": None, "losses": []}
+_DEFAULTS: dict[str, Any] = {
+    "shrink": 1.0,
+    "loss_scale": None,
+    "losses": [],
+    "config": None,
+    "run_files": {},
+}
 _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(
         ("step", "consumed", "skipped", "merges", "world_size"), (_is_count, "a whole number ≥ 0")
@@ -169,6 +237,8 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
         "a list of numbers ≥ 0",
     ),
     "data": (lambda value: isinstance(value, str), "text"),
+    "config": (lambda value: value is None or isinstance(value, dict), "a mapping"),
+    "run_files": (_is_table(lambda value: isinstance(value, str)), "a hash for each name"),
     "shapes": (_is_table(_is_shape), "a list of whole numbers for each parameter"),
     "adam_steps": (_is_table(_is_amount), "a number ≥ 0 for each parameter"),
 }

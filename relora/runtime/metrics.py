@@ -19,7 +19,9 @@ from textwrap import indent
 from typing import Any
 
 from relora.errors import CheckpointError
+from relora.files import explain, replacing, supplied
 from relora.runtime.distributed import on_terminal
+from relora.runtime.rundir import check_plain
 
 BAR_WIDTH = 24
 
@@ -42,16 +44,22 @@ class Metrics:
         self.problem: CheckpointError | None = None
         self._terminal = active and on_terminal()
         self._bar = ""
+        self._drawn: tuple[int, set[str]] = (-1, set())  # what TensorBoard has of the newest step
         if not active:
             return
         from torch.utils.tensorboard import SummaryWriter
 
+        complaints = []
         with self.noting_trouble():
-            path = run_dir / "metrics.jsonl"
-            drop_after(path, resumed_at)
+            path, log = run_dir / "metrics.jsonl", run_dir / "log.txt"
+            for each in (path, log):
+                check_plain(each)
+            complaints = drop_after(path, resumed_at)
             self._lines = path.open("a", encoding="utf8")
-            self._log = (run_dir / "log.txt").open("a", encoding="utf8")
+            self._log = log.open("a", encoding="utf8")
             self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resumed_at + 1)
+        for complaint in complaints:
+            self.say(complaint)
 
     @contextmanager
     def noting_trouble(self, where: object = None) -> Iterator[None]:
@@ -62,6 +70,8 @@ class Metrics:
         """
         try:
             yield
+        except CheckpointError as error:
+            self.problem = self.problem or error
         except OSError as error:
             self.problem = self.problem or CheckpointError(
                 f"{where or self.run_dir}: cannot be written: {error}; the checkpoints of "
@@ -78,7 +88,12 @@ class Metrics:
         with self.noting_trouble():
             self._lines.write(json.dumps(line) + "\n")
             self._lines.flush()
+            if step != self._drawn[0]:
+                self._drawn = (step, set())
             for key, value in values.items():
+                if key in self._drawn[1]:  # an evaluation says again where it stands
+                    continue
+                self._drawn[1].add(key)
                 if isinstance(value, str):
                     self._board.add_text(key, value, step)
                 elif not isinstance(value, bool):
@@ -146,30 +161,53 @@ class Metrics:
             self._bar = ""
 
 
-def drop_after(path: Path, step: int) -> None:
+def drop_after(path: Path, step: int) -> list[str]:
     """Remove the lines of metrics.jsonl from after the checkpoint of `step`; they come again.
 
     That is, lines of later steps and lines behind the one about that save; a run that starts where
     there is none (step 0, or killed before it was written) tells of its rollbacks there again. A
     last line cut off by a kill goes too.
+
+    Returns:
+        A complaint about each other line that is broken; it is removed.
     """
     if not path.is_file():
-        return
-    kept: list[str] = []
+        return []
+    kept: list[bytes] = []
+    complaints = []
     saved = None
-    for line in path.read_text(encoding="utf8").splitlines():
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
         try:
-            values = json.loads(line)
-        except ValueError:
+            values = decode_line(line)
+        except ValueError as error:
+            if number < len(lines):
+                complaints.append(f"{path}: line {number} {error}; it is left out from here on")
             continue
         again = values["step"] == step and (step == 0 or "train/rollbacks" in values)
         if values["step"] <= step and not again:
             kept.append(line)
         if values["step"] == step and "time/save_s" in values:
             saved = len(kept)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(f"{line}\n" for line in kept[:saved]), encoding="utf8")
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        temporary.write_bytes(b"".join(line + b"\n" for line in kept[:saved]))
+    return complaints
+
+
+def decode_line(line: bytes | str) -> dict[str, Any]:
+    """One line of metrics.jsonl.
+
+    Raises:
+        ValueError: it is broken; the message goes on behind the line's number.
+    """
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"is not valid JSON: {explain(error)}") from None
+    step = values.get("step") if isinstance(values, dict) else None
+    if type(step) is not int or not 0 <= step < 2**63:
+        raise ValueError("is no object with a step")
+    return values
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
@@ -179,12 +217,13 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
         CheckpointError: another line is broken; names it.
     """
     path = run_dir / "metrics.jsonl"
+    check_plain(path)
     found = []
-    for number, line in enumerate(path.read_text(encoding="utf8").split("\n")[:-1], 1):
-        try:
-            found.append(json.loads(line))
-        except ValueError as error:
-            raise CheckpointError(f"{path}: line {number} is not valid JSON: {error}") from None
+    with supplied(CheckpointError, path):
+        lines = path.read_bytes().split(b"\n")[:-1]
+    for number, line in enumerate(lines, 1):
+        with supplied(CheckpointError, path, f"line {number}"):
+            found.append(decode_line(line))
     return found
 
 

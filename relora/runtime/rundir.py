@@ -7,29 +7,61 @@ import functools
 import json
 import os
 import platform
+import re
+import shutil
+import stat
 import subprocess
 import time
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any
 
 from relora.errors import CheckpointError
+from relora.files import TEMPORARY, read_json, supplied, write_json
 from relora.runtime.distributed import Ranks
 from relora.runtime.signals import follow_launcher
 
 PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "tokenizers", "sentencepiece")
+LOCK_CHARACTERS = 4096
+# What lies in a run directory and is replaced as a whole.
+_LEFTOVER = re.compile(
+    r"(config\.yaml|run_state\.json|environment\.json|metrics\.jsonl|rollbacks\.json|model"
+    rf"|tokenizer){TEMPORARY}"
+)
 PATIENCE_S = 60.0  # for an orphan to finish its step, save and leave
 
 
 def read_run_state(run_dir: Path) -> dict[str, Any]:
-    """What `run_state.json` says: status, reason, step, code. Empty before the first start."""
+    """What `run_state.json` says: status, reason, step, code. Empty before the first start.
+
+    Raises:
+        CheckpointError: it is there, and is not what a run writes.
+    """
     path = run_dir / "run_state.json"
-    if not path.is_file():
+    if not os.path.lexists(path):
         return {}
     try:
-        return json.loads(path.read_text(encoding="utf8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not valid JSON: {error}") from None
+        state = read_json(path, CheckpointError)
+        for field, fits in _STATE.items():
+            if not fits(state.get(field)):
+                raise CheckpointError(f"{path}: {field} is not what a run writes")
+    except CheckpointError as error:
+        # The checkpoints know how far the run is.
+        raise CheckpointError(f"{error}; remove it, and the run goes on without") from None
+    return state
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+_STATE: dict[str, Callable[[Any], bool]] = {
+    "status": lambda value: isinstance(value, str),
+    "reason": lambda value: isinstance(value, str),
+    "step": _is_count,
+    "code": _is_count,
+}
 
 
 def write_run_state(run_dir: Path, status: str, reason: str, step: int, code: int) -> None:
@@ -40,17 +72,17 @@ def write_run_state(run_dir: Path, status: str, reason: str, step: int, code: in
         code: the exit code that goes with it (0 while running).
     """
     values = {"status": status, "reason": reason, "step": step, "code": code}
-    write_atomically(run_dir / "run_state.json", json.dumps(values, indent=1) + "\n")
+    write_json(run_dir / "run_state.json", values)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a small file so that a reader sees the old or the new content, never a part."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # ranks may fail at one time
-    with temporary.open("w", encoding="utf8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+def clear_leftovers(run_dir: Path) -> None:
+    """Remove what killed processes of this run have left half written; under its lock."""
+    for path in run_dir.iterdir():
+        if _LEFTOVER.fullmatch(path.name):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def lock(run_dir: Path, patience_s: float = PATIENCE_S) -> IO[str]:
@@ -62,7 +94,9 @@ def lock(run_dir: Path, patience_s: float = PATIENCE_S) -> IO[str]:
     Raises:
         CheckpointError: another process trains in it, or does not leave.
     """
-    file = (run_dir / ".lock").open("a+", encoding="utf8")
+    path = run_dir / ".lock"
+    check_plain(path)
+    file = path.open("a+", encoding="utf8", errors="replace")
     deadline, told = time.monotonic() + patience_s, False
     while not _try_lock(file):
         holder = _read_holder(file)
@@ -85,6 +119,21 @@ def lock(run_dir: Path, patience_s: float = PATIENCE_S) -> IO[str]:
     return file
 
 
+def check_plain(path: Path) -> None:
+    """Whether a file of a run can be opened to write: a FIFO would be waited for, for ever.
+
+    Raises:
+        CheckpointError: there is something else in its place.
+    """
+    with supplied(CheckpointError, path):
+        mode = path.stat().st_mode if path.exists() else stat.S_IFREG
+    if stat.S_ISDIR(mode) or stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode):
+        raise CheckpointError(
+            f"{path}: is {'a directory' if stat.S_ISDIR(mode) else 'no plain file'} where a run "
+            "writes a file; move it away, and run the same command again"
+        )
+
+
 def _try_lock(file: IO[str]) -> bool:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -97,10 +146,11 @@ def _read_holder(file: IO[str]) -> dict[str, Any]:
     """What the holder of the lock wrote about itself; empty while it has not."""
     file.seek(0)
     try:
-        values = json.loads(file.read())
-    except ValueError:
+        values = json.loads(file.read(LOCK_CHARACTERS))
+    except (ValueError, RecursionError):
         return {}
-    return values if isinstance(values, dict) else {}
+    pid = values.get("pid") if isinstance(values, dict) else None
+    return values if type(pid) is int and 0 < pid < 2**31 else {}
 
 
 def _is_leaving(holder: dict[str, Any]) -> bool:
@@ -114,7 +164,48 @@ def _is_leaving(holder: dict[str, Any]) -> bool:
         parent, status = process.ppid(), process.status()
     except psutil.NoSuchProcess:
         return True
-    return status == psutil.STATUS_ZOMBIE or holder["launcher"] not in (None, parent)
+    return status == psutil.STATUS_ZOMBIE or holder.get("launcher") not in (None, parent)
+
+
+def read_stretches(run_dir: Path) -> list[dict[str, Any]]:
+    """environment.json: for each stretch of a run what it ran on and `from_step`, oldest first.
+
+    A run that goes on with other ranks, settings or code, or on another machine, begins another.
+
+    Raises:
+        CheckpointError: the file is there and is not what a run writes.
+    """
+    path = run_dir / "environment.json"
+    if not os.path.lexists(path):
+        return []
+    newest = read_json(path, CheckpointError)
+    earlier = newest.pop("earlier", [])
+    stretches = [*earlier, newest] if isinstance(earlier, list) else [newest, {"from_step": None}]
+    for stretch in stretches:
+        # Before there were stretches, the last environment was taken for that of the whole run.
+        if not isinstance(stretch, dict) or not _is_count(stretch.setdefault("from_step", 0)):
+            raise CheckpointError(f"{path}: is not what a run writes")
+    return stretches
+
+
+def record_stretch(run_dir: Path, step: int, environment: dict[str, Any]) -> str | None:
+    """Note what a run goes on with from a step; those it went back from are forgotten.
+
+    The newest stands at the top of environment.json, those before it under `earlier`.
+
+    Returns:
+        A complaint if what was there cannot be read; it is made anew.
+    """
+    complaint = None
+    try:
+        before = [s for s in read_stretches(run_dir) if s["from_step"] < step]
+    except CheckpointError as error:
+        before, complaint = [], f"{error}; made anew, and what the run ran on before is not known"
+    if before and {**before[-1], "from_step": step} == {**environment, "from_step": step}:
+        step = before.pop()["from_step"]
+    values = {**environment, "from_step": step}
+    write_json(run_dir / "environment.json", values | ({"earlier": before} if before else {}))
+    return complaint
 
 
 @functools.cache

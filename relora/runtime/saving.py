@@ -4,14 +4,14 @@ A save has two halves. The first copies what this rank owns to host memory and h
 which writes, syncs and hashes the rank's file. The second, in the main thread and on all ranks
 together, waits for the threads, asks how it went, and lets rank 0 commit: manifest, sync, rename.
 Training may go on in between. A directory counts as a checkpoint once it bears its final name; what
-a killed save leaves behind is called `*.tmp` and is cleared by the next one.
+a killed save leaves behind is called `step_*.tmp` and is cleared by the next one.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
+import re
 import shutil
 import threading
 import time
@@ -25,10 +25,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from relora.errors import CheckpointError
+from relora.files import TEMPORARY, beside, replacing, sync, write_json
 from relora.runtime.checkpoint import complete_checkpoints
 from relora.runtime.distributed import Ranks
 from relora.runtime.manifest import FORMAT, describe, rank_file, step_of
 from relora.runtime.places import MOMENTS, Places
+
+# What killed saves leave, those of earlier versions too; anything else there is somebody else's.
+_LEFTOVER = re.compile(rf"step_[0-9]{{8,}}({TEMPORARY}|(\.old|\.[0-9]+)?\.tmp)")
 
 
 class Saving:
@@ -50,7 +54,7 @@ class Saving:
         self.seconds = 0.0  # that writing took
         self.final = run_dir / "checkpoints" / f"step_{self.step:08d}"
         # Of this process: a rank that outlived an earlier one may still write into its own.
-        self.temporary = self.final.with_name(f"{self.final.name}.{os.getpid()}.tmp")
+        self.temporary = beside(self.final)
         self._files: dict[str, dict[str, Any]] = {}
         self._problem: str | None = None
         self._bug: BaseException | None = None
@@ -123,8 +127,8 @@ class Saving:
         began = time.perf_counter()
         path = self.temporary / rank_file(self.ranks.rank)
         try:
-            save_file(pieces, path, metadata={"step": str(self.step)})
-            _sync(path)
+            with replacing(path) as temporary:
+                save_file(pieces, temporary, metadata={"step": str(self.step)})
             self._files = {path.name: describe(path)}
         except (OSError, SafetensorError) as error:
             self._problem = f"rank {self.ranks.rank}: {error}"
@@ -135,14 +139,14 @@ class Saving:
     def _commit(self, files: dict[str, dict[str, Any]]) -> str | None:
         """Make the directory a checkpoint; what kept rank 0 from it, if anything did."""
         try:
-            _write_json(self.temporary / "state.json", self._state)
+            write_json(self.temporary / "state.json", self._state)
             files = {"state.json": describe(self.temporary / "state.json"), **files}
-            _write_json(self.temporary / "manifest.json", {"format": FORMAT, "files": files})
-            _sync(self.temporary)
-            if self.final.exists():  # the run went back to before it
+            write_json(self.temporary / "manifest.json", {"format": FORMAT, "files": files})
+            sync(self.temporary)
+            if os.path.lexists(self.final):  # the run went back to before it
                 _discard(self.final)
             self.temporary.rename(self.final)
-            _sync(self.final.parent)
+            sync(self.final.parent)
         except OSError as error:
             return str(error)
         return None
@@ -184,18 +188,22 @@ def retire(
 
 
 def _discard(path: Path) -> None:
+    """Remove a checkpoint. What is no directory has its name and is none: it only loses that."""
     # First the name that makes it a checkpoint, then the files.
-    doomed = path.with_name(f"{path.name}.old.tmp")
+    doomed = beside(path)
     path.rename(doomed)
-    # What a reader still holds open on a network disk stays; the next save tries again.
-    shutil.rmtree(doomed, ignore_errors=True)
+    if doomed.is_dir() and not doomed.is_symlink():
+        # What a reader still holds open on a network disk stays; the next save tries again.
+        shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _make_clear(directory: Path) -> None:
     """Make an empty directory, and remove what killed saves left beside it."""
     directory.parent.mkdir(exist_ok=True)
-    for leftover in directory.parent.glob("*.tmp"):
-        shutil.rmtree(leftover, ignore_errors=True)  # a reader on a network disk may hold it open
+    for leftover in directory.parent.iterdir():
+        if _LEFTOVER.fullmatch(leftover.name):
+            # A reader on a network disk may hold it open: the next save tries again.
+            shutil.rmtree(leftover, ignore_errors=True)
     directory.mkdir()
 
 
@@ -213,16 +221,3 @@ def _own_pieces(places: Places, ranks: Ranks) -> Iterator[tuple[str, str, int, T
                 piece = piece[start : start + size]
             if piece.numel():
                 yield place.name, kind, start, piece
-
-
-def _write_json(path: Path, values: Any) -> None:
-    path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf8")
-    _sync(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

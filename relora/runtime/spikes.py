@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from relora.errors import CheckpointError, NumericsError
+from relora.files import read_text, write_json
 from relora.runtime.config import SpikeConfig
 from relora.runtime.distributed import Ranks
-from relora.runtime.rundir import write_atomically
 
 
 class Rollback(NamedTuple):
@@ -91,12 +92,15 @@ def read_rollbacks(run_dir: Path, ranks: Ranks) -> list[Rollback]:
         CheckpointError: the file is broken (every rank raises).
     """
     path, found, problem = run_dir / "rollbacks.json", None, None
-    if ranks.is_main and path.is_file():
+    if ranks.is_main and os.path.lexists(path):
         try:
-            found = [Rollback(**values) for values in json.loads(path.read_text(encoding="utf8"))]
+            values = json.loads(read_text(path, CheckpointError))
+            found = [Rollback(**each) for each in values]
             if not all(isinstance(value, int | float) for values in found for value in values):
                 raise TypeError("not all values are numbers")
-        except (OSError, ValueError, TypeError) as error:
+        except CheckpointError as error:
+            problem = error
+        except (ValueError, TypeError, RecursionError) as error:
             problem = CheckpointError(f"{path}: is broken ({error}); restore it, or start anew")
     ranks.agree(problem)
     return ranks.share(found) or []
@@ -112,7 +116,7 @@ def record_rollbacks(run_dir: Path, rollbacks: Sequence[Rollback], ranks: Ranks)
     if ranks.is_main:
         values = [rollback._asdict() for rollback in rollbacks]
         try:
-            write_atomically(path, json.dumps(values, indent=1) + "\n")
+            write_json(path, values)
         except OSError as error:
             problem = CheckpointError(f"{path}: cannot be written: {error}; make room")
     ranks.agree(problem)

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from relora.errors import ConfigError
 from relora.runtime.config import DeepSpeedConfig, OptimizerConfig
 from relora.runtime.distributed import Ranks
+from relora.runtime.evaluation import Loss
 
 Engine = Any  # deepspeed.DeepSpeedEngine; the import happens late
 
@@ -67,7 +68,8 @@ class LossScale:
 class StepResult(NamedTuple):
     """What one optimizer step did. `applied` is False if the update was not finite and skipped."""
 
-    loss: float  # mean over this rank's micro-batches
+    loss: float  # cross-entropy, mean over this rank's micro-batches
+    auxiliary: float | None  # what else was trained on, likewise; None if nothing
     grad_norm: float  # global, before clipping
     applied: bool
 
@@ -264,7 +266,7 @@ def build_optimizer(
 def train_step(
     engine: Engine,
     micro_batches: Sequence[Tensor],
-    loss_of: Callable[[Engine, Tensor], Tensor],
+    loss_of: Callable[[Engine, Tensor], Loss],
     learning_rate: float,
     grad_clip: float | None,
     loss_scale: float | None = None,
@@ -284,7 +286,8 @@ def train_step(
     if stage > 0 and loss_scale is not None:
         engine.optimizer.override_loss_scale(loss_scale)  # it multiplies and divides by itself
         factor = 1.0
-    losses = []
+    losses: list[Tensor] = []
+    others: list[Tensor] = []
     last = len(micro_batches) - 1
     # Stages 1–3 collect local gradients and reduce them when the block ends; stage 0 reduces in
     # the backward pass outside no_sync.
@@ -292,15 +295,18 @@ def train_step(
         for index, batch in enumerate(micro_batches):
             with engine.no_sync() if stage == 0 and index < last else nullcontext():
                 loss = loss_of(engine, batch)
-                engine.backward(loss * factor / len(micro_batches))
-                losses.append(loss.detach())
+                engine.backward(loss.total * factor / len(micro_batches))
+                losses.append(loss.cross_entropy)
+                if loss.auxiliary is not None:
+                    others.append(loss.auxiliary)
     if stage == 0:
         norm, applied = _step_unsharded(engine, grad_clip, factor)
     else:
         engine.step()
         applied = bool(engine.was_step_applied())
         norm = float(engine.get_global_grad_norm()) if applied else math.inf
-    return StepResult(torch.stack(losses).mean().item(), norm, applied)
+    auxiliary = torch.stack(others).mean().item() if others else None
+    return StepResult(torch.stack(losses).mean().item(), auxiliary, norm, applied)
 
 
 def destroy(engine: Engine) -> None:

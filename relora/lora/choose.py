@@ -1,0 +1,257 @@
+"""Which weights get adapters, which go on training in full, and why.
+
+An adapter can go to what computes x Wᵀ + b by its own forward pass. Everything here follows from
+the model's structure alone, so that planning, training, resuming and exporting choose alike.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import textwrap
+from collections import Counter
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from relora.errors import ConfigError
+from relora.lora.config import LoRAConfig
+
+# Layers too small for the rank are left alone up to this share of all linear weights: gates and
+# routers are far below it. Beyond it the rank is the mistake, and not the layer.
+INCIDENTAL = 0.05
+NAMED = 3  # so many layers are named where one reason holds for many
+
+
+class Left(NamedTuple):
+    """Weights that train in full, beside embeddings, norms, biases and the head."""
+
+    why: str
+    names: list[str]
+    entries: int
+
+
+def linear_layers(model: PreTrainedModel) -> dict[str, Any]:
+    """Every layer that can take an adapter, adapted or not, by name, in the model's order."""
+    return {name: layer for name, layer in _linear(model) if _obstacle(model, name, layer) is None}
+
+
+def find_targets(model: PreTrainedModel, config: LoRAConfig) -> list[str]:
+    """Names of the layers that get adapters, in the model's order.
+
+    Default: every linear layer but the output head, which is all projections of the attention and
+    MLP blocks of Llama, GPT-2, GPT-NeoX and their like; what is too small for the rank and of no
+    weight (a gate of one output) is left alone, see `left_in_full`.
+
+    Raises:
+        ConfigError: a target that matches no layer, or one that cannot take an adapter; a rank
+            beyond a layer's smaller dimension; no layer at all.
+    """
+    linear = linear_layers(model)
+    if config.targets is None:
+        small = _too_small(linear, config.rank)
+        chosen = [name for name in linear if name not in small]
+    else:
+        chosen = [n for n in linear if any(_ends_with(n, target) for target in config.targets)]
+        for target in config.targets:
+            if not any(_ends_with(name, target) for name in linear):
+                raise ConfigError(f"lora.targets: {target!r} {_why_no_target(model, target)}")
+    if not chosen:
+        raise ConfigError(
+            f"lora: no layer of this {model.config.model_type} can take an adapter, so all of it "
+            f"would train in full ({'; '.join(describe_left(model, config)) or 'no linear layer'}"
+            "); set lora: null and relora: null, or take another model"
+        )
+    for name in chosen:
+        smaller = min(linear[name].weight.shape)
+        if config.rank > smaller:
+            raise ConfigError(
+                f"lora.rank: {config.rank} is beyond the smaller dimension of {name} "
+                f"{tuple(linear[name].weight.shape)}; take at most {smaller}"
+            )
+    return chosen
+
+
+def left_in_full(model: PreTrainedModel, config: LoRAConfig) -> list[Left]:
+    """Matrices that train in full although they are no embedding and no head, by reason.
+
+    Args:
+        model: with or without its adapters.
+    """
+    linear = linear_layers(model)
+    if config.targets is None:
+        chosen = linear.keys() - _too_small(linear, config.rank).keys()
+    else:
+        chosen = {n for n in linear if any(_ends_with(n, target) for target in config.targets)}
+    layers = dict(_linear(model))
+    head = model.get_output_embeddings()
+    usual = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    if head is not None and isinstance(getattr(head, "weight", None), Tensor):
+        usual.add(id(head.weight))
+    found: dict[str, list[tuple[str, int]]] = {}
+    for name, parameter in model.named_parameters():
+        owner, _, last = name.rpartition(".")
+        if parameter.ndim < 2 or id(parameter) in usual or last in ("lora_A", "lora_B"):
+            continue
+        if last == "weight" and owner in chosen:
+            continue
+        if last == "weight" and owner in layers:
+            why = _obstacle(model, owner, layers[owner])
+            if why is None and config.targets is not None:
+                why = "not among lora.targets"
+            why = why or f"smaller than rank {config.rank}"
+        elif parameter.ndim > 2:
+            why = f"{parameter.ndim}-dimensional, such as experts in one tensor or convolutions"
+        else:
+            why = "not the weight of a linear layer"
+        found.setdefault(why, []).append((name, parameter.numel()))
+    return [
+        Left(why, [name for name, _ in rows], sum(n for _, n in rows))
+        for why, rows in found.items()
+    ]
+
+
+def describe_left(model: PreTrainedModel, config: LoRAConfig) -> list[str]:
+    """One line for each reason why weights train in full, with their share of all parameters."""
+    total = sum(
+        getattr(p, "ds_numel", p.numel())
+        for name, p in model.named_parameters()
+        if ".lora_" not in name
+    )
+    lines = []
+    for why, names, entries in left_in_full(model, config):
+        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+        share = f"{entries / total:.1%}" if entries >= 0.001 * total else "under 0.1%"
+        lines.append(
+            f"{share} of the model trains in full without adapters: {', '.join(names[:NAMED])}"
+            f"{more} ({why})"
+        )
+    return lines
+
+
+def _linear(model: PreTrainedModel) -> list[tuple[str, Any]]:
+    """(name, layer) of everything that is called a linear layer, but the output head."""
+    head = model.get_output_embeddings()
+    kinds = (nn.Linear, Conv1D)
+    return [(n, m) for n, m in model.named_modules() if isinstance(m, kinds) and m is not head]
+
+
+def _obstacle(model: PreTrainedModel, name: str, layer: Any) -> str | None:
+    """Why a linear layer can take no adapter at all; None if it can."""
+    if not hasattr(layer, "lora_A") and not computes_linear(layer):
+        return f"a {type(layer).__name__}, which does not compute x Wᵀ + b"
+    owner, _, last = name.rpartition(".")
+    parent: Any = type(model.get_submodule(owner))
+    if last in _read_directly(parent):
+        return f"its weight is read by {parent.__name__} itself"
+    if _uses(model)[id(layer.weight)] > 1:
+        return "its weight is shared with another module"
+    return None
+
+
+def _uses(model: nn.Module) -> Counter[int]:
+    """How many modules hold each parameter."""
+    return Counter(
+        id(parameter)
+        for module in model.modules()
+        for parameter in module.parameters(recurse=False)
+    )
+
+
+def computes_linear(layer: Any) -> bool:
+    """Whether a layer, of whatever subclass, computes x Wᵀ + b.
+
+    Its own forward pass is asked, with small weights in place of its own, which may lie nowhere.
+    """
+    if type(layer).forward in (nn.Linear.forward, Conv1D.forward):
+        return True
+    # Real numbers also while a model without any is counted; fixed ones, since the generator
+    # belongs to the initial weights.
+    with _disable_current_modes(), torch.device("cpu"), torch.no_grad():
+        x, weight, bias = (torch.linspace(-1, 2, n) for n in (12, 15, 5))
+        x, weight = x.view(2, 2, 3).sin(), weight.view(5, 3).cos()
+        expected = F.linear(x, weight, bias if layer.bias is not None else None)
+        held = {"weight": weight.t() if isinstance(layer, Conv1D) else weight}
+        if layer.bias is not None:
+            held["bias"] = bias
+        try:
+            found = torch.func.functional_call(layer, held, (x,))
+        except Exception:  # whatever it may want in addition, it is no plain linear layer
+            return False
+        alike = isinstance(found, Tensor) and found.shape == expected.shape
+        return alike and torch.allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@functools.cache
+def _read_directly(owner: Any) -> frozenset[str]:
+    """Names of the layers whose weight a module's own code computes with.
+
+    There an adapter would be passed by: `F.linear(x, self.out_proj.weight)` in
+    nn.MultiheadAttention, `self.dt_proj.weight @ x` in Mamba.
+    """
+    found: set[str] = set()
+    for kind in owner.__mro__:
+        if kind in (nn.Module, PreTrainedModel) or not issubclass(kind, nn.Module):
+            continue
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(kind)))
+        except (OSError, TypeError, SyntaxError):  # made at run time
+            continue
+        for function in ast.walk(tree):
+            if isinstance(function, ast.FunctionDef) and function.name not in _SETTING_UP:
+                found |= _weights_computed_with(function)
+    return frozenset(found)
+
+
+_SETTING_UP = ("__init__", "_init_weights", "init_weights", "reset_parameters", "extra_repr")
+
+
+def _weights_computed_with(function: ast.FunctionDef) -> set[str]:
+    """x of every `self.x.weight` that is more than looked at for its dtype, device or shape."""
+    parents = {child: node for node in ast.walk(function) for child in ast.iter_child_nodes(node)}
+    found = set()
+    for node in ast.walk(function):
+        if not isinstance(node, ast.Attribute) or node.attr != "weight":
+            continue
+        layer, parent = node.value, parents.get(node)
+        if not isinstance(layer, ast.Attribute) or not isinstance(layer.value, ast.Name):
+            continue
+        asked = isinstance(parent, ast.Attribute) and parent.attr in ("dtype", "device", "shape")
+        tested = isinstance(parent, ast.Call) and ast.unparse(parent.func) in (
+            "isinstance",
+            "hasattr",
+        )
+        if layer.value.id == "self" and not asked and not tested:
+            found.add(layer.attr)
+    return found
+
+
+def _too_small(linear: dict[str, Any], rank: int) -> dict[str, Any]:
+    """Layers that cannot take the rank, if they are of no weight together; else none."""
+    small = {name: layer for name, layer in linear.items() if min(layer.weight.shape) < rank}
+    total = sum(_entries(layer) for layer in linear.values())
+    if sum(_entries(layer) for layer in small.values()) > INCIDENTAL * total:
+        return {}
+    return small
+
+
+def _entries(layer: Any) -> int:
+    return getattr(layer.weight, "ds_numel", layer.weight.numel())
+
+
+def _why_no_target(model: PreTrainedModel, target: str) -> str:
+    for name, layer in _linear(model):
+        if _ends_with(name, target):
+            return f"({name}) can take no adapter: {_obstacle(model, name, layer)}"
+    known = sorted({name.rpartition(".")[2] for name in linear_layers(model)})
+    return f"matches no linear layer of this model; it has: {', '.join(known)}"
+
+
+def _ends_with(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")

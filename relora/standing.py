@@ -1,0 +1,65 @@
+"""What `relora train` would make of a run directory, read from its files: `relora plan` says it."""
+
+from __future__ import annotations
+
+from relora.config import MAY_CHANGE, Config, differences, load_run_config
+from relora.errors import UserError
+from relora.files import exists, is_dir, is_file
+from relora.model import ModelConfig, load_model_config
+from relora.structure import changed_keys
+
+SHOWN = 3  # differences
+
+
+def standing(config: Config) -> str | None:
+    """In one line what `train` would do with what is in `run_dir`; None for a run yet to begin."""
+    run_dir = config.run_dir
+    if exists(run_dir) and not is_dir(run_dir):
+        return "train refuses it: it is no directory"
+    if not is_file(run_dir / "config.yaml"):
+        return None
+    try:
+        return _standing(config)
+    except UserError as error:
+        return f"train refuses it: {str(error).splitlines()[0]}"
+
+
+def _standing(config: Config) -> str:
+    from relora.runtime.checkpoint import complete_checkpoints
+    from relora.runtime.manifest import step_of
+    from relora.runtime.rundir import read_run_state
+
+    changes = [
+        f"{path} was {old!r}"
+        for path, old, new in differences(load_run_config(config.run_dir), config)
+        if not path.startswith(MAY_CHANGE)
+    ]
+    if changes:
+        return f"train refuses it: it holds another run: {_cut(changes)}"
+    changes = changes_of_model(config)
+    if changes:
+        return f"train refuses it: it holds a run of another model: {_cut(changes)}"
+    state = read_run_state(config.run_dir)
+    total = config.total_steps
+    if state.get("step", 0) > total:
+        return f"train refuses it: it holds a run that is at step {state['step']:,} already"
+    if state.get("status") == "finished" and state["step"] == total:
+        return "is finished: train has nothing to do"
+    checkpoints = complete_checkpoints(config.run_dir)
+    if not checkpoints:
+        return "has begun: train starts again, for there is no checkpoint yet"
+    return f"has begun: train goes on from step {step_of(checkpoints[-1]):,}"
+
+
+def changes_of_model(config: Config) -> list[str]:
+    """How the model that the config names differs from the one that its run has begun with."""
+    begun = is_file(config.run_dir / "model" / "config.json")
+    if not begun or (config.model.pretrained and not exists(config.model.pretrained)):
+        return []
+    old = load_model_config(ModelConfig(pretrained=config.run_dir))
+    return changed_keys(old, load_model_config(config.model))
+
+
+def _cut(changes: list[str]) -> str:
+    more = f", and {len(changes) - SHOWN} more" if len(changes) > SHOWN else ""
+    return ", ".join(changes[:SHOWN]) + more

@@ -1,0 +1,142 @@
+"""`relora plan` counts any causal model that transformers builds, or says what it leaves out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from relora.config import Config, build_config
+from relora.errors import UserError
+from relora.estimate import flops_per_token, peak_memory, uncounted
+from runs import make_config, relora
+from tiny_models import VOCABULARY, tiny_values
+
+LENGTH, BATCH = 32, 2
+# One of each kind: dense, positions by other names, other linear layers, experts fused and shared,
+# latent attention, state spaces, hybrids, a decoder with cross-attention.
+KINDS = (
+    "llama", "gpt2", "falcon", "mpt", "mixtral", "deepseek_v3", "gpt_oss", "mamba", "jamba", "bart",
+    "gemma3_text",
+)  # fmt: skip
+
+
+def counted_by_running(values: dict[str, Any]) -> float:
+    """FLOPs of a trained token, as torch counts them in a real forward and backward pass."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    structure = AutoConfig.for_model(**values)
+    try:  # whose backward pass is counted, unlike that of fused kernels
+        model: Any = AutoModelForCausalLM.from_config(structure, attn_implementation="eager")
+    except ValueError:
+        model = AutoModelForCausalLM.from_config(structure)
+    model.set_experts_implementation("eager")
+    model.config.use_cache = False
+    tokens = torch.randint(4, VOCABULARY - 4, (BATCH, LENGTH))
+    with FlopCounterMode(display=False) as counter:
+        model.train()(input_ids=tokens, labels=tokens).loss.backward()
+    found = counter.get_flop_counts()["Global"]
+    # torch takes a backward pass through a grouped convolution for one through a full one.
+    forward, backward = (
+        found.get(op, 0) for op in (torch.ops.aten.convolution, torch.ops.aten.convolution_backward)
+    )
+    return (counter.get_total_flops() - backward + 2 * forward) / tokens.numel()
+
+
+def full_rank_config(model: Path) -> Config:
+    """A run of the model in full rank."""
+    return build_config(
+        {
+            "run_dir": "none",
+            "model": {"config": str(model)},
+            "data": {
+                "source": {"files": ["*.txt"]},
+                "tokenizer": {"train": "bpe", "vocab_size": VOCABULARY},
+                "sequence_length": LENGTH,
+            },
+            "batch": {"global_batch_size": BATCH, "micro_batch_size": BATCH},
+            "train": {"steps": 10},
+            "optimizer": {"lr": 1e-3},
+            "deepspeed": {"precision": "fp32"},
+        },
+        "test",
+    )
+
+
+def check_counted(model_type: str, directory: Path) -> list[str]:
+    """Compare the planner's FLOPs with those of a real run; returns what it says it leaves out."""
+    values = tiny_values(model_type)
+    path = directory / f"{model_type}.json"
+    path.write_text(json.dumps(values))
+    config = full_rank_config(path)
+    left_out = uncounted(config)
+    planned, real = flops_per_token(config, False).total, counted_by_running(values)
+    if any("FLOPs hold a backward pass" in what for what in left_out):
+        assert 0.98 * real < planned < 1.5 * real  # a third of it at most, and it is said
+    elif not any("cannot be run without numbers" in what for what in left_out):
+        assert planned == pytest.approx(real, rel=0.05 if left_out else 0.01), left_out
+    assert peak_memory(config, 1) > 0
+    return left_out
+
+
+@pytest.mark.parametrize("model_type", KINDS)
+def test_flops_of_any_kind_of_model_are_those_of_a_real_step(
+    model_type: str, tmp_path: Path
+) -> None:
+    check_counted(model_type, tmp_path)
+
+
+def test_experts_count_as_often_as_a_token_chooses_them(tmp_path: Path) -> None:
+    """By hand, for one token of a Mixtral: two of four experts, and a router of four rows."""
+    values = tiny_values("mixtral")
+    path = tmp_path / "model.json"
+    path.write_text(json.dumps(values))
+    attention = 32 * (32 + 2 * 16 + 32)
+    experts = 2 * (32 * 2 * 64 + 64 * 32)
+    scores = 2 * LENGTH * 32
+    forward = 2 * (2 * (attention + experts + 4 * 32 + scores) + VOCABULARY * 32)
+    assert flops_per_token(full_rank_config(path), False).total == 3 * forward
+
+
+def test_a_model_that_cannot_be_run_without_numbers_says_what_is_not_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "model.json"
+    path.write_text(json.dumps(tiny_values("jetmoe")))
+    config = make_config(tmp_path / "run")
+    full = ("lora=null", "relora=null", "warm_start=null")
+    assert relora("plan", config, f"model.config={path}", *full) == 0
+    page = " ".join(capsys.readouterr().out.split())
+    assert "not counted activations, attention and all products outside linear layers" in page
+    path.write_text(json.dumps(tiny_values("mamba")))
+    assert relora("plan", config, f"model.config={path}", *full) == 0
+    page = " ".join(capsys.readouterr().out.split())
+    assert "not counted FLOPs of recurrences that are no products of matrices (2 Mamba" in page
+    assert relora("plan", config, *full) == 0
+    assert "not counted" not in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_flops_of_every_model_that_can_be_built_small_are_those_of_a_real_step(
+    tmp_path: Path,
+) -> None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    compared, wrong = [], {}
+    for model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        try:
+            counted_by_running(tiny_values(model_type))
+        except Exception:
+            continue  # not every type is made small by one set of rules
+        try:
+            check_counted(model_type, tmp_path)
+        except (AssertionError, UserError) as error:
+            wrong[model_type] = str(error)
+        compared.append(model_type)
+    assert wrong == {}
+    assert len(compared) > 150
