@@ -39,6 +39,7 @@ from relora.data.tokenizer import (
 )
 from relora.data.units import Job, cut_units, make_part, make_parts, part_path, read_part
 from relora.errors import DataError, UserError
+from relora.runtime.cores import usable_cores
 
 _SAY_EVERY = 10  # seconds
 
@@ -90,7 +91,7 @@ def prepare(
                     _make_tokenizer(config, directory, made_from, seed, say)
                 if check_tokenizer:
                     check_tokenizer(directory / "tokenizer")
-                _prepare(config, directory, made_from, seed, workers or _cores(), quiet)
+                _prepare(config, directory, made_from, seed, workers or usable_cores(), quiet)
             except (UserError, OSError):
                 if not (directory / "tokenizer").is_dir():  # nothing to go on with
                     _leave(directory)
@@ -177,10 +178,6 @@ def _prepare(
 
 def _say(quiet: bool) -> Say:
     return (lambda message: None) if quiet else functools.partial(print, flush=True)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0))
 
 
 @contextmanager
