@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,6 +26,9 @@ from relora.errors import ConfigError
 from relora.files import write_json
 from relora.reading import read_yaml, validate
 from relora.section import Section
+
+# What types call the inside of their MLPs, beside `intermediate_size` and what stands for it.
+INNER = ("n_inner", "ffn_dim", "decoder_ffn_dim", "moe_intermediate_size", "d_inner", "dff", "d_ff")
 
 FULL_RANK = ("lora=null", "relora=null", "warm_start=null")
 
@@ -154,7 +157,11 @@ def _quoted(path: Path) -> str:
 
 
 def _write_control(config: Config, directory: Path) -> Path:
-    """A JSON of the model made narrower, until all of it is as much as the adapted one trains."""
+    """A JSON of the model made narrower, until all of it is as much as the adapted one trains.
+
+    Raises:
+        ConfigError: the model has parts of several widths, or none of its type can be narrower.
+    """
     from relora.lora.inject import add_adapters
     from relora.model import build_meta_model, count_parameters, load_model_config
 
@@ -162,18 +169,17 @@ def _write_control(config: Config, directory: Path) -> Path:
     model = build_meta_model(config.model)
     add_adapters(model, config.lora)
     wanted, _ = count_parameters(model)
-    values = load_model_config(config.model).to_dict()
-    width = "n_embd" if "n_embd" in values else "hidden_size"
-    inner = "n_inner" if "n_embd" in values else "intermediate_size"
-    heads = values["n_head" if "n_embd" in values else "num_attention_heads"]
+    structure = load_model_config(config.model)
     sizes: list[tuple[int, dict[str, Any]]] = []
-    for narrower in range(2 * heads, values[width] + 1, 2 * heads):  # rotary wants heads even
-        changed = {**values, width: narrower}
-        if values.get(inner):
-            changed[inner] = max(1, round(values[inner] * narrower / values[width]))
-        if values.get("head_dim"):
-            changed["head_dim"] = narrower // heads
-        sizes.append((_size(changed), changed))
+    for changed in _narrower(structure):
+        size = _size(changed)
+        if size is not None:
+            sizes.append((size, changed))
+    if not sizes:
+        raise ConfigError(
+            f"model: {structure.model_type}: no narrower model with as many parameters as train "
+            "with adapters can be derived; name the arms in a file (--arms)"
+        )
     _, best = min(sizes, key=lambda one: abs(one[0] - wanted))
     path = directory / "control_model.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -181,11 +187,43 @@ def _write_control(config: Config, directory: Path) -> Path:
     return path
 
 
-def _size(values: dict[str, Any]) -> int:
-    """Number of parameters of a model."""
+def _narrower(structure: Any) -> Iterator[dict[str, Any]]:
+    """The model in every width with whole, even heads, up to its own."""
+    if structure.get_text_config(decoder=True) is not structure:
+        return  # its other parts have widths of their own
+    values, names = structure.to_dict(), type(structure).attribute_map
+    width, heads = names.get("hidden_size", "hidden_size"), _int(structure, "num_attention_heads")
+    full = _int(structure, "hidden_size")
+    inner = {names.get("intermediate_size", "intermediate_size"), *INNER} & values.keys()
+    for narrower in range(2 * heads, full + 1, 2 * heads):  # rotary wants heads even
+        changed = {**values, width: narrower}
+        for name in sorted(inner):
+            if isinstance(values[name], int) and values[name]:
+                changed[name] = max(1, round(values[name] * narrower / full))
+        if isinstance(values.get("head_dim"), int):
+            changed["head_dim"] = narrower // heads
+        yield changed
+
+
+def _int(structure: Any, name: str) -> int:
+    """A size by its common name; 1 for a model that has none."""
+    value = getattr(structure, name, None)
+    return value if isinstance(value, int) and value > 0 else 1
+
+
+def _size(values: dict[str, Any]) -> int | None:
+    """Number of parameters of a model; None where its type takes no such sizes together."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values))
-    return sum(p.numel() for p in model.parameters())
+    from relora.structure import refuse_failures
+
+    def build() -> int:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values))
+        return sum(p.numel() for p in model.parameters())
+
+    try:
+        return refuse_failures(build, "control")
+    except ConfigError:
+        return None

@@ -10,9 +10,13 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from relora.arms import _write_control
 from relora.config import Config, build_config
-from relora.errors import UserError
+from relora.errors import ConfigError, UserError
 from relora.estimate import flops_per_token, peak_memory, uncounted
+from relora.lora.config import LoRAConfig
+from relora.lora.inject import add_adapters
+from relora.model import ModelConfig, build_meta_model, count_parameters
 from runs import make_config, relora
 from tiny_models import VOCABULARY, tiny_values
 
@@ -140,3 +144,26 @@ def test_flops_of_every_model_that_can_be_built_small_are_those_of_a_real_step(
         compared.append(model_type)
     assert wrong == {}
     assert len(compared) > 150
+
+
+@pytest.mark.parametrize("model_type", ["mpt", "bloom", "opt", "gpt2"])
+def test_a_control_is_derived_whatever_the_sizes_are_called(
+    model_type: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "model.json"
+    path.write_text(json.dumps(tiny_values(model_type)))
+    config = full_rank_config(path).model_copy(update={"lora": LoRAConfig(rank=2)})
+    model = build_meta_model(config.model)
+    full = count_parameters(model)[0]
+    add_adapters(model, config.lora)  # type: ignore[arg-type]
+    wanted = count_parameters(model)[0]
+    control = build_meta_model(ModelConfig(config=_write_control(config, tmp_path)))
+    assert abs(count_parameters(control)[0] - wanted) < abs(full - wanted) / 2
+
+
+def test_no_control_is_made_up_for_a_model_of_several_parts(tmp_path: Path) -> None:
+    path = tmp_path / "model.json"
+    path.write_text(json.dumps(tiny_values("gemma3")))
+    config = full_rank_config(path).model_copy(update={"lora": LoRAConfig(rank=2)})
+    with pytest.raises(ConfigError, match="name the arms in a file"):
+        _write_control(config, tmp_path)
