@@ -134,21 +134,32 @@ def check_causal(config: ModelConfig) -> None:
     ids = torch.tensor([(plain * 9)[:8]])
     changed = ids.clone()
     changed[0, -1] = plain[-1]
-    where = config.config or config.pretrained
+    where = f"model: {config.config or config.pretrained}: {structure.model_type}"
     try:
         with torch.no_grad():
-            before, after = (model(input_ids=x).logits[:, :-1].float() for x in (ids, changed))
+            output = model(input_ids=ids, labels=ids)
+            before = output.logits[:, :-1].float()
+            after = model(input_ids=changed).logits[:, :-1].float()
     except Exception as error:  # of any code of any architecture
         raise ConfigError(
-            f"model: {where}: {structure.model_type} cannot be run on tokens alone "
-            f"({type(error).__name__}: {str(error)[:200]}); take a causal language model"
+            f"{where} cannot be run on tokens alone ({one_line(error)}); take a causal language "
+            "model"
         ) from error
     moved = float((after - before).abs().max() / before.abs().max().clamp_min(1e-30))
     if not moved < 1e-3:
         raise ConfigError(
-            f"model: {where}: {structure.model_type} as configured is no causal language model: "
-            "its logits change with tokens that come later, so it would learn to copy what it is "
-            'to predict; take a causal one (BERT and its like are with "is_decoder": true)'
+            f"{where} as configured is no causal language model: its logits change with tokens "
+            "that come later, so it would learn to copy what it is to predict; take a causal one "
+            '(BERT and its like are with "is_decoder": true)'
+        )
+    expected = float(torch.nn.functional.cross_entropy(before.flatten(0, 1), ids[:, 1:].flatten()))
+    if getattr(output, "aux_loss", None) is None and not math.isclose(
+        float(output.loss), expected, rel_tol=1e-3
+    ):
+        raise ConfigError(
+            f"{where} trains on another loss than that of the next token ({float(output.loss):.4f} "
+            f"where cross-entropy is {expected:.4f}): decoders of translation and speech models "
+            "take labels that are shifted already; take a causal language model"
         )
 
 

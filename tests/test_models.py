@@ -231,6 +231,14 @@ def test_a_model_is_asked_whether_it_looks_ahead(kind: str, tmp_path: Path) -> N
             check_causal(written(tmp_path, {**values, "is_decoder": False}))
 
 
+def test_a_decoder_that_would_learn_to_copy_is_refused(tmp_path: Path) -> None:
+    """BART's decoder is causal, and compares each token with itself."""
+    sizes = {"d_model": 16, "decoder_layers": 1, "decoder_ffn_dim": 24, "vocab_size": 320}
+    values = {"model_type": "bart", **sizes, "decoder_attention_heads": 2, "is_decoder": True}
+    with pytest.raises(ConfigError, match="another loss than that of the next token"):
+        check_causal(written(tmp_path, {**values, "is_encoder_decoder": False}))
+
+
 def test_asking_does_not_disturb_the_initial_weights(tmp_path: Path) -> None:
     model = written(tmp_path, structure("llama"))
     before = torch.get_rng_state()
