@@ -1,8 +1,8 @@
-"""What `relora train` would make of a run directory, read from its files: `relora plan` says it."""
+"""What `relora train` makes of a run directory, by its files; `relora plan` says it before."""
 
 from __future__ import annotations
 
-from relora.config import MAY_CHANGE, Config, differences, load_run_config
+from relora.config import MAY_CHANGE, PATHS, Config, differences, load_run_config
 from relora.errors import UserError
 from relora.files import exists, is_dir, is_file
 from relora.model import ModelConfig, load_model_config
@@ -29,11 +29,7 @@ def _standing(config: Config) -> str:
     from relora.runtime.manifest import step_of
     from relora.runtime.rundir import read_run_state
 
-    changes = [
-        f"{path} was {old!r}"
-        for path, old, new in differences(load_run_config(config.run_dir), config)
-        if not path.startswith(MAY_CHANGE)
-    ]
+    changes = changes_of_run(config)
     if changes:
         return f"train refuses it: it holds another run: {_cut(changes)}"
     changes = changes_of_model(config)
@@ -49,6 +45,22 @@ def _standing(config: Config) -> str:
     if not checkpoints:
         return "has begun: train starts again, for there is no checkpoint yet"
     return f"has begun: train goes on from step {step_of(checkpoints[-1]):,}"
+
+
+def changes_of_run(config: Config) -> list[str]:
+    """How a config differs from that of the run in its directory in what no run changes on its way.
+
+    Paths are compared by what they hold.
+    """
+    from relora.moved import other_contents  # and torch with it
+
+    before = load_run_config(config.run_dir)
+    changes = [
+        f"{path}: was {old!r}, is now {new!r}"
+        for path, old, new in differences(before, config)
+        if not path.startswith(MAY_CHANGE) and (path not in PATHS or None in (old, new))
+    ]
+    return changes or list(other_contents(before, config))
 
 
 def changes_of_model(config: Config) -> list[str]:

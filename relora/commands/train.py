@@ -9,11 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from relora.config import (
-    MAY_CHANGE,
-    PATHS,
     Config,
     check_world,
-    differences,
     load_config,
     load_run_config,
 )
@@ -25,7 +22,8 @@ from relora.errors import (
 )
 from relora.files import exists, is_dir, is_file
 from relora.model import build_meta_model, check_causal, check_pretrained
-from relora.structure import changed_keys, check_context
+from relora.standing import changes_of_model, changes_of_run
+from relora.structure import check_context
 
 # torch and all that imports it waits until the config has been checked.
 if TYPE_CHECKING:
@@ -135,17 +133,7 @@ def is_finished(config: Config, wanted: Path | None = None) -> bool:
     check_plain(saved)
     if not is_file(saved):
         return False
-    before = load_run_config(config.run_dir)
-    changes = [
-        f"{path}: was {old!r}, is now {new!r}"
-        for path, old, new in differences(before, config)
-        if not path.startswith(MAY_CHANGE) and (path not in PATHS or None in (old, new))
-    ]
-    if not changes and before != config:
-        from relora.moved import other_contents
-
-        check_same_model(config)
-        changes = list(other_contents(before, config))
+    changes = changes_of_run(config)
     if changes:
         raise ConfigError(
             "\n  ".join(
@@ -156,6 +144,8 @@ def is_finished(config: Config, wanted: Path | None = None) -> bool:
                 ]
             )
         )
+    if load_run_config(config.run_dir) != config:
+        check_same_model(config)
     state = read_run_state(config.run_dir)
     step = state.get("step", 0) if wanted is None else step_of(wanted)
     if step > config.total_steps:
@@ -203,13 +193,7 @@ def check_same_model(config: Config) -> None:
     Raises:
         ConfigError: its file has changed since; nothing in the shapes need tell.
     """
-    from relora.model import ModelConfig, load_model_config
-
-    begun = is_file(config.run_dir / "model" / "config.json")
-    if not begun or (config.model.pretrained and not exists(config.model.pretrained)):
-        return
-    old = load_model_config(ModelConfig(pretrained=config.run_dir))
-    changes = changed_keys(old, load_model_config(config.model))
+    changes = changes_of_model(config)
     if changes:
         where = config.model.config or config.model.pretrained
         raise ConfigError(
