@@ -495,7 +495,7 @@ def test_the_config_is_planned_whatever_its_run_directory_holds(
     assert stands("train.steps=20") == "has begun: train goes on from step 14"
     assert "is at step 14 already" in stands("train.steps=13")
     assert stands("optimizer.lr=0.5") == (
-        "train refuses it: it holds another run: optimizer.lr was 0.01"
+        "train refuses it: it holds another run: optimizer.lr: was 0.01, is now 0.5"
     )
     # The same file with another model in it: that one is planned.
     model = tmp_path / "other.json"
@@ -504,7 +504,7 @@ def test_the_config_is_planned_whatever_its_run_directory_holds(
     model.write_text(json.dumps({**values, "hidden_size": 64}))
     page = page_of(capsys, str(path), f"model.config={model}")
     assert "2 layers of width 64" in page
-    assert "train refuses it: it holds another run: model.config was" in page
+    assert "train refuses it: it holds a run of another model: hidden_size: was 32," in page
     config = yaml.safe_load(path.read_text())
     Path(config["model"]["config"]).rename(tmp_path / "kept.json")
     try:
