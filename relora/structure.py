@@ -78,13 +78,13 @@ def read_structure(path: Path, key: str = "model.config") -> PretrainedConfig:
     values = read_model_json(path, key)
     kind = values["model_type"]
     if kind not in CONFIG_MAPPING:
-        raise ConfigError(f"{key}: {path}: transformers does not know this model: {kind[:80]!r}")
+        raise ConfigError(f"{path}: transformers does not know this model: {kind[:80]!r}")
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise ConfigError(f"{key}: {path}: {kind!r} is no causal language model")
+        raise ConfigError(f"{path}: {kind!r} is no causal language model")
     # Code of others is not run, whatever else the file says.
     for name in ("auto_map", "trust_remote_code"):
         values.pop(name, None)
-    return refuse_failures(lambda: AutoConfig.for_model(**values), f"{key}: {path}")
+    return refuse_failures(lambda: AutoConfig.for_model(**values), str(path))
 
 
 def refuse_failures(build: Callable[[], T], where: str) -> T:
