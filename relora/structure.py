@@ -6,13 +6,14 @@ What transformers cannot build from it is one message that names the file.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from relora.errors import ConfigError, UserError
-from relora.files import explain, is_file, read_json, supplied
+from relora.files import explain, is_file, read_json, read_text, supplied
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -51,10 +52,12 @@ def read_model_json(path: Path, key: str = "model.config") -> dict[str, Any]:
         ConfigError: no such file, no JSON, no `model_type` in it, or numbers without end.
     """
     try:
-        values = read_json(path, ConfigError)
+        text = read_text(path, ConfigError)
+        with supplied(ConfigError, path, "not valid JSON"):
+            values = json.loads(text)
     except UserError as error:
         raise ConfigError(f"{key}: {error}") from None
-    if not isinstance(values.get("model_type"), str):
+    if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
         raise ConfigError(f'{key}: {path}: needs a "model_type", such as "llama"')
     with supplied(ConfigError, f"{key}: {path}"):
         problems = list(_excesses(values))
@@ -75,13 +78,13 @@ def read_structure(path: Path, key: str = "model.config") -> PretrainedConfig:
     values = read_model_json(path, key)
     kind = values["model_type"]
     if kind not in CONFIG_MAPPING:
-        raise ConfigError(f"{key}: {path}: transformers does not know this model: {kind[:80]!r}")
+        raise ConfigError(f"{path}: transformers does not know this model: {kind[:80]!r}")
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise ConfigError(f"{key}: {path}: {kind!r} is no causal language model")
+        raise ConfigError(f"{path}: {kind!r} is no causal language model")
     # Code of others is not run, whatever else the file says.
     for name in ("auto_map", "trust_remote_code"):
         values.pop(name, None)
-    return refuse_failures(lambda: AutoConfig.for_model(**values), f"{key}: {path}")
+    return refuse_failures(lambda: AutoConfig.for_model(**values), str(path))
 
 
 def refuse_failures(build: Callable[[], T], where: str) -> T:
