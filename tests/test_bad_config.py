@@ -416,7 +416,7 @@ def test_a_file_that_is_no_config_is_refused(
     ("content", "expected"),
     [
         ("{", "bad.yaml: model.config: model.json: not valid JSON"),
-        ("[]", "bad.yaml: model.config: model.json: holds no JSON object"),
+        ("[]", 'bad.yaml: model.config: model.json: needs a "model_type", such as "llama"'),
         ("{}", 'bad.yaml: model.config: model.json: needs a "model_type", such as "llama"'),
         ('{"model_type": "lama"}', "model.json: transformers does not know this model"),
     ],
