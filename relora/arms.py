@@ -194,6 +194,11 @@ def _narrower(structure: Any) -> Iterator[dict[str, Any]]:
     values, names = structure.to_dict(), type(structure).attribute_map
     width, heads = names.get("hidden_size", "hidden_size"), _int(structure, "num_attention_heads")
     full = _int(structure, "hidden_size")
+    # Those that nobody gave are of the type's own vocabulary, and none of these models needs them.
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        ids = values.get(name)
+        if isinstance(ids, int) and ids >= _int(structure, "vocab_size"):
+            values[name] = None
     inner = {names.get("intermediate_size", "intermediate_size"), *INNER} & values.keys()
     for narrower in range(2 * heads, full + 1, 2 * heads):  # rotary wants heads even
         changed = {**values, width: narrower}

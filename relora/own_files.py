@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from relora.config import OF_SPEED, Config, leaves
 from relora.data.tokenizer import tokenizer_hash
 from relora.errors import CheckpointError
-from relora.files import making, read_json, supplied
+from relora.files import is_file, making, read_json, supplied
 from relora.runtime.rundir import describe_environment, record_stretch
 
 if TYPE_CHECKING:
@@ -36,6 +36,8 @@ def describe_files(
 ) -> tuple[dict[str, str], list[str]]:
     """Hashes of the run's own model and tokenizer, and what had to be made anew. Collective.
 
+    Nothing, where no run has claimed the directory.
+
     Raises:
         CheckpointError: the model is another than that of the checkpoint, or nothing can be written
             (every rank raises).
@@ -43,8 +45,8 @@ def describe_files(
     files: dict[str, str] = {}
     said: list[str] = []
     problem = None
-    if ranks.is_main:
-        run_dir = config.run_dir
+    run_dir = config.run_dir
+    if ranks.is_main and is_file(run_dir / "config.yaml"):
         try:
             with supplied(CheckpointError, run_dir, "its own files cannot be read or written"):
                 said, files = keep_tokenizer(run_dir, shards), hash_run_files(run_dir)

@@ -327,7 +327,7 @@ def test_launch_passes_on_where_to_resume(back: Path, monkeypatch: pytest.Monkey
 
     commands: list[list[str]] = []
     monkeypatch.setattr(
-        launch, "_run", lambda command, _: (commands.append(list(command)) or 0, None)
+        launch, "_run", lambda command, *_: (commands.append(list(command)) or 0, None)
     )
     config, wanted = make_config(back), checkpoint(back, 12)
     for asked in ([], ["--resume", "auto"], ["--resume", str(wanted)]):

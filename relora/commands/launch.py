@@ -55,9 +55,9 @@ def launch(
     resume: str = "auto",
 ) -> int:
     """Train on `devices` ranks here, or on the hosts of `hostfile`; returns the run's code."""
-    from relora.runtime.distributed import free_port
-
     settings = load_config(config, overrides)
+    from relora.runtime.distributed import free_port  # and torch with it
+
     arguments = ["train", str(config), *overrides]
     if resume != "auto":
         arguments += ["--resume", resume]
