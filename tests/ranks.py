@@ -14,6 +14,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 
+class Unasked:
+    """In place of a StopRequest: nobody asks the run to stop, and no signal is listened to."""
+
+    signal = None
+
+    def __bool__(self) -> bool:
+        return False
+
+    def note(self, *figures: object) -> None:
+        """How far the run is, for nobody."""
+
+
 class Scenario(NamedTuple):
     """`function(ranks, *args)` on every rank; it and its result can be pickled."""
 

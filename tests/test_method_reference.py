@@ -35,7 +35,7 @@ from torch.utils._pytree import tree_leaves
 
 import reference
 from conftest import TINY_GPT2, TINY_LLAMA
-from ranks import Outcomes, Scenario, run_ranks
+from ranks import Outcomes, Scenario, Unasked, run_ranks
 from relora.config import Config, build_config
 from relora.data.loader import train_batches
 from relora.lora.inject import adapted_layers, find_targets
@@ -153,7 +153,7 @@ def train_recorded(
         for stop in (*stops, None):
             config = settings(model, run_dir, {**changes, "train.stop_after": stop})
             run = start_run(config, shards(), ranks)  # type: ignore[arg-type]
-            assert under_test.train_run(run, False) == (stop is None)  # type: ignore[arg-type]
+            assert under_test.train_run(run, Unasked()) == (stop is None)  # type: ignore[arg-type]
             if stop is None:
                 remember(run, record)
             run.metrics.close()
@@ -292,7 +292,7 @@ def count_reductions(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(zero, "train_step", step)
         run = start_run(config, shards(), ranks)  # type: ignore[arg-type]
-        under_test.train_run(run, False)  # type: ignore[arg-type]
+        under_test.train_run(run, Unasked())  # type: ignore[arg-type]
         run.metrics.close()
         zero.destroy(run.engine)
     return counts

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from merge_cost import Meter
-from ranks import Outcomes, Scenario, run_ranks
+from ranks import Outcomes, Scenario, Unasked, run_ranks
 from relora.errors import NumericsError
 from relora.restart.config import ResetConfig
 from relora.restart.invariants import check_copies, check_function
@@ -300,7 +300,7 @@ def start(ranks: Any, model: Path, run_dir: Path, stage: int) -> Any:
     config = config_of(str(model), str(run_dir), changes)
     make_run_dir(config, ranks)
     run = start_run(config, shards(), ranks)  # type: ignore[arg-type]
-    train_run(run, False)  # type: ignore[arg-type]
+    train_run(run, Unasked())  # type: ignore[arg-type]
     run.metrics.close()
     return run
 
