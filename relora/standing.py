@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from relora.config import MAY_CHANGE, PATHS, Config, differences, load_run_config
-from relora.errors import UserError
+from relora.errors import CheckpointError, UserError
 from relora.files import exists, is_dir, is_file
 from relora.model import ModelConfig, load_model_config
 from relora.structure import changed_keys
@@ -39,12 +41,35 @@ def _standing(config: Config) -> str:
     total = config.total_steps
     if state.get("step", 0) > total:
         return f"train refuses it: it holds a run that is at step {state['step']:,} already"
-    if state.get("status") == "finished" and state["step"] == total:
+    if is_complete(config, state):
         return "is finished: train has nothing to do"
     checkpoints = complete_checkpoints(config.run_dir)
     if not checkpoints:
         return "has begun: train starts again, for there is no checkpoint yet"
     return f"has begun: train goes on from step {step_of(checkpoints[-1]):,}"
+
+
+def is_complete(config: Config, state: dict[str, Any]) -> bool:
+    """Whether a run is finished, and its last checkpoint is there; else it is to be made again.
+
+    Args:
+        state: run_state.json.
+
+    Raises:
+        CheckpointError: the run has saved, and no checkpoint is left.
+    """
+    if state.get("status") not in ("finished", "preempted") or not state.get("step"):
+        return False
+    from relora.runtime.checkpoint import newest_state
+
+    newest, complaints = newest_state(config.run_dir)
+    if newest is None and not complaints:
+        raise CheckpointError(
+            f"{config.run_dir}: run_state.json says {state['status']} at step {state['step']}, and "
+            "there is no checkpoint; put them back, or start anew in another run_dir"
+        )
+    last = newest.state["step"] if newest else None
+    return state["status"] == "finished" and state["step"] == config.total_steps == last
 
 
 def changes_of_run(config: Config) -> list[str]:

@@ -289,6 +289,27 @@ def test_a_foreign_sentencepiece_model_keeps_its_ids(tmp_path, library, kind, by
                 assert tokenizer.decode(ids) == reference.decode(expected)
 
 
+def test_names_of_control_tokens_are_text_where_a_model_knows_none_of_their_signs(tmp_path):
+    """sentencepiece's defaults, trained on words alone: < and > are unknown, and so is /."""
+    path = tmp_path / "words.model"
+    rng = random.Random(0)
+    words = ["river", "stone", "lamp", "garden", "seven", "quiet", "open", "under", "silks"]
+    lines = [" ".join(rng.choices(words, k=9)) for _ in range(200)]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines),
+        model_prefix=str(path.with_suffix("")),
+        vocab_size=60,
+        hard_vocab_limit=False,
+        minloglevel=3,
+    )
+    tokenizer = load_tokenizer(build(tmp_path, lines, path=str(path)))
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    for text in (*lines[:20], "a</s>b", "river <unk> stone", "<s>", "</s> <s>lamp", "x</s", "<unk"):
+        ids = tokenizer(text)["input_ids"]
+        assert ids == reference.encode(text), text
+        assert reference.eos_id() not in ids
+
+
 # sentencepiece's own defaults are NFKC and more, a dummy prefix, and spaces squeezed.
 OPTIONS = {
     "defaults": {},

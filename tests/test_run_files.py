@@ -193,6 +193,32 @@ def test_a_newest_checkpoint_that_is_none_is_named_by_all_who_pass_over_it(
     assert relora("verify", run_dir) == 0
 
 
+def test_a_finished_run_without_its_last_checkpoint_is_finished_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir, config = tmp_path / "run", {"train__steps": 14, "train__save_every": 10}
+    assert train(run_dir, **config) == 0
+    last = checkpoint(run_dir, 14)
+    for damage in ("no manifest", "a link to nothing", "gone"):
+        if damage == "gone":
+            shutil.rmtree(last)
+        else:
+            shutil.rmtree(run_dir.parent / f"aside_{last.name}", ignore_errors=True)
+            DAMAGES[damage](last)
+        capsys.readouterr()
+        assert train(run_dir, **config) == 0
+        output = capsys.readouterr().out
+        assert "going on from step 10" in output
+        assert damage == "gone" or f"passed over {last}" in output
+        assert relora("verify", run_dir) == 0
+        capsys.readouterr()
+        assert train(run_dir, **config) == 0
+        assert "nothing to do" in capsys.readouterr().out
+    shutil.rmtree(run_dir / "checkpoints")
+    assert train(run_dir, **config) == 4
+    assert "says finished at step 14, and there is no checkpoint" in only_line(capsys)
+
+
 def test_a_start_that_is_passed_over_is_said_too(
     run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -22,7 +22,7 @@ from relora.errors import (
 )
 from relora.files import exists, is_dir, is_file
 from relora.model import build_meta_model, check_causal, check_pretrained
-from relora.standing import changes_of_model, changes_of_run
+from relora.standing import changes_of_model, changes_of_run, is_complete
 from relora.structure import check_context
 
 # torch and all that imports it waits until the config has been checked.
@@ -123,6 +123,7 @@ def is_finished(config: Config, wanted: Path | None = None) -> bool:
 
     Raises:
         ConfigError: it holds another run, or one that is past the wanted length already.
+        CheckpointError: its checkpoints are gone.
     """
     from relora.runtime.manifest import step_of
     from relora.runtime.rundir import check_plain, read_run_state
@@ -153,8 +154,7 @@ def is_finished(config: Config, wanted: Path | None = None) -> bool:
             f"train.steps: {config.total_steps}, but the run in {config.run_dir} is at step "
             f"{step} already"
         )
-    finished = state.get("status") == "finished" and state["step"] == config.total_steps
-    return finished and wanted is None
+    return wanted is None and is_complete(config, state)
 
 
 def check_model(config: Config) -> None:

@@ -220,8 +220,12 @@ def _convert(proto: Any) -> Any:
     fast = Tokenizer(_bpe(proto, normal) if is_bpe else _unigram(proto, normal))
     if steps := _normalizers(proto, symbols, is_bpe):
         fast.normalizer = steps
-    if cut := _cut(proto, normal if is_bpe else {*normal, *symbols}):
-        fast.pre_tokenizer = pre_tokenizers.Split(Regex(cut), "isolated")
+    cuts = [_cut(proto, normal if is_bpe else {*normal, *symbols})]
+    if not is_bpe:
+        cuts.append(_inside_names(control, normal))
+    splits = [pre_tokenizers.Split(Regex(cut), "isolated") for cut in cuts if cut]
+    if splits:
+        fast.pre_tokenizer = pre_tokenizers.Sequence(splits) if len(splits) > 1 else splits[0]
     fast.decoder = _decoder(proto)
     fast.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in control])
     if is_bpe:
@@ -239,6 +243,25 @@ def _cut(proto: Any, pieces: Collection[str]) -> str | None:
     if not proto.trainer_spec.byte_fallback:  # then such a stretch is one token
         cuts = cuts[-1:] if " " in pieces else ()
     return next((cut for cut in cuts if all(re.fullmatch(cut, piece) for piece in pieces)), None)
+
+
+def _inside_names(control: list[str], normal: Collection[str]) -> str | None:
+    """Where a control token's name has a character that the model does not know: cut around it.
+
+    The lattice of `tokenizers` prefers any piece to an unknown character, so that `</s>` in a text
+    would end a document.
+    """
+    known = set("".join(normal))
+    found = []
+    for name in control:
+        unknown = [at for at, character in enumerate(name) if character not in known]
+        if unknown:
+            start, stop = unknown[0], unknown[0] + 1
+            while stop in unknown:  # a run of them is one token
+                stop += 1
+            parts = [re.escape(part) for part in (name[:start], name[start:stop], name[stop:])]
+            found.append(f"(?<={parts[0]}){parts[1]}(?={parts[2]})")
+    return "|".join(found) or None
 
 
 def _spell(piece: str) -> str:
