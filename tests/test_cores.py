@@ -31,7 +31,9 @@ def threads(**environment: str) -> int:
     return int(done.stdout)
 
 
-@pytest.mark.parametrize("name", cores.THREADS)
+@pytest.mark.parametrize(
+    "name", [cores.THREADS[0], pytest.param(cores.THREADS[1], marks=pytest.mark.slow)]
+)
 def test_what_the_user_set_stays(name: str) -> None:
     assert threads(**{name: "1"}) == 1
     # Not shared out between the ranks: torch alone decides, which stops at the machine's cores.

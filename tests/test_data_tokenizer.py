@@ -364,8 +364,15 @@ PARTS += [
 PARTS.remove("\u2581")
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+# One kind each by default: all of both take a minute.
+_IN_TURN = [
+    pytest.param(kind, options, marks=[pytest.mark.slow] if (n + m) % 2 else [])
+    for n, options in enumerate(OPTIONS.values())
+    for m, kind in enumerate(KINDS)
+]
+
+
+@pytest.mark.parametrize(("kind", "options"), _IN_TURN)
 def test_a_sentencepiece_model_keeps_its_ids_whatever_its_options(tmp_path, library, kind, options):
     path = tmp_path / "foreign.model"
     train_elsewhere(path, library, lines=1000, hard_vocab_limit=False, model_type=kind, **options)

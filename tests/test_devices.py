@@ -104,7 +104,7 @@ def test_the_driver_counts_whatever_is_hidden(
     assert devices.gpus_here() == (len(list(driver.iterdir())) if driver.is_dir() else 0)
 
 
-@pytest.mark.parametrize("chosen", ["3,1", f"{UUID},MIG-b,7"])
+@pytest.mark.parametrize("chosen", [pytest.param("3,1", marks=pytest.mark.slow), f"{UUID},MIG-b,7"])
 def test_launched_ranks_have_the_entries_in_their_environment(
     chosen: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -161,7 +161,13 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+# All of them take a minute; three kinds of place, and a FIFO that nobody may wait for, do for one.
+OFTEN = ("no manifest", "a manifest of null", "a link in its place", "a FIFO in its place")
+
+
+@pytest.mark.parametrize(
+    "damage", [pytest.param(d, marks=[] if d in OFTEN else pytest.mark.slow) for d in DAMAGES]
+)
 def test_a_newest_checkpoint_that_is_none_is_named_by_all_who_pass_over_it(
     damage: str, run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -280,12 +286,12 @@ def test_a_checkpoint_is_read_though_its_files_have_gone(run_dir: Path) -> None:
     "broken",
     [
         b'{"step": 7, "train/lo',
-        b"[1]",
-        b"null",
-        b'{"a": 1}',
+        pytest.param(b"[1]", marks=pytest.mark.slow),
+        pytest.param(b"null", marks=pytest.mark.slow),
+        pytest.param(b'{"a": 1}', marks=pytest.mark.slow),
         b'{"step": "7"}',
         b"\xff\xfe",
-        b"7" * 5000,
+        pytest.param(b"7" * 5000, marks=pytest.mark.slow),
     ],
 )
 def test_a_broken_line_of_figures_is_reported_and_kept_out(
@@ -413,7 +419,7 @@ def test_a_run_goes_on_with_its_output_closed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["export", "compare"])
-@pytest.mark.parametrize("size", [100, 20_000])
+@pytest.mark.parametrize("size", [pytest.param(100, marks=pytest.mark.slow), 20_000])
 def test_what_finds_no_room_leaves_what_was_there(
     command: str, size: int, run_dir: Path, tmp_path: Path
 ) -> None:

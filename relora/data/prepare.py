@@ -310,7 +310,7 @@ def _join(
                 raise DataError(
                     f"data.validation_fraction: at {job.validation_fraction} no document of this "
                     f"source fell into the {split} split; documents are split whole, so give more "
-                    "of them (one a file, or one a row), cut text files into documents by "
+                    "of them (one a file, or one a row), cut text files into more documents by "
                     "data.source.cut, or take another fraction"
                 )
         splits[split] = {
