@@ -616,7 +616,7 @@ def test_a_run_under_slurm_goes_on_after_the_requeue(
         "NODES": "127.0.0.1",
         "SLURM_NTASKS": str(tasks),
         "SLURM_NNODES": "1",
-        "SLURM_JOB_ID": str(random.randrange(20000)),
+        "SLURM_JOB_ID": str(random.randrange(12000)),
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
@@ -626,7 +626,8 @@ def test_a_run_under_slurm_goes_on_after_the_requeue(
         job = start_job(slurm)
         try:
             if code == "preempted":
-                wait_for(lambda: logged_step(run_dir) >= 3, job.pid, 120)
+                wait_for(lambda: logged_step(run_dir) >= 3 or job.poll() is not None, job.pid, 120)
+                assert job.poll() is None, (slurm.root / "output").read_text()
                 asked = logged_step(run_dir)
                 began = time.monotonic()
                 job.send_signal(signal.SIGUSR1)
