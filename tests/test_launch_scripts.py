@@ -626,7 +626,8 @@ def test_a_run_under_slurm_goes_on_after_the_requeue(
         job = start_job(slurm)
         try:
             if code == "preempted":
-                wait_for(lambda: logged_step(run_dir) >= 3 or job.poll() is not None, job.pid, 120)
+                ended = job.poll
+                wait_for(lambda: logged_step(run_dir) >= 3 or ended() is not None, job.pid, 120)
                 assert job.poll() is None, (slurm.root / "output").read_text()
                 asked = logged_step(run_dir)
                 began = time.monotonic()
