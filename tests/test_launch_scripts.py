@@ -5,6 +5,7 @@ A fake Python makes fake environments, so no package is installed and nothing is
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import shutil
@@ -626,8 +627,8 @@ def test_a_run_under_slurm_goes_on_after_the_requeue(
         job = start_job(slurm)
         try:
             if code == "preempted":
-                ended = job.poll
-                wait_for(lambda: logged_step(run_dir) >= 3 or ended() is not None, job.pid, 120)
+                begun = functools.partial(_has_begun, job, run_dir)
+                wait_for(begun, job.pid, 120)
                 assert job.poll() is None, (slurm.root / "output").read_text()
                 asked = logged_step(run_dir)
                 began = time.monotonic()
@@ -645,6 +646,10 @@ def test_a_run_under_slurm_goes_on_after_the_requeue(
     ]
     steps = list(series(run_dir, "train/loss"))
     assert steps == list(range(1, 21))
+
+
+def _has_begun(job: subprocess.Popen, run_dir: Path) -> bool:
+    return logged_step(run_dir) >= 3 or job.poll() is not None
 
 
 def _code_of(job: subprocess.Popen) -> int:
