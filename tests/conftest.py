@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+# Whoever started the tests may ignore signals (a shell does for what it puts in the background, and
+# nohup does); what relora ignores is what was ignored at its start, here as in its own processes.
+for _number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+    if signal.getsignal(_number) == signal.SIG_IGN:
+        signal.signal(
+            _number,
+            signal.default_int_handler if _number == signal.SIGINT else signal.SIG_DFL,
+        )
 
 # Models of 10⁴ parameters: threads that wait for a busy core cost more than they bring.
 torch.set_num_threads(1)
