@@ -372,7 +372,7 @@ def peak_of_prepare(folder: Path, megabytes: int, name: str, **source) -> int:
 LIMIT = 500  # MiB; half of it are libraries
 
 
-@pytest.mark.parametrize("name", ["line.txt", "row.jsonl"])
+@pytest.mark.parametrize("name", [pytest.param("line.txt", marks=pytest.mark.slow), "row.jsonl"])
 def test_memory_does_not_follow_the_length_of_a_document(tmp_path, name):
     """A line of 17 MB, more than is held, took 2.2 GB."""
     assert peak_of_prepare(tmp_path, 17, name) < LIMIT

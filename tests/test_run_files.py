@@ -289,8 +289,8 @@ def test_a_checkpoint_is_read_though_its_files_have_gone(run_dir: Path) -> None:
         pytest.param(b"[1]", marks=pytest.mark.slow),
         pytest.param(b"null", marks=pytest.mark.slow),
         pytest.param(b'{"a": 1}', marks=pytest.mark.slow),
-        b'{"step": "7"}',
-        b"\xff\xfe",
+        pytest.param(b'{"step": "7"}', marks=pytest.mark.slow),
+        pytest.param(b"\xff\xfe", marks=pytest.mark.slow),
         pytest.param(b"7" * 5000, marks=pytest.mark.slow),
     ],
 )
@@ -418,8 +418,16 @@ def test_a_run_goes_on_with_its_output_closed(tmp_path: Path) -> None:
     assert "EVAL at step 24" in (run_dir / "log.txt").read_text()
 
 
-@pytest.mark.parametrize("command", ["export", "compare"])
-@pytest.mark.parametrize("size", [pytest.param(100, marks=pytest.mark.slow), 20_000])
+@pytest.mark.parametrize(
+    ("command", "size"),
+    [
+        ("export", 20_000),
+        *(
+            pytest.param(*rare, marks=pytest.mark.slow)
+            for rare in (("export", 100), ("compare", 100), ("compare", 20_000))
+        ),
+    ],
+)
 def test_what_finds_no_room_leaves_what_was_there(
     command: str, size: int, run_dir: Path, tmp_path: Path
 ) -> None:
