@@ -238,7 +238,8 @@ def test_what_deepspeed_takes_is_taken(tmp_path: Path) -> None:
         "flops_profiler": {"enabled": False},
         "zero_optimization": {"reduce_bucket_size": 1000, "overlap_comm": True},
     }
-    load_config(make_config(tmp_path / "run", deepspeed__extra=extra))
+    config = load_config(make_config(tmp_path / "run", deepspeed__extra=extra))
+    assert config.deepspeed.extra == extra
 
 
 # --- standard streams, in processes of their own --------------------------------------------------
