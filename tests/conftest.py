@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,17 @@ TINY_GPT2: dict[str, Any] = {
     "embd_pdrop": 0.0,
     "attn_pdrop": 0.0,
 }
+
+
+@pytest.fixture(autouse=True)
+def _logs_of_libraries_go_somewhere() -> None:
+    """A library first imported in a test that captures output logs to a stream closed since."""
+    for logger in logging.root.manager.loggerDict.values():
+        for handler in getattr(logger, "handlers", ()):
+            if isinstance(handler, logging.StreamHandler) and getattr(
+                handler.stream, "closed", False
+            ):
+                handler.setStream(sys.stdout)
 
 
 @pytest.fixture(scope="session")
