@@ -57,9 +57,8 @@ def _logs_of_libraries_go_somewhere() -> None:
     """A library first imported in a test that captures output logs to a stream closed since."""
     for logger in logging.root.manager.loggerDict.values():
         for handler in getattr(logger, "handlers", ()):
-            if isinstance(handler, logging.StreamHandler):
-                closed = getattr(handler.stream, "closed", False)
-                handler.stream = sys.stdout if closed else handler.stream
+            if getattr(getattr(handler, "stream", None), "closed", False):
+                handler.stream = sys.stdout  # and not setStream, which would flush the old one
 
 
 @pytest.fixture(scope="session")
