@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from relora.engine.config import refusal
 from relora.errors import ConfigError
-from relora.runtime.config import refusal
 from relora.structure import check_context, read_model_json
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def cross_checks(config: Config, read_model: bool) -> Iterator[str]:
     yield from engine
     if read_model and config.deepspeed.extra and not engine:
         # Late, and only where there is something to ask it: the import takes seconds.
-        from relora.runtime.zero import refusals
+        from relora.engine.deepspeed import refusals
 
         yield from refusals(config.deepspeed, config.optimizer, config.batch.micro_batch_size)
     if read_model and config.model.config is not None:

@@ -34,11 +34,11 @@ import torch
 
 from conftest import TINY_LLAMA
 from ranks import Scenario, run_ranks
+from relora.engine import deepspeed
+from relora.engine.config import refusal
+from relora.engine.distributed import lone_rank
 from relora.errors import ConfigError, UserError
-from relora.runtime import zero
-from relora.runtime.config import refusal
-from relora.runtime.distributed import lone_rank
-from relora.runtime.rundir import describe_environment
+from relora.record.rundir import describe_environment
 from test_method_reference import (
     BIRTH,
     MERGES,
@@ -183,7 +183,7 @@ def trace(
         variant: `merges`; `no merges`, the same learning rates with the restarts left out; or
             `plain LoRA`, which is relora: null.
     """
-    import relora.loop as under_test
+    import relora.training.loop as under_test
 
     changes = {**cell.changes, "seed": seed}
     with undisturbed(), initial_scale(CALM_SCALE), pytest.MonkeyPatch.context() as patch:
@@ -220,9 +220,9 @@ def undisturbed() -> Iterator[None]:
 @contextlib.contextmanager
 def initial_scale(value: float) -> Iterator[None]:
     """The loss scale that fp16 starts with."""
-    real = zero.LossScale
+    real = deepspeed.LossScale
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(zero, "LossScale", lambda start=value, calm=0: real(start, calm))
+        patch.setattr(deepspeed, "LossScale", lambda start=value, calm=0: real(start, calm))
         yield
 
 

@@ -25,13 +25,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ranks import Scenario, run_ranks
-from relora.config import build_config
+from relora.engine import deepspeed
+from relora.engine.evaluation import loss_of
+from relora.load import build_config
 from relora.lora.inject import adapted_layers
 from relora.restart.config import ResetConfig
 from relora.restart.merge import restart_
 from relora.restart.reinit import draw_a
-from relora.runtime import zero
-from relora.runtime.evaluation import loss_of
 
 SEQUENCE = 256
 CYCLE = 1000
@@ -101,7 +101,7 @@ def gather_everything_(run: Any, merge: int) -> None:
 
 def measure(ranks: Any, config: dict[str, Any], repeats: int) -> dict[str, Any]:
     """On each rank: a step's time, and both ways' times, bytes and memory."""
-    from relora.run import start_run
+    from relora.training.run import start_run
 
     settings = build_config(config, "merge_cost")
     settings.run_dir.mkdir(parents=True, exist_ok=True)
@@ -122,7 +122,7 @@ def measure(ranks: Any, config: dict[str, Any], repeats: int) -> dict[str, Any]:
         return time.perf_counter() - began
 
     def step() -> None:
-        zero.train_step(run.engine, [batch], loss_of, 1e-4, 1.0)
+        deepspeed.train_step(run.engine, [batch], loss_of, 1e-4, 1.0)
 
     def restart(reset: ResetConfig) -> Callable[[], object]:
         assert settings.relora is not None

@@ -64,7 +64,7 @@ def run_ranks(
             still runs then is killed.
         prepare: called in each process before DeepSpeed is imported.
     """
-    from relora.runtime.distributed import free_port
+    from relora.engine.distributed import free_port
     from runs import Patience
 
     context = rank_context() if prepare is None else multiprocessing.get_context("spawn")
@@ -97,7 +97,9 @@ def run_ranks(
 def rank_context() -> Any:
     """Processes forked from one that has imported everything: seconds less of a core for each."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["deepspeed", "transformers.models.llama", "relora.guard"])
+    context.set_forkserver_preload(
+        ["deepspeed", "transformers.models.llama", "relora.training.guard"]
+    )
     return context
 
 
@@ -146,12 +148,12 @@ def _rank_main(
             prepare()
         import torch
 
-        from relora.runtime import zero
-        from relora.runtime.distributed import read_ranks
+        from relora.engine import deepspeed
+        from relora.engine.distributed import read_ranks
 
         ranks = read_ranks()
         torch.set_num_threads(1)  # threads that wait for a busy core cost more than they bring
-        zero.init_distributed(ranks, timeout / 60)
+        deepspeed.init_distributed(ranks, timeout / 60)
         for index, (name, function, args) in enumerate(scenarios):
             at = name
             result = pickle.dumps(function(ranks, *args))
@@ -159,7 +161,7 @@ def _rank_main(
             unfinished.write_bytes(result)
             unfinished.rename(directory / f"result_{index}_{rank}")
         ranks.barrier()
-        zero.leave()
+        deepspeed.leave()
     except BaseException:
         text = f"rank {rank} in {at}:\n{traceback.format_exc()}"
         (directory / f"error_{rank}").write_text(text)

@@ -28,7 +28,7 @@ import yaml
 from safetensors.torch import load_file
 
 from relora.cli import main
-from relora.runtime.signals import LAUNCHER_GONE, SIGNALS
+from relora.engine.signals import LAUNCHER_GONE, SIGNALS
 
 VOCABULARY = 320
 SEQUENCE = 32

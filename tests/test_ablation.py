@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from ablation import ARMS, COMMITTED, orderings, tables
-from relora.arms import read_arms
-from relora.config import load_config
+from relora.load import load_config
 from relora.report.text import to_markdown
+from relora.training.arms import read_arms
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf8")

@@ -10,13 +10,14 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from relora.arms import _write_control
-from relora.config import Config, build_config
+from relora.config import Config
 from relora.errors import ConfigError, UserError
-from relora.estimate import flops_per_token, peak_memory, uncounted
+from relora.load import build_config
 from relora.lora.config import LoRAConfig
 from relora.lora.inject import add_adapters
 from relora.model import ModelConfig, build_meta_model, count_parameters
+from relora.plan.estimate import flops_per_token, peak_memory, uncounted
+from relora.training.arms import _write_control
 from runs import make_config, relora
 from tiny_models import VOCABULARY, tiny_values
 

@@ -14,12 +14,13 @@ import pytest
 import torch
 import yaml
 
-from relora.arms import Arm, standard_arms
 from relora.commands import arms as command
-from relora.config import Config, dump_config, load_config
+from relora.config import Config
 from relora.errors import NumericsError
+from relora.load import dump_config, load_config
 from relora.lora.inject import add_adapters
 from relora.model import build_meta_model, build_model, count_parameters
+from relora.training.arms import Arm, standard_arms
 from runs import Process, alive, logged_step, make_config, relora, run_state, series, wait_for
 
 FULL = ["lora=null", "relora=null", "warm_start=null"]

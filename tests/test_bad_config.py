@@ -304,12 +304,12 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make a process group, or reading any text, fail the test."""
     import relora.data.corpus
-    import relora.runtime.zero
+    import relora.engine.deepspeed
 
     def forbidden(*_: object, **__: object) -> None:
         raise AssertionError("work was begun before the config was checked")
 
-    monkeypatch.setattr(relora.runtime.zero, "init_distributed", forbidden)
+    monkeypatch.setattr(relora.engine.deepspeed, "init_distributed", forbidden)
     monkeypatch.setattr(relora.data.corpus, "iter_documents", forbidden)
 
 

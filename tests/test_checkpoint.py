@@ -20,13 +20,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from relora.config import build_config, load_config
+from relora.engine.distributed import lone_rank
+from relora.engine.state import MOMENTS
 from relora.errors import CheckpointError
-from relora.runtime import saving
-from relora.runtime.checkpoint import Checkpoint, complete_checkpoints, newest_sound
-from relora.runtime.distributed import lone_rank
-from relora.runtime.manifest import verify
-from relora.runtime.places import MOMENTS
+from relora.load import build_config, load_config
+from relora.record import saving
+from relora.record.checkpoint import Checkpoint, complete_checkpoints, newest_sound
+from relora.record.manifest import verify
 from runs import adam_steps, checkpoint, checkpoints, make_config, relora, run_state, tensors, train
 
 
@@ -612,7 +612,7 @@ def test_a_checkpoint_that_goes_while_it_is_verified_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As a run retires it: hashed and sound, and gone when it is opened."""
-    from relora.runtime import checkpoint as module
+    from relora.record import checkpoint as module
 
     def gone(path: Path, **_: Any) -> None:
         raise RuntimeError(f"unable to open file <{path}> in read-only mode")

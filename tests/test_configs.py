@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from relora.arms import read_arms
 from relora.cli import main
-from relora.config import differences, dump_config, load_config
+from relora.load import differences, dump_config, load_config
 from relora.lora.inject import add_adapters
 from relora.model import build_meta_model, count_parameters
 from relora.structure import read_model_json
+from relora.training.arms import read_arms
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))

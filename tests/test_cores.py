@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from relora import cores
 from relora.cli import main
-from relora.runtime import cores
 
 ASK = (
-    "import torch; from relora.runtime.distributed import read_ranks; read_ranks(); "
+    "import torch; from relora.engine.distributed import read_ranks; read_ranks(); "
     "print(torch.get_num_threads())"
 )
 

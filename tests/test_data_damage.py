@@ -214,7 +214,7 @@ deepspeed: {{precision: fp32}}
 
     def tokens(self) -> list[bytes]:
         """What training would read; DataError if it would refuse."""
-        from relora.config import load_config
+        from relora.load import load_config
 
         shards = open_shards(load_config(self.folder / "run.yaml").data, verify=True)
         return [shards.train.tobytes(), shards.validation.tobytes()]

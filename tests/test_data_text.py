@@ -80,7 +80,7 @@ def test_one_big_text_file_is_refused_by_the_settings_that_cut_it_which_work(tmp
     """Each of those the message names, as it is written there."""
     import shlex
 
-    from relora.reading import apply_override, validate
+    from relora.yaml_config import apply_override, validate
 
     lines = [f"A line of text, number {number}." for number in range(300)]
     (tmp_path / "one.txt").write_text("\n".join(lines) + "\n\nThe end.\n" * 40)

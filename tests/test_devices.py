@@ -11,10 +11,10 @@ import psutil
 import pytest
 import torch
 
+from relora.engine import devices
+from relora.engine.devices import choose_devices
+from relora.engine.distributed import read_ranks
 from relora.errors import ConfigError
-from relora.runtime import devices
-from relora.runtime.devices import choose_devices
-from relora.runtime.distributed import read_ranks
 from runs import Process, make_config, relora
 
 UUID, MIG = "GPU-8932f937-d72c-4106-c12f-20bd9faed9f6", "MIG-GPU-8932f937-d72c/1/0"

@@ -20,9 +20,12 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from ranks import Outcomes, Scenario, on_ranks, run_ranks
-from relora.config import Config, build_config, load_config
-from relora.dryrun import dry_run
-from relora.estimate import (
+from relora.config import Config
+from relora.load import build_config, load_config
+from relora.lora.inject import add_adapters
+from relora.model import build_model
+from relora.plan.dryrun import dry_run
+from relora.plan.estimate import (
     PARTS,
     break_even,
     bytes_per_step,
@@ -34,8 +37,6 @@ from relora.estimate import (
     speedup_ceiling,
     training_flops,
 )
-from relora.lora.inject import add_adapters
-from relora.model import build_model
 
 ROOT = Path(__file__).parent.parent
 LLAMA = {
@@ -204,9 +205,9 @@ def gradients_of(engine: Any) -> list[Tensor]:
 
 def measure(ranks: Any, config: Config) -> dict[str, float]:
     """Each part of a real engine on this rank, in bytes, and what a step of it receives."""
-    from relora.run import start_run
-    from relora.runtime import zero
-    from relora.runtime.evaluation import loss_of
+    from relora.engine import deepspeed
+    from relora.engine.evaluation import loss_of
+    from relora.training.run import start_run
 
     config.run_dir.mkdir(parents=True, exist_ok=True)
     tokens = np.random.default_rng(0).integers(0, 500, 4000).astype(np.uint16)
@@ -218,9 +219,9 @@ def measure(ranks: Any, config: Config) -> dict[str, float]:
     batches = [torch.from_numpy(tokens[:64].astype("int64")).view(2, 32)] * accumulation
     stage = config.deepspeed.zero_stage
     for _ in range(3 if stage == 3 else 0):  # it learns the order of the layers
-        zero.train_step(run.engine, batches, loss_of, 1e-4, 1.0)
+        deepspeed.train_step(run.engine, batches, loss_of, 1e-4, 1.0)
     with Ring(ranks.world) as ring:
-        zero.train_step(run.engine, batches, loss_of, 1e-4, 1.0)
+        deepspeed.train_step(run.engine, batches, loss_of, 1e-4, 1.0)
     with run.engine.coalesce_grad_reduction() if stage else contextlib.nullcontext():
         for batch in batches:
             run.engine.backward(loss_of(run.engine, batch).total)
@@ -240,7 +241,7 @@ def measure(ranks: Any, config: Config) -> dict[str, float]:
         "received": ring.received,
     }
     run.places.release_()
-    zero.destroy(run.engine)
+    deepspeed.destroy(run.engine)
     return found
 
 
@@ -437,9 +438,9 @@ def gpu_config(directory: Path, stage: int, precision: str, again: bool, adapter
 
 def device_peak(ranks: Any, config: Config) -> int:
     """Most bytes that two steps of a real engine have allocated on the device."""
-    from relora.run import start_run
-    from relora.runtime import zero
-    from relora.runtime.evaluation import loss_of
+    from relora.engine import deepspeed
+    from relora.engine.evaluation import loss_of
+    from relora.training.run import start_run
 
     config.run_dir.mkdir(parents=True, exist_ok=True)
     tokens = np.random.default_rng(0).integers(0, 32000, 20_000).astype(np.uint16)
@@ -448,10 +449,10 @@ def device_peak(ranks: Any, config: Config) -> int:
     )
     run = start_run(config, shards, ranks)
     batch = torch.from_numpy(tokens[: 8 * 512].astype("int64")).view(8, 512).to(ranks.device)
-    zero.train_step(run.engine, [batch] * 2, loss_of, 1e-4, 1.0)  # Adam makes its state
+    deepspeed.train_step(run.engine, [batch] * 2, loss_of, 1e-4, 1.0)  # Adam makes its state
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     for _ in range(2):
-        zero.train_step(run.engine, [batch] * 2, loss_of, 1e-4, 1.0)
+        deepspeed.train_step(run.engine, [batch] * 2, loss_of, 1e-4, 1.0)
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated()

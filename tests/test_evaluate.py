@@ -35,7 +35,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def evaluated(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> tuple[float, int]:
     """(loss, tokens) of `relora evaluate`, unrounded."""
-    from relora.runtime import evaluation
+    from relora.engine import evaluation
 
     found: list[tuple[float, int]] = []
     real = evaluation.evaluate_loss
@@ -91,9 +91,9 @@ def test_the_batch_size_does_not_matter(
 
 def test_it_is_the_mean_over_tokens(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By hand: transformers' logits, one sequence at a time, in float64."""
-    from relora.config import load_config
     from relora.data.shards import open_shards
-    from relora.subject import merged_model, open_subject
+    from relora.load import load_config
+    from relora.record.loaded import merged_model, open_subject
 
     shards = open_shards(load_config(finished / "config.yaml").data)
     model = merged_model(open_subject(finished)).eval()
@@ -177,7 +177,7 @@ def test_a_seed_gives_one_text_and_another_seed_another(
 
 def test_temperature_0_is_greedy(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from relora.data.tokenizer import load_tokenizer
-    from relora.subject import merged_model, open_subject
+    from relora.record.loaded import merged_model, open_subject
 
     tokenizer = load_tokenizer(finished / "tokenizer")
     model = merged_model(open_subject(finished)).eval()

@@ -35,11 +35,11 @@ SAMPLES = (
 
 def logits_of_the_training_model(run_dir: Path, step: int, ids: torch.Tensor) -> torch.Tensor:
     """What the engine of the run says after that step, adapters beside the weights and all."""
-    from relora import guard
-    from relora.config import load_config
     from relora.data.shards import open_shards
-    from relora.runtime import zero
-    from relora.runtime.distributed import read_ranks
+    from relora.engine import deepspeed
+    from relora.engine.distributed import read_ranks
+    from relora.load import load_config
+    from relora.training import guard
 
     captured: list[torch.Tensor] = []
 
@@ -58,11 +58,11 @@ def logits_of_the_training_model(run_dir: Path, step: int, ids: torch.Tensor) ->
             patch.delenv(name)
         patch.setattr(guard, "train_run", capture)
         ranks = read_ranks()
-        zero.init_distributed(ranks, 1)
+        deepspeed.init_distributed(ranks, 1)
         try:
             guard.guarded(settings, open_shards(settings.data), ranks)
         finally:
-            zero.leave()
+            deepspeed.leave()
     return captured[0]
 
 
@@ -195,8 +195,8 @@ def test_the_tokenizer_round_trips_and_gives_the_shards_ids(exported: tuple[Path
     import numpy as np
     from transformers import AutoTokenizer
 
-    from relora.config import load_config
     from relora.data.shards import open_shards
+    from relora.load import load_config
 
     tokenizer = AutoTokenizer.from_pretrained(exported[1])
     for text in SAMPLES:

@@ -20,8 +20,8 @@ from typing import Any
 import pytest
 import yaml
 
-from relora.config import load_config
 from relora.errors import ConfigError
+from relora.load import load_config
 from runs import make_config, relora
 
 # Values that a config may be given by mistake, by malice or by a program.

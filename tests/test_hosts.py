@@ -19,10 +19,10 @@ import psutil
 import pytest
 import yaml
 
-from relora.config import load_config
+from relora.engine import devices, hosts
+from relora.engine.arguments import decode, encode
 from relora.errors import ConfigError
-from relora.runtime import devices, hosts
-from relora.runtime.arguments import decode, encode
+from relora.load import load_config
 from runs import (
     Process,
     alive,

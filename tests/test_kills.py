@@ -23,8 +23,8 @@ from typing import Any
 
 import pytest
 
-from relora.config import load_config
-from relora.runtime.config import TrainConfig
+from relora.load import load_config
+from relora.training.config import TrainConfig
 from runs import (
     Patience,
     Process,

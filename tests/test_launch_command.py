@@ -20,9 +20,9 @@ import pytest
 import yaml
 
 from relora.commands import launch as under_test
-from relora.config import load_config
+from relora.engine import signals
 from relora.errors import CheckpointError
-from relora.runtime import signals
+from relora.load import load_config
 from runs import (
     Process,
     alive,
@@ -236,7 +236,7 @@ def test_a_hung_rank_is_code_6(tmp_path: Path) -> None:
 CHILD = """
 import os, sys, time
 from pathlib import Path
-from relora.runtime.signals import StopRequest, follow_launcher
+from relora.engine.signals import StopRequest, follow_launcher
 
 directory, role = Path(sys.argv[1]), sys.argv[2]
 parent = os.getppid()
@@ -417,7 +417,7 @@ def test_ranks_leave_the_counting_to_relora_launch_and_one_speaks(
 BUSY = """
 import sys, time
 import torch
-from relora.runtime.signals import StopRequest
+from relora.engine.signals import StopRequest
 
 stop = StopRequest()
 torch.set_num_threads(1)
@@ -498,7 +498,7 @@ def test_a_run_dir_is_waited_for_only_if_its_holder_is_about_to_leave(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from relora.runtime.rundir import lock
+    from relora.record.rundir import lock
 
     command = [sys.executable, "-c", HOLDER, tmp_path / ".lock", launcher, "1.5", role]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as holder:

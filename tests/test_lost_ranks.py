@@ -42,9 +42,9 @@ class Ended(NamedTuple):
 
 def rank_main(config: str, case: Case, rank: int, port: int, output: str) -> None:
     """`relora train` as one rank, which may be the victim."""
-    from relora import loop
     from relora.cli import main
-    from relora.runtime import lost
+    from relora.record import lost
+    from relora.training import loop
 
     os.environ |= {
         "RANK": str(rank),
@@ -95,7 +95,7 @@ def befall(how: str) -> None:
 
 def run_cases(directory: Path, cases: list[Case]) -> dict[Case, Ended]:
     """All of them at the same time: mostly they wait."""
-    from relora.runtime.distributed import free_port
+    from relora.engine.distributed import free_port
 
     workshop()
     context = rank_context()
@@ -228,9 +228,9 @@ def assert_named(case: Case, end: Ended) -> None:
 def test_a_rank_that_wakes_too_late_does_not_write_over_what_the_others_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from relora.runtime import lost
-    from relora.runtime.distributed import Ranks
-    from relora.runtime.rundir import write_run_state
+    from relora.engine.distributed import Ranks
+    from relora.record import lost
+    from relora.record.rundir import write_run_state
 
     monkeypatch.setattr(lost, "break_connections", lambda: None)
     monkeypatch.setattr(lost, "ANSWER_S", 0.1)

@@ -1,4 +1,4 @@
-"""Runs of `relora.loop` under real ranks against a float64 reference of the whole algorithm.
+"""Runs of the training loop under real ranks against a float64 reference of the whole algorithm.
 
 Everything is compared after every update: losses, gradient norms, what the forward pass reads, the
 optimizer's masters, both moments; so also one and two updates after each merge, when a stale copy
@@ -36,15 +36,16 @@ from torch.utils._pytree import tree_leaves
 import reference
 from conftest import TINY_GPT2, TINY_LLAMA
 from ranks import Outcomes, Scenario, Unasked, run_ranks
-from relora.config import Config, build_config
+from relora.config import Config
 from relora.data.loader import train_batches
+from relora.engine import deepspeed
+from relora.engine.state import Place
+from relora.load import build_config
 from relora.lora.inject import adapted_layers, find_targets
 from relora.lora.layers import delta_rows
 from relora.model import ModelConfig, build_model, load_model_config
 from relora.restart import invariants, merge
 from relora.restart.reinit import draw_a
-from relora.runtime import zero
-from relora.runtime.places import Place
 
 SEQUENCE = 12
 GLOBAL_BATCH = 4
@@ -117,14 +118,14 @@ def train_recorded(
     recorded: Collection[int] = range(1000),
     stops: Sequence[int] = (),
 ) -> dict[str, Any]:
-    """Train through `relora.loop`, and record what every update left where.
+    """Train through `relora.training.loop`, and record what every update left where.
 
     Args:
         recorded: steps whose states are kept (of the last leg of the run; see `stops`).
         stops: steps after which the run is stopped and goes on from its checkpoint.
     """
-    import relora.loop as under_test
-    from relora.run import start_run
+    import relora.training.loop as under_test
+    from relora.training.run import start_run
 
     make_run_dir(settings(model, run_dir, changes), ranks)
     record: dict[str, Any] = {"losses": [], "norms": [], "rates": [], "unmerged": {}}
@@ -132,7 +133,7 @@ def train_recorded(
     with pytest.MonkeyPatch.context() as patch:
         if mutant is not None:
             MUTANTS[mutant](patch)
-        real_step, real_restart = zero.train_step, under_test.restart_
+        real_step, real_restart = deepspeed.train_step, under_test.restart_
 
         def step(engine: Any, batches: Any, loss_of: Any, rate: float, *rest: Any) -> Any:
             if run.step in recorded:
@@ -148,7 +149,7 @@ def train_recorded(
             record["unmerged"][run.step] = {name: t.double().cpu().numpy() for name, t in pairs}
             return real_restart(*args)
 
-        patch.setattr(zero, "train_step", step)
+        patch.setattr(deepspeed, "train_step", step)
         patch.setattr(under_test, "restart_", restart)
         for stop in (*stops, None):
             config = settings(model, run_dir, {**changes, "train.stop_after": stop})
@@ -157,7 +158,7 @@ def train_recorded(
             if stop is None:
                 remember(run, record)
             run.metrics.close()
-            zero.destroy(run.engine)
+            deepspeed.destroy(run.engine)
     if ranks.is_main:
         lines = (Path(run_dir) / "metrics.jsonl").read_text().splitlines()
         record["log"] = [json.loads(line) for line in lines]
@@ -223,7 +224,7 @@ def whole(param: Any) -> Tensor:
 
 def _while_restarting(patch: pytest.MonkeyPatch, owner: Any, name: str, broken: Any) -> None:
     """Break something for the duration of each restart, and look away."""
-    import relora.loop as under_test
+    import relora.training.loop as under_test
 
     real = under_test.restart_
 
@@ -276,12 +277,12 @@ def count_reductions(
     ranks: Any, model: str, run_dir: str, changes: dict[str, Any]
 ) -> list[list[tuple[str, int]]]:
     """The reductions of each update of a run."""
-    import relora.loop as under_test
-    from relora.run import start_run
+    import relora.training.loop as under_test
+    from relora.training.run import start_run
 
     config = settings(model, run_dir, changes)
     make_run_dir(config, ranks)
-    counts, real_step = [], zero.train_step
+    counts, real_step = [], deepspeed.train_step
 
     def step(*args: Any) -> Any:
         with CountReductions() as counter:
@@ -290,11 +291,11 @@ def count_reductions(
         return result
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(zero, "train_step", step)
+        patch.setattr(deepspeed, "train_step", step)
         run = start_run(config, shards(), ranks)  # type: ignore[arg-type]
         under_test.train_run(run, Unasked())  # type: ignore[arg-type]
         run.metrics.close()
-        zero.destroy(run.engine)
+        deepspeed.destroy(run.engine)
     return counts
 
 
@@ -304,7 +305,7 @@ def in_float64() -> None:
     Engines of every stage, their flat buffers, masters and moments, and transformers' fp32 islands
     (norms, rotations, the loss) then are float64, and so is all of relora, unchanged.
     """
-    import relora.run as under_test
+    import relora.training.run as under_test
 
     torch.float32 = torch.float = torch.float64  # type: ignore[misc]
     torch.Tensor.float = torch.Tensor.double  # type: ignore[method-assign]

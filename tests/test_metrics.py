@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from relora.errors import CheckpointError
-from relora.runtime import metrics as under_test
-from relora.runtime.metrics import Metrics, drop_after, format_count, format_duration, read_metrics
+from relora.record import metrics as under_test
+from relora.record.metrics import Metrics, drop_after, read_metrics
+from relora.words import format_count, format_duration
 from runs import metric_lines, train, workshop
 from test_resume import read_board
 

@@ -17,16 +17,16 @@ from hypothesis import strategies as st
 
 from relora.cli import main
 from relora.commands.plan import count_by_group
-from relora.config import build_config, load_config
-from relora.console import timeline as header_timeline
 from relora.data.prepare import prepare
-from relora.estimate import full_rank_twin, memory_by_part, peak_memory, training_flops
+from relora.load import build_config, load_config
 from relora.lora.config import LoRAConfig
 from relora.lora.inject import add_adapters
 from relora.model import ModelConfig, build_meta_model, count_parameters
-from relora.runtime.config import parse_count
-from relora.runtime.metrics import format_bytes, format_count
-from relora.timeline import phases
+from relora.plan.estimate import full_rank_twin, memory_by_part, peak_memory, training_flops
+from relora.plan.timeline import phases
+from relora.training.config import parse_count
+from relora.training.log_lines import timeline as header_timeline
+from relora.words import format_bytes, format_count
 from runs import make_config
 
 ROOT = Path(__file__).parent.parent

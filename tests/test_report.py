@@ -336,7 +336,7 @@ def test_other_shards_under_equal_settings_are_named(run: RunFiles) -> None:
 
 def went_on(run_dir: Path, step: int, **changes: Any) -> Path:
     """As if a run had gone on from a step with something else about its environment."""
-    from relora.runtime.rundir import read_stretches, record_stretch
+    from relora.record.rundir import read_stretches, record_stretch
 
     (environment,) = read_stretches(run_dir)
     record_stretch(run_dir, step, {**environment, **changes})
@@ -378,7 +378,7 @@ def test_a_run_on_two_machines_has_no_time_to_compare_and_says_what_changed(
 
 
 def test_going_on_with_the_same_is_one_stretch_and_going_back_forgets(tmp_path: Path) -> None:
-    from relora.runtime.rundir import read_stretches, record_stretch
+    from relora.record.rundir import read_stretches, record_stretch
 
     def stretches() -> list[tuple[int, str]]:
         return [(s["from_step"], s["on"]) for s in read_stretches(tmp_path)]

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from merge_cost import Meter
 from ranks import Outcomes, Scenario, Unasked, run_ranks
+from relora.engine.state import join_bf16, split_fp32
 from relora.errors import NumericsError
 from relora.restart.config import ResetConfig
 from relora.restart.invariants import check_copies, check_function
 from relora.restart.merge import restart_
 from relora.restart.reinit import draw_a
 from relora.restart.reset import beyond, find_edges, kept, random_keep
-from relora.runtime.places import join_bf16, split_fp32
 from test_method_reference import make_run_dir, shards
 from test_method_reference import settings as config_of
 
@@ -287,8 +287,8 @@ RESETS = {
 
 def start(ranks: Any, model: Path, run_dir: Path, stage: int) -> Any:
     """A run right after some updates with adapters, between merges."""
-    from relora.loop import train_run
-    from relora.run import start_run
+    from relora.training.loop import train_run
+    from relora.training.run import start_run
 
     changes = {
         "deepspeed.zero_stage": stage,

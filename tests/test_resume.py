@@ -182,7 +182,7 @@ def test_a_signal_in_any_phase_stops_at_the_end_of_a_step_and_leaves_no_trace(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from relora import loop
+    from relora.training import loop
 
     real = getattr(loop, phase)
 
@@ -246,7 +246,7 @@ def test_an_older_checkpoint_is_gone_on_from(
 def test_going_back_loses_nothing_before_a_new_checkpoint_is_complete(
     back: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from relora.runtime import saving
+    from relora.record import saving
 
     def failing(*args: Any, **options: Any) -> None:
         raise OSError(28, "No space left on device")
@@ -413,9 +413,9 @@ def legs(ranks: Any, config: str, *stops: int | None) -> list[int]:
     """Exit codes of `relora train`, once for each stop, on ranks that have a group already."""
     from pathlib import Path
 
-    from relora.config import load_config
     from relora.data.shards import open_shards
-    from relora.guard import guarded
+    from relora.load import load_config
+    from relora.training.guard import guarded
 
     codes = []
     for stop in stops:

@@ -78,7 +78,7 @@ def test_a_run_is_a_directory_of_plain_files(finished: Path) -> None:
 
 
 def test_the_config_is_whole_and_reads_back(finished: Path) -> None:
-    from relora.config import load_config
+    from relora.load import load_config
 
     written = yaml.safe_load((finished / "config.yaml").read_text())
     assert written["optimizer"]["betas"] == [0.9, 0.95]  # a default, spelt out
@@ -181,9 +181,8 @@ def test_other_methods_leave_out_what_they_do_not_have(tmp_path: Path) -> None:
 def test_a_finished_run_is_left_alone(
     run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from relora.runtime import zero
 
-    monkeypatch.setattr(zero, "init_distributed", None)  # it would be slow, and is not needed
+    monkeypatch.setattr(deepspeed, "init_distributed", None)  # it would be slow, and is not needed
     before = contents(run_dir)
     assert train(run_dir, train__save_every=8) == 0
     assert "finished (24 steps); nothing to do" in capsys.readouterr().out
@@ -286,7 +285,7 @@ def test_a_boundary_at_the_former_end_is_made_up_for(tmp_path: Path) -> None:
     # Killed before the next checkpoint, it makes up for it again, and says so once.
     assert train(tmp_path / "killed", **changes) == 0
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("relora.loop._train", kill)
+        patch.setattr("relora.training.loop._train", kill)
         with pytest.raises(Killed):
             train(tmp_path / "killed", train__steps=31, **changes)
     assert series(tmp_path / "killed", "relora/merge") == {12: 1, 18: 2, 24: 3}
@@ -337,7 +336,7 @@ def test_a_second_process_is_refused_and_changes_nothing(
 ) -> None:
     import os
 
-    from relora.runtime.rundir import lock
+    from relora.record.rundir import lock
 
     run_dir = tmp_path / "run"
     assert train(run_dir, "train.stop_after=4") == 75
@@ -424,11 +423,10 @@ def train_apart(ranks: Any, config: str, data: list[str]) -> tuple[int, str]:
     """(exit code, message) of `relora train` on a rank with a data directory of its own."""
     from relora.commands.train import train as command
     from relora.errors import UserError
-    from relora.runtime import zero
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(zero, "init_distributed", lambda *_: None)  # this group is there already
-        patch.setattr(zero, "leave", lambda **_: None)
+        patch.setattr(deepspeed, "init_distributed", lambda *_: None)  # this group is there already
+        patch.setattr(deepspeed, "leave", lambda **_: None)
         patch.setenv("LOCAL_RANK", "0")  # each on a machine of its own
         try:
             return command(Path(config), [f"data.dir={data[ranks.rank]}"]), ""
@@ -488,7 +486,7 @@ def test_shards_that_are_bad_on_one_machine_stop_all_ranks(tmp_path: Path) -> No
 def test_a_bug_is_kept_in_the_state_and_not_swallowed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from relora import loop
+    from relora.training import loop
 
     def broken(run: Any) -> None:
         raise RuntimeError("something is off")

@@ -269,7 +269,7 @@ def test_readers_of_a_run_that_retires_checkpoints_never_fail(
 
 
 def test_a_checkpoint_is_read_though_its_files_have_gone(run_dir: Path) -> None:
-    from relora.runtime.checkpoint import Checkpoint
+    from relora.record.checkpoint import Checkpoint
 
     directory = checkpoint(run_dir, 14)
     name = "model.layers.0.mlp.up_proj.weight"
@@ -460,7 +460,7 @@ def test_what_finds_no_room_leaves_what_was_there(
 
 
 def test_limits_on_open_files_are_raised_for_a_checkpoint_of_many_ranks(run_dir: Path) -> None:
-    from relora.runtime.manifest import _make_room_for
+    from relora.record.manifest import _make_room_for
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:

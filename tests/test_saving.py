@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from ranks import Outcomes, Scenario, run_ranks
-from relora.runtime import saving
+from relora.record import saving
 from runs import (
     Process,
     checkpoint,
@@ -43,7 +43,7 @@ EVERY_12 = {"train__save_every": 12}
 
 def slow_writer(patch: pytest.MonkeyPatch, until: int) -> None:
     """No file is written before step `until` is logged, as on a slow disk; only then is it read."""
-    from relora import loop
+    from relora.training import loop
 
     there, real_log, real_save = threading.Event(), loop._log, saving.save_file
 
@@ -160,7 +160,7 @@ def test_numbers_that_end_the_run_leave_the_save_before_them(
 
 
 def test_a_bug_drops_the_save_under_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from relora import loop
+    from relora.training import loop
 
     slow_writer(monkeypatch, until=7)
     real = loop._log
@@ -200,7 +200,7 @@ def test_killed_while_a_thread_writes_a_run_goes_on(foreground: Path, tmp_path: 
     config = make_config(run_dir, train__save_every=5, **changes)
     program = (
         "import sys, time\n"
-        "from relora.runtime import saving\n"
+        "from relora.record import saving\n"
         "real = saving.save_file\n"
         "def slow(pieces, path, **options):\n"
         "    real(pieces, path, **options)\n"
@@ -331,7 +331,7 @@ def leg(ranks: Any, config: str, harm: Callable[..., None] | None, *args: Any) -
 
 def after_step_7(patch: pytest.MonkeyPatch, act: Callable[[], None]) -> None:
     """Do something in the middle of a run, between its saves at 5 and at 10."""
-    from relora import loop
+    from relora.training import loop
 
     real = loop._log
 

@@ -31,7 +31,7 @@ BATCH = 8
 
 def spoil(patch: Any, steps_of_data: set[int], rank: int = 0, value: float = float("nan")) -> None:
     """Make the loss of some global batches, counted from 0, not finite on one rank."""
-    from relora import loop
+    from relora.training import loop
 
     real_loss, real_seed = loop.loss_of, loop.seed_dropout
     now = {}
@@ -96,7 +96,7 @@ def test_a_skipped_update_is_as_if_its_batch_had_not_been_there(
         assert train(tmp_path / "spoilt", "train.stop_after=10", **changes) == 75
     # The same without a fault, from the same step 9, and with the data one batch further.
     assert train(tmp_path / "moved", "train.stop_after=9", **changes) == 75
-    from relora import guard
+    from relora.training import guard
 
     real = guard.start_run
 
@@ -221,8 +221,8 @@ def differ_on(ranks: Any, config: str, stage: int) -> tuple[int, str]:
     Between two merges, in a weight that both hold; under ZeRO 3 nobody else holds what a rank
     does, but there is the optimizer's copy of it, so there while the merge writes both.
     """
-    from relora import loop
     from relora.errors import UserError
+    from relora.training import loop
     from test_resume import legs
 
     real_log, real_restart = loop._log, loop.restart_
@@ -347,7 +347,7 @@ def test_a_stop_request_is_seen_while_updates_are_skipped(
     first: int, save_every: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And the run goes on from there as if nobody had asked."""
-    from relora import loop
+    from relora.training import loop
 
     spoilt = set(range(first, first + 30))
     changes: dict[str, Any] = {"train__save_every": save_every, "train__max_skipped": 100}

@@ -26,8 +26,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ranks import Outcomes, Scenario, run_ranks
-from relora import loop, spectra
-from relora.runtime.metrics import Metrics
+from relora.record.metrics import Metrics
+from relora.training import loop, spectra
 from runs import (
     SEQUENCE,
     Process,

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ranks import Scenario, run_ranks
-from relora.runtime.config import SpikeConfig
-from relora.runtime.spikes import Rollback, position_after, threshold_of
+from relora.training.config import SpikeConfig
+from relora.training.spikes import Rollback, position_after, threshold_of
 from runs import (
     checkpoint,
     checkpoints,
@@ -39,7 +39,7 @@ FACTOR = 20.0
 
 def start_later(patch: pytest.MonkeyPatch, batches: int) -> None:
     """The next start goes on that many global batches later in the data."""
-    from relora import guard
+    from relora.training import guard
 
     real = guard.start_run
 
@@ -104,7 +104,7 @@ def test_a_rollback_is_told_of(jumped: Path) -> None:
 def test_a_kill_around_a_rollback_leaves_no_trace(
     moment: str, jumped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from relora import loop
+    from relora.training import loop
 
     spoil(monkeypatch, {16}, value=FACTOR)
     real_log = loop._log
@@ -134,7 +134,7 @@ def test_a_kill_around_a_rollback_leaves_no_trace(
 def test_without_a_checkpoint_a_run_goes_back_to_its_beginning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from relora import loop
+    from relora.training import loop
 
     changes = {"train__spike": {**SPIKE, "window": 3}}
     with monkeypatch.context() as patch:
@@ -206,7 +206,7 @@ def series_last(run_dir: Path, key: str) -> Any:
 def test_steps_of_warm_up_and_rewarm_never_count_as_jumps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from relora import loop
+    from relora.training import loop
 
     asked = []
 
@@ -247,7 +247,7 @@ def test_a_broken_record_is_named(
 
 def jump_on(ranks: Any, config: str, bad_rank: int, killed: bool) -> list[int]:
     """A run in which one rank alone has a bad batch; the other must go back with it."""
-    from relora import loop
+    from relora.training import loop
     from test_resume import legs
 
     with pytest.MonkeyPatch.context() as patch:

@@ -424,7 +424,7 @@ def test_shards_from_before_documents_began_with_bos_serve_the_runs_that_have_be
     tmp_path: Path,
 ) -> None:
     from relora.commands.train import check_tokenizer
-    from relora.config import load_config
+    from relora.load import load_config
     from runs import make_config
 
     begins(tmp_path / "theirs")
@@ -484,7 +484,7 @@ def test_a_run_its_samples_prompts_and_export_all_begin_as_documents_do(
             prompts.append(ids[0].tolist())  # noqa: B023
             return ids
 
-        monkeypatch.setattr("relora.loop.continue_greedily", sampled)
+        monkeypatch.setattr("relora.training.loop.continue_greedily", sampled)
         assert relora("train", config) == 0
         assert relora("export", tmp_path / name, "--to", tmp_path / f"{name} export") == 0
         exported = AutoTokenizer.from_pretrained(tmp_path / f"{name} export")

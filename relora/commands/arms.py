@@ -11,7 +11,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from relora.arms import (
+from relora.config import Config
+from relora.engine.devices import choose_devices
+from relora.engine.signals import LAUNCHER_GONE, caught, following
+from relora.errors import PREEMPTED, CheckpointError, ConfigError, NumericsError, UserError
+from relora.files import write_atomically, write_json
+from relora.load import MAY_CHANGE, check_world, differences, load_config, load_run_config
+from relora.training.arms import (
     Arm,
     ArmsConfig,
     check_seeds,
@@ -20,18 +26,6 @@ from relora.arms import (
     scale_rate,
     standard_arms,
 )
-from relora.config import (
-    MAY_CHANGE,
-    Config,
-    check_world,
-    differences,
-    load_config,
-    load_run_config,
-)
-from relora.errors import PREEMPTED, CheckpointError, ConfigError, NumericsError, UserError
-from relora.files import write_atomically, write_json
-from relora.runtime.devices import choose_devices
-from relora.runtime.signals import LAUNCHER_GONE, caught, following
 
 DIVERGED = NumericsError.code  # a result, not a reason to stop
 
@@ -221,7 +215,7 @@ def final_loss(directory: Path) -> float:
     Raises:
         CheckpointError: there is none.
     """
-    from relora.runtime.metrics import read_metrics
+    from relora.record.metrics import read_metrics
 
     losses = [line["eval/loss"] for line in read_metrics(directory) if "eval/loss" in line]
     if not losses:
@@ -249,7 +243,7 @@ def _check_same(directory: Path, config: Config) -> None:
 
 
 def _state(directory: Path) -> dict[str, Any]:
-    from relora.runtime.rundir import read_run_state
+    from relora.record.rundir import read_run_state
 
     return read_run_state(directory) if directory.is_dir() else {}
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from relora.errors import ConfigError, DataError
 from relora.files import is_file
-from relora.subject import Subject, merged_model, open_subject
+from relora.record.loaded import Subject, merged_model, open_subject
 
 if TYPE_CHECKING:
     from relora.data.shards import TokenShards
@@ -29,8 +29,8 @@ def evaluate(
     opened = open_subject(subject)
 
     from relora.data.loader import eval_batches
-    from relora.runtime.distributed import lone_rank
-    from relora.runtime.evaluation import evaluate_loss, perplexity
+    from relora.engine.distributed import lone_rank
+    from relora.engine.evaluation import evaluate_loss, perplexity
 
     ranks = lone_rank()
     batches = eval_batches(
@@ -58,7 +58,7 @@ def find_shards(subject: Subject, overrides: Sequence[str]) -> TokenShards:
         DataError: those that are there hold other tokens.
     """
     from relora.data.shards import open_shards, shard_directory
-    from relora.moved import data_candidates
+    from relora.record.moved import data_candidates
 
     candidates = data_candidates(subject.config, subject.run_dir)
     for override in overrides:

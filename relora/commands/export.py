@@ -10,9 +10,10 @@ from relora import __version__
 from relora.errors import CheckpointError, ConfigError
 from relora.files import making, supplied
 from relora.model import GENERATION_CONFIG
-from relora.runtime.metrics import format_count, read_metrics
+from relora.record.loaded import Subject, merged_model, open_subject, say_aside
+from relora.record.metrics import read_metrics
 from relora.structure import has_transformers_weights
-from relora.subject import Subject, merged_model, open_subject, say_aside
+from relora.words import format_count
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

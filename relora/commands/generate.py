@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from relora.errors import CheckpointError, ConfigError
+from relora.record.loaded import merged_model, open_subject
 from relora.structure import context_of
-from relora.subject import merged_model, open_subject
 
 
 def generate(
@@ -25,7 +25,7 @@ def generate(
 
     from relora.data.beginning import encode_prompt
     from relora.data.tokenizer import load_tokenizer
-    from relora.runtime.distributed import lone_rank
+    from relora.engine.distributed import lone_rank
 
     tokenizer = load_tokenizer(opened.tokenizer_dir, CheckpointError)
     ids = torch.tensor([encode_prompt(tokenizer, prompt)], dtype=torch.long)

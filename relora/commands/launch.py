@@ -23,17 +23,16 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from relora.config import Config, check_world, load_config
-from relora.errors import PREEMPTED, LostRankError
-from relora.runtime.devices import choose_devices
-from relora.runtime.hosts import (
+from relora.config import Config
+from relora.engine.devices import choose_devices
+from relora.engine.hosts import (
     ask_hosts,
     check_choice,
     multi_node_command,
     read_hostfile,
     signal_command,
 )
-from relora.runtime.signals import (
+from relora.engine.signals import (
     EXIT_NOW,
     FRONT,
     LAUNCHER_GONE,
@@ -42,6 +41,8 @@ from relora.runtime.signals import (
     following,
     name_of,
 )
+from relora.errors import PREEMPTED, LostRankError
+from relora.load import check_world, load_config
 
 OURS = (0, 1, 2, 3, 4, 5, 6, PREEMPTED)  # exit codes that a rank gives on purpose
 LOST = LostRankError.code
@@ -56,7 +57,7 @@ def launch(
 ) -> int:
     """Train on `devices` ranks here, or on the hosts of `hostfile`; returns the run's code."""
     settings = load_config(config, overrides)
-    from relora.runtime.distributed import free_port  # and torch with it
+    from relora.engine.distributed import free_port  # and torch with it
 
     arguments = ["train", str(config), *overrides]
     if resume != "auto":
@@ -74,7 +75,7 @@ def launch(
         # Ended so, `launch.py` cannot stop its ranks one by one; the kernel tells all of them.
         command, parting = one_node_command(chosen, arguments), signal.SIGKILL
         pass_on = _pass_on
-    from relora.runtime.rundir import read_run_state
+    from relora.record.rundir import read_run_state
 
     before = read_run_state(settings.run_dir) if settings.run_dir.is_dir() else {}
     return _keep_code(*_run(command, parting, pass_on), settings, before)
@@ -87,7 +88,7 @@ def one_node_command(devices: Sequence[str], arguments: Sequence[str]) -> list[s
         devices: what the launcher makes CUDA_VISIBLE_DEVICES of its ranks, word for word; the
             rank with local number k takes the k-th.
     """
-    from relora.runtime.distributed import free_port
+    from relora.engine.distributed import free_port
 
     world = base64.urlsafe_b64encode(json.dumps({"localhost": list(devices)}).encode())
     return [
@@ -184,7 +185,7 @@ def _keep_code(
         asked: the signal that asked the run to stop, if one did.
         before: what run_state.json said before the launch.
     """
-    from relora.runtime.rundir import read_run_state, write_run_state
+    from relora.record.rundir import read_run_state, write_run_state
 
     if code in OURS and code != LOST:
         state = read_run_state(config.run_dir)

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from relora.config import Config, check_world, load_config
+from relora.config import Config
 from relora.errors import ConfigError
+from relora.load import check_world, load_config
 
 if TYPE_CHECKING:
     from torch import nn
@@ -41,8 +42,8 @@ def plan(
     # Imported after the config is known to be sound, since torch takes seconds.
     from relora.lora.inject import adapted_layers, add_adapters
     from relora.model import build_meta_model
+    from relora.plan.timeline import curve, draw, timeline
     from relora.structure import check_context
-    from relora.timeline import curve, draw, timeline
 
     run = _with_its_model(run)
     model = build_meta_model(run.model)
@@ -84,8 +85,8 @@ def _with_its_model(config: Config) -> Config:
         ConfigError: the weights to start from are not whole.
     """
     from relora.files import exists
+    from relora.record.loaded import is_subject, structure_of
     from relora.structure import check_pretrained
-    from relora.subject import is_subject, structure_of
 
     pretrained = config.model.pretrained
     if pretrained is not None and not exists(pretrained):
@@ -124,7 +125,7 @@ def count_by_group(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def _header(config: Config, model: nn.Module, path: str) -> list[str]:
-    from relora.standing import standing
+    from relora.record.standing import standing
 
     source = config.model.config or config.model.pretrained
     lines = [
@@ -183,8 +184,8 @@ def _parameters(config: Config, model: nn.Module, shapes: dict[str, tuple[int, .
 
 def _memory(config: Config, devices: int) -> list[str]:
     """Memory per device by part, with adapters beside full rank."""
-    from relora.estimate import PARTS, full_rank_twin, memory_by_part, peak_memory
-    from relora.runtime.metrics import format_bytes
+    from relora.plan.estimate import PARTS, full_rank_twin, memory_by_part, peak_memory
+    from relora.words import format_bytes
 
     columns = {"full rank": (full_rank_twin(config), False)}
     if config.lora is not None:
@@ -213,7 +214,7 @@ def _memory(config: Config, devices: int) -> list[str]:
 
 def _arithmetic(config: Config, devices: int, tokens_per_s: float | None) -> list[str]:
     """FLOPs, traffic, and time at a given throughput; all beside full rank."""
-    from relora.estimate import (
+    from relora.plan.estimate import (
         break_even,
         bytes_per_step,
         flops_per_token,
@@ -221,7 +222,7 @@ def _arithmetic(config: Config, devices: int, tokens_per_s: float | None) -> lis
         training_flops,
         uncounted,
     )
-    from relora.runtime.metrics import format_bytes, format_count
+    from relora.words import format_bytes, format_count
 
     full, even = flops_per_token(config, False), break_even(config)
     whole = training_flops(config, config.total_steps)
@@ -262,7 +263,7 @@ def _arithmetic(config: Config, devices: int, tokens_per_s: float | None) -> lis
 
 
 def _budget(config: Config, parameters: int, devices: int, corpus: int | None) -> list[str]:
-    from relora.runtime.metrics import format_count
+    from relora.words import format_count
 
     batch, per_step = config.batch, config.tokens_per_step
     tokens = config.total_steps * per_step
@@ -288,7 +289,7 @@ def _merges(config: Config, shapes: dict[str, tuple[int, ...]]) -> list[str]:
     if config.lora is None or config.relora is None:
         return ["merges       none"]
     from relora.restart.merge import gather_blocks
-    from relora.runtime.metrics import format_bytes
+    from relora.words import format_bytes
 
     factors = [config.lora.rank * (m + n) for m, n in shapes.values()]
     largest = max((m * n for m, n in shapes.values()), default=0)
@@ -304,7 +305,7 @@ def _merges(config: Config, shapes: dict[str, tuple[int, ...]]) -> list[str]:
 
 def _engines(config: Config) -> list[str]:
     """Which ZeRO stages go with which precision; this run's combination in brackets."""
-    from relora.runtime.config import PRECISIONS, STAGES, refusal
+    from relora.engine.config import PRECISIONS, STAGES, refusal
 
     chosen = config.deepspeed
     lines = [f"{'engines':<18}" + "".join(f"ZeRO {stage:<11}" for stage in STAGES).rstrip()]
@@ -327,8 +328,8 @@ def _engines(config: Config) -> list[str]:
 def _disk(config: Config, model: nn.Module, parameters: int) -> list[str]:
     from relora.lora.choose import linear_layers
     from relora.lora.inject import adapted_layers
-    from relora.runtime.metrics import format_bytes
-    from relora.runtime.saving import checkpoint_bytes
+    from relora.record.saving import checkpoint_bytes
+    from relora.words import format_bytes
 
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters()) - trainable
@@ -354,7 +355,7 @@ def _warnings(
     corpus: int | None,
     devices: int,
 ) -> list[str]:
-    from relora.advice import doubts
+    from relora.plan.advice import doubts
 
     found = doubts(config, parameters, shapes, corpus, devices)
     wrap = textwrap.TextWrapper(WIDTH, initial_indent="! ", subsequent_indent="  ")

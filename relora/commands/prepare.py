@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from relora.config import load_config
+from relora.load import load_config
 
 
 def prepare(config: Path, overrides: Sequence[str], workers: int | None) -> int:

@@ -8,12 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from relora.config import (
-    Config,
-    check_world,
-    load_config,
-    load_run_config,
-)
+from relora.config import Config
 from relora.errors import (
     ConfigError,
     DataError,
@@ -21,14 +16,15 @@ from relora.errors import (
     UserError,
 )
 from relora.files import exists, is_dir, is_file
+from relora.load import check_world, load_config, load_run_config
 from relora.model import build_meta_model, check_causal, check_pretrained
-from relora.standing import changes_of_model, changes_of_run, is_complete
+from relora.record.standing import changes_of_model, changes_of_run, is_complete
 from relora.structure import check_context
 
 # torch and all that imports it waits until the config has been checked.
 if TYPE_CHECKING:
     from relora.data.shards import TokenShards
-    from relora.runtime.distributed import Ranks
+    from relora.engine.distributed import Ranks
 
 
 def train(config: Path, overrides: Sequence[str], resume: str = "auto") -> int:
@@ -40,12 +36,12 @@ def train(config: Path, overrides: Sequence[str], resume: str = "auto") -> int:
     Returns:
         0 when the run is finished, 75 when it was stopped and can go on.
     """
-    from relora.runtime.signals import follow_launcher
+    from relora.engine.signals import follow_launcher
 
     follow_launcher()
     settings = load_config(config, overrides)
 
-    from relora.runtime.distributed import (
+    from relora.engine.distributed import (
         is_lost_rank,
         read_rank,
         read_ranks,
@@ -61,9 +57,9 @@ def train(config: Path, overrides: Sequence[str], resume: str = "auto") -> int:
     check_model(settings)
 
     from relora.data.shards import open_shards
-    from relora.guard import guarded
-    from relora.moved import prepared_data
-    from relora.runtime import zero
+    from relora.engine import deepspeed
+    from relora.record.moved import prepared_data
+    from relora.training.guard import guarded
 
     ranks = read_ranks()
     shards = problem = None
@@ -79,7 +75,7 @@ def train(config: Path, overrides: Sequence[str], resume: str = "auto") -> int:
         problem = error  # one rank's disk alone may be at fault, so all must hear of it
     minutes = settings.deepspeed.timeout_minutes
     try:
-        zero.init_distributed(ranks, minutes)
+        deepspeed.init_distributed(ranks, minutes)
         ranks.agree(problem)
         assert shards is not None
         check_same_shards(shards, ranks)
@@ -92,7 +88,7 @@ def train(config: Path, overrides: Sequence[str], resume: str = "auto") -> int:
             ) from error
         raise
     finally:
-        zero.leave(together=sys.exc_info()[0] is None)
+        deepspeed.leave(together=sys.exc_info()[0] is None)
 
 
 def find_checkpoint(run_dir: Path, path: Path) -> Path:
@@ -101,8 +97,8 @@ def find_checkpoint(run_dir: Path, path: Path) -> Path:
     Raises:
         ConfigError: there is none, or it belongs to another run.
     """
-    from relora.runtime.checkpoint import complete_checkpoints
-    from relora.runtime.manifest import is_checkpoint_name
+    from relora.record.checkpoint import complete_checkpoints
+    from relora.record.manifest import is_checkpoint_name
 
     home = run_dir / "checkpoints"
     names = [checkpoint.name for checkpoint in complete_checkpoints(run_dir)]
@@ -125,8 +121,8 @@ def is_finished(config: Config, wanted: Path | None = None) -> bool:
         ConfigError: it holds another run, or one that is past the wanted length already.
         CheckpointError: its checkpoints are gone.
     """
-    from relora.runtime.manifest import step_of
-    from relora.runtime.rundir import check_plain, read_run_state
+    from relora.record.manifest import step_of
+    from relora.record.rundir import check_plain, read_run_state
 
     saved = config.run_dir / "config.yaml"
     if exists(config.run_dir) and not is_dir(config.run_dir):
@@ -163,9 +159,9 @@ def check_model(config: Config) -> None:
     Raises:
         ConfigError: targets, rank or context do not fit the model.
     """
-    from relora.runtime.checkpoint import is_checkpoint, named_checkpoints, no_checkpoint
-    from relora.runtime.distributed import read_rank
-    from relora.subject import is_subject, structure_of
+    from relora.engine.distributed import read_rank
+    from relora.record.checkpoint import is_checkpoint, named_checkpoints, no_checkpoint
+    from relora.record.loaded import is_subject, structure_of
 
     pretrained = config.model.pretrained
     if structure_of(config) is not config.model:
@@ -213,7 +209,7 @@ def check_vocabulary(config: Config, shards: TokenShards) -> None:
     Raises:
         ConfigError: with both sizes.
     """
-    from relora.subject import structure_of
+    from relora.record.loaded import structure_of
 
     embeddings: Any = build_meta_model(structure_of(config)).get_input_embeddings()
     size = embeddings.weight.shape[0]
@@ -235,7 +231,7 @@ def check_tokenizer(config: Config, shards: TokenShards) -> None:
     from relora.data.tokenizer import load_tokenizer
     from relora.data.transformers_tokenizer import require_agreement
     from relora.model import load_model_config
-    from relora.subject import structure_of
+    from relora.record.loaded import structure_of
 
     structure = structure_of(config)
     begins = begin_ids(load_tokenizer(shards.tokenizer_dir))

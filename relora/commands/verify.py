@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from relora.errors import CheckpointError
-from relora.runtime.metrics import format_bytes
+from relora.words import format_bytes
 
 
 def verify(checkpoint: Path) -> int:
@@ -17,7 +17,7 @@ def verify(checkpoint: Path) -> int:
     Raises:
         CheckpointError: it is not sound, or there is none.
     """
-    from relora.runtime.checkpoint import open_subject_checkpoint
+    from relora.record.checkpoint import open_subject_checkpoint
 
     opened, complaints = open_subject_checkpoint(checkpoint)
     if complaints:

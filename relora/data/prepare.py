@@ -25,6 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from relora import files
+from relora.cores import usable_cores
 from relora.data import corpus
 from relora.data.beginning import begin_ids
 from relora.data.config import DataConfig
@@ -39,7 +40,6 @@ from relora.data.tokenizer import (
 )
 from relora.data.units import Job, cut_units, make_part, make_parts, part_path, read_part
 from relora.errors import DataError, UserError
-from relora.runtime.cores import usable_cores
 
 _SAY_EVERY = 10  # seconds
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from relora.config import PATHS, differences
 from relora.errors import ConfigError
+from relora.load import PATHS, differences
 from relora.report.read import Evaluations, RunFiles
 
 # Leaves of the config in which seeds of one arm may differ.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from relora.runtime.metrics import format_duration
+from relora.words import format_duration
 
 Format = Callable[[float], str]
 

@@ -6,10 +6,10 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from relora.config import leaves
+from relora.load import leaves
 from relora.report.arms import Arm, only_moved
 from relora.report.read import MACHINE, RunFiles, Stretch
-from relora.runtime.metrics import format_duration
+from relora.words import format_duration
 
 LENGTHS = ("train.steps", "train.tokens")
 UNFAIR = {

@@ -18,7 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from relora.report.svg import POINT, Look
-from relora.runtime.metrics import format_count
+from relora.words import format_count
 
 DRAWN = 240  # stretches of a curve, each with its lowest and its highest point
 SHARED = 2000  # stretches of all curves of a picture together, where there are many

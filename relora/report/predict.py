@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from relora.config import OF_SPEED, Config, build_config
+from relora.config import Config
 from relora.errors import UserError
+from relora.load import OF_SPEED, build_config
 from relora.lora.config import LoRAConfig
 from relora.model import ModelConfig
 from relora.report.read import RunFiles
@@ -29,11 +30,11 @@ class Prediction:
 
 def predict(run: RunFiles) -> Prediction:
     """Ask the planner about a run; its own copy of the model's structure is taken."""
-    from relora.estimate import bytes_per_step, memory_by_part, peak_memory, training_flops
     from relora.lora.choose import describe_left
     from relora.model import build_meta_model
-    from relora.runtime.saving import checkpoint_bytes
-    from relora.subject import structure_of
+    from relora.plan.estimate import bytes_per_step, memory_by_part, peak_memory, training_flops
+    from relora.record.loaded import structure_of
+    from relora.record.saving import checkpoint_bytes
 
     config = run.config.model_copy(update={"run_dir": run.path})
     adapters = config.lora is not None

@@ -18,13 +18,14 @@ from typing import Any
 import numpy as np
 
 from relora import files
-from relora.config import Config, build_config, leaves, load_run_config
+from relora.config import Config
 from relora.errors import CheckpointError, ConfigError
 from relora.files import exists, is_file, supplied
-from relora.moved import moved_path
-from relora.runtime.checkpoint import newest_state
-from relora.runtime.metrics import decode_line
-from relora.runtime.rundir import check_plain, read_run_state, read_stretches
+from relora.load import build_config, leaves, load_run_config
+from relora.record.checkpoint import newest_state
+from relora.record.metrics import decode_line
+from relora.record.moved import moved_path
+from relora.record.rundir import check_plain, read_run_state, read_stretches
 
 COLUMNS = (
     "step",

@@ -20,7 +20,7 @@ from relora.report.cells import (
     times,
 )
 from relora.report.read import AT_WORK
-from relora.runtime.metrics import format_bytes, format_count, format_duration
+from relora.words import format_bytes, format_count, format_duration
 
 MISSING = ("not reached", "no evaluation yet", "no evaluation")
 

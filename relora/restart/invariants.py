@@ -6,9 +6,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from relora.engine.deepspeed import Engine
+from relora.engine.state import Place, Places
 from relora.errors import NumericsError
-from relora.runtime.places import Place, Places
-from relora.runtime.zero import Engine
 
 # In bf16 the merge is exact in weight + remainder, but the forward pass reads the weight rounded
 # anew: that moved logits by 0.7 % at width 64, and by 2.6 % at width 18, the narrowest model seen.

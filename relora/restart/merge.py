@@ -16,12 +16,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from relora.engine.state import MOMENTS, Place, Places
 from relora.lora.inject import adapted_layers
 from relora.lora.layers import LoRALayer, delta_rows
 from relora.restart.config import ReLoRAConfig, ResetConfig
 from relora.restart.reinit import draw_a
 from relora.restart.reset import beyond, find_edges, kept, random_keep
-from relora.runtime.places import MOMENTS, Place, Places
 
 
 class RestartReport(NamedTuple):

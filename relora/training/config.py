@@ -1,9 +1,9 @@
-"""The sections of what keeps a run alive: batch, train, optimizer, deepspeed."""
+"""The `train` and `spectra` sections: how long, how often what, and what is measured."""
 
 from __future__ import annotations
 
 import re
-from typing import Any, Literal, get_args
+from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -21,13 +21,6 @@ def parse_count(value: object) -> int:
     if count >= 2**63:
         raise ValueError("must fit in 64 bits")
     return round(count)
-
-
-class BatchConfig(Section):
-    """Sequences per optimizer step; gradient accumulation is derived from the world size."""
-
-    global_batch_size: int = Field(ge=1)  # sequences per optimizer step, over all ranks
-    micro_batch_size: int = Field(ge=1)  # sequences per forward, per rank
 
 
 class SpikeConfig(Section):
@@ -92,58 +85,3 @@ class SpectraConfig(Section):
     # rank it may be set to the step at which the runs to compare with get their adapters.
     start: int | None = Field(default=None, ge=0)
     directions: int = Field(default=8, ge=1)  # leading singular vectors kept of each update
-
-
-class OptimizerConfig(Section):
-    """AdamW with decoupled weight decay, none of it on norms and biases."""
-
-    name: Literal["adamw"] = "adamw"
-    lr: float = Field(gt=0)
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = Field(default=1e-8, gt=0)
-    weight_decay: float = Field(default=0.0, ge=0)
-    grad_clip: float | None = Field(default=1.0, gt=0)  # global norm; null = off
-
-    @field_validator("betas")
-    @classmethod
-    def _below_one(cls, value: tuple[float, float]) -> tuple[float, float]:
-        if not all(0 <= beta < 1 for beta in value):
-            raise ValueError("both betas lie in [0, 1)")
-        return value
-
-
-Stage = Literal[0, 1, 2, 3]
-Precision = Literal["fp32", "bf16", "fp16", "deepspeed_bf16"]
-STAGES: tuple[int, ...] = get_args(Stage)
-PRECISIONS: tuple[str, ...] = get_args(Precision)
-
-
-class DeepSpeedConfig(Section):
-    """What DeepSpeed does. Its own JSON is made from this by one function; `extra` goes in last.
-
-    `precision`: `bf16` and `fp16` keep every trainable parameter in fp32 and the frozen base in
-    bf16, and multiply under autocast; fp16 scales its loss dynamically. `deepspeed_bf16` is
-    DeepSpeed's own engine: all weights and gradients in bf16, with fp32 masters.
-    """
-
-    zero_stage: Stage = 2
-    precision: Precision = "bf16"
-    offload_optimizer: bool = False
-    timeout_minutes: float = Field(default=30.0, gt=0)  # of a collective, before a hang is an error
-    extra: dict[str, Any] = Field(default_factory=dict)
-
-
-def refusal(zero_stage: int, precision: str, offload_optimizer: bool) -> tuple[str, str] | None:
-    """Why a combination is not offered, and the nearest one that is; None if it works."""
-    if offload_optimizer and zero_stage == 0:
-        other = "" if precision == "deepspeed_bf16" else ", or offload_optimizer: false"
-        return (
-            "ZeRO 0 has no partitioned optimizer to offload",
-            f"zero_stage 1, 2 or 3{other}",
-        )
-    if precision == "deepspeed_bf16" and zero_stage == 0:
-        return (
-            "DeepSpeed's wrapper of ZeRO 0 takes an optimizer step with zero gradients when built",
-            "precision: bf16, or zero_stage 1, 2 or 3",
-        )
-    return None

@@ -41,7 +41,7 @@ from relora.lora.choose import linear_layers
 from relora.lora.inject import adapted_layers
 from relora.lora.layers import LoRALayer, delta_rows
 from relora.model import layer_kind
-from relora.run import Run
+from relora.training.run import Run
 
 # Smaller dimension up to which all singular values are computed: a second or two a layer.
 EXACT_UP_TO = 2048

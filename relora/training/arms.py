@@ -21,11 +21,12 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from relora.config import Config, load_config
+from relora.config import Config
 from relora.errors import ConfigError
 from relora.files import write_json
-from relora.reading import read_yaml, validate
+from relora.load import load_config
 from relora.section import Section
+from relora.yaml_config import read_yaml, validate
 
 # What types call the inside of their MLPs, beside `intermediate_size` and what stands for it.
 INNER = ("n_inner", "ffn_dim", "decoder_ffn_dim", "moe_intermediate_size", "d_inner", "dff", "d_ff")

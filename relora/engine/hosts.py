@@ -20,11 +20,11 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from relora.engine.arguments import encode
+from relora.engine.devices import listed
+from relora.engine.signals import FRONT
 from relora.errors import ConfigError
 from relora.files import is_file, read_text
-from relora.runtime.arguments import encode
-from relora.runtime.devices import listed
-from relora.runtime.signals import FRONT
 
 LINE = "a line is `host slots=N`: a name that ssh knows, and how many GPUs of it to use, from 1 up"
 # What pdsh and ssh take for a name and for nothing else; user@ may stand before it.

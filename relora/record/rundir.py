@@ -17,10 +17,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any
 
+from relora.engine.distributed import Ranks
+from relora.engine.signals import follow_launcher
 from relora.errors import CheckpointError
 from relora.files import TEMPORARY, read_json, supplied, write_json
-from relora.runtime.distributed import Ranks
-from relora.runtime.signals import follow_launcher
 
 PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "tokenizers", "sentencepiece")
 LOCK_CHARACTERS = 4096

@@ -23,10 +23,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from relora.engine.distributed import Ranks
+from relora.engine.state import MOMENTS
 from relora.errors import CheckpointError
 from relora.files import exists, is_dir, is_file, supplied
-from relora.runtime.distributed import Ranks
-from relora.runtime.manifest import (
+from relora.record.manifest import (
     compare_hashes,
     holding,
     is_checkpoint_name,
@@ -34,7 +35,6 @@ from relora.runtime.manifest import (
     read_state,
     step_of,
 )
-from relora.runtime.places import MOMENTS
 
 _KEY = re.compile(rf"(.+)\|(value|{'|'.join(MOMENTS)})\|([0-9]{{1,18}})")
 

@@ -9,16 +9,17 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from relora.config import OF_SPEED, Config, leaves
+from relora.config import Config
 from relora.data.tokenizer import tokenizer_hash
 from relora.errors import CheckpointError
 from relora.files import is_file, making, read_json, supplied
-from relora.runtime.rundir import describe_environment, record_stretch
+from relora.load import OF_SPEED, leaves
+from relora.record.rundir import describe_environment, record_stretch
 
 if TYPE_CHECKING:
     from relora.data.shards import TokenShards
-    from relora.runtime.checkpoint import Checkpoint
-    from relora.runtime.distributed import Ranks
+    from relora.engine.distributed import Ranks
+    from relora.record.checkpoint import Checkpoint
 
 
 def hash_run_files(run_dir: Path) -> dict[str, str]:

@@ -15,10 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from relora.engine.distributed import Ranks
 from relora.errors import CheckpointError, NumericsError
 from relora.files import read_text, write_json
-from relora.runtime.config import SpikeConfig
-from relora.runtime.distributed import Ranks
+from relora.training.config import SpikeConfig
 
 
 class Rollback(NamedTuple):

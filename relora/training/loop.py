@@ -9,32 +9,32 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from relora import console
 from relora.data.beginning import encode_prompt
 from relora.data.loader import eval_batches, train_batches
 from relora.data.tokenizer import load_tokenizer
-from relora.errors import NumericsError
-from relora.restart import invariants
-from relora.restart.merge import restart_, shrink_
-from relora.run import Run, find_checkpoint, finish_save, give_birth, save, start_again
-from relora.runtime import zero
-from relora.runtime.config import SpikeConfig
-from relora.runtime.distributed import memory_gib, seed_dropout
-from relora.runtime.evaluation import (
+from relora.engine import deepspeed
+from relora.engine.distributed import memory_gib, seed_dropout
+from relora.engine.evaluation import (
     continue_greedily,
     evaluate_loss,
     loss_of,
     perplexity,
 )
-from relora.runtime.signals import StopRequest
-from relora.runtime.spikes import (
+from relora.engine.signals import StopRequest
+from relora.errors import NumericsError
+from relora.restart import invariants
+from relora.restart.merge import restart_, shrink_
+from relora.training import log_lines
+from relora.training.config import SpikeConfig
+from relora.training.run import Run, find_checkpoint, finish_save, give_birth, save, start_again
+from relora.training.spectra import check_start, draw, drop_after, keep_start, measure
+from relora.training.spikes import (
     Rollback,
     check_limit,
     position_after,
     record_rollbacks,
     threshold_of,
 )
-from relora.spectra import check_start, draw, drop_after, keep_start, measure
 
 PROBE_TOKENS = 256
 SAMPLE_TOKENS = 48
@@ -121,7 +121,9 @@ def _follow_clock(run: Run, batch: Tensor) -> None:
         _measure(run, None)
 
 
-def _exchange(run: Run, result: zero.StepResult, stop: bool) -> tuple[float, float | None, bool]:
+def _exchange(
+    run: Run, result: deepspeed.StepResult, stop: bool
+) -> tuple[float, float | None, bool]:
     """The one message of a step: the mean losses, and whether some rank was asked to stop.
 
     In passing, a background save that every rank has written is completed, and a rank that cannot
@@ -165,11 +167,13 @@ def due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
-def _update(run: Run, micro_batches: list[Tensor], lr: float) -> zero.StepResult:
+def _update(run: Run, micro_batches: list[Tensor], lr: float) -> deepspeed.StepResult:
     """One optimizer step, with what it means for the loss scale and for frozen weights' decay."""
     optimizer, scale = run.config.optimizer, run.loss_scale
     factor = scale.value if scale else None
-    result = zero.train_step(run.engine, micro_batches, loss_of, lr, optimizer.grad_clip, factor)
+    result = deepspeed.train_step(
+        run.engine, micro_batches, loss_of, lr, optimizer.grad_clip, factor
+    )
     if scale:
         scale.update(result.applied)
     if result.applied and run.config.decays_merged:
@@ -201,7 +205,7 @@ def _restart(run: Run, batch: Tensor) -> None:
         "time/merge_s": time.perf_counter() - began,
     }
     run.metrics.write(run.step, values)
-    run.metrics.say(console.merge_line(run.step, report.layers, values))
+    run.metrics.say(log_lines.merge_line(run.step, report.layers, values))
 
 
 def _measure(run: Run, merge: int | None) -> None:
@@ -212,7 +216,7 @@ def _measure(run: Run, merge: int | None) -> None:
         run.metrics.figure(run.step, "spectra/singular_values", draw(run.config.run_dir, run.step))
     values["time/spectra_s"] = time.perf_counter() - began
     run.metrics.write(run.step, values)
-    run.metrics.say(console.spectra_line(run.step, values))
+    run.metrics.say(log_lines.spectra_line(run.step, values))
 
 
 def _note_skipped(run: Run, in_a_row: int) -> None:
@@ -293,7 +297,7 @@ def _log(run: Run, loss: float, auxiliary: float | None, lr: float, grad_norm: f
     if cycle is not None:
         values["relora/cycle"] = cycle[0]
     run.metrics.write(run.step, values)
-    run.metrics.say(console.step_line(config.clock, run.step, values))
+    run.metrics.say(log_lines.step_line(config.clock, run.step, values))
 
 
 def _evaluate(run: Run) -> None:
@@ -317,11 +321,11 @@ def _evaluate(run: Run) -> None:
         "time/elapsed_s": run.elapsed,
     }
     run.metrics.write(run.step, values)
-    run.metrics.say(console.eval_line(run.step, values))
+    run.metrics.say(log_lines.eval_line(run.step, values))
     if run.config.train.sample_prompt is not None:
         run.metrics.text(run.step, "eval/sample", _sample(run, run.config.train.sample_prompt))
     if run.step == run.config.clock.total:
-        run.metrics.conclude(console.hyperparameters(run.config), values)
+        run.metrics.conclude(log_lines.hyperparameters(run.config), values)
 
 
 def _sample(run: Run, prompt: str) -> str:

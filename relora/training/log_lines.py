@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from relora import __version__
-from relora.config import Config, leaves
+from relora.config import Config
+from relora.load import leaves
 from relora.restart.schedule import Clock
-from relora.runtime.metrics import format_count, format_duration
+from relora.words import format_count, format_duration
 
 if TYPE_CHECKING:
     from relora.data.shards import TokenShards
-    from relora.runtime.distributed import Ranks
+    from relora.engine.distributed import Ranks
 
 MERGES_SHOWN = 8
 

@@ -11,32 +11,32 @@ from typing import Any
 
 import torch
 
-from relora import console
-from relora.advice import idle_settings
 from relora.config import Config
 from relora.data.shards import TokenShards
+from relora.engine import deepspeed
+from relora.engine.distributed import Ranks
+from relora.engine.sources import Layered, Source, weights_of
+from relora.engine.state import Places, capture
 from relora.errors import DataError, UserError
 from relora.lora.choose import describe_left, find_targets, linear_layers
 from relora.lora.inject import adapted_layers, add_adapters
 from relora.model import build_meta_model, build_model, count_parameters, make_trainable
-from relora.own_files import describe_files
-from relora.restart.merge import init_adapters_, shrink_
-from relora.runtime import zero
-from relora.runtime.checkpoint import (
+from relora.plan.advice import idle_settings
+from relora.record.checkpoint import (
     Checkpoint,
     named_checkpoints,
     newest_sound,
     open_checkpoint,
 )
-from relora.runtime.distributed import Ranks
-from relora.runtime.manifest import step_of
-from relora.runtime.metrics import Metrics
-from relora.runtime.places import Places, capture
-from relora.runtime.rundir import installed_versions, write_run_state
-from relora.runtime.saving import Saving
-from relora.runtime.sources import Layered, Source, weights_of
-from relora.runtime.spikes import Rollback, read_rollbacks
-from relora.subject import is_subject, merged_model, open_subject, structure_of
+from relora.record.loaded import is_subject, merged_model, open_subject, structure_of
+from relora.record.manifest import step_of
+from relora.record.metrics import Metrics
+from relora.record.own_files import describe_files
+from relora.record.rundir import installed_versions, write_run_state
+from relora.record.saving import Saving
+from relora.restart.merge import init_adapters_, shrink_
+from relora.training import log_lines
+from relora.training.spikes import Rollback, read_rollbacks
 
 
 @dataclass
@@ -59,7 +59,7 @@ class Run:
     abandoned: list[Path] = field(default_factory=list)  # later ones than the run went on from
     started: float = 0.0  # perf_counter at step 0, as if the run had never stopped
     interval: list[float] = field(default_factory=list)  # seconds of each step since the last log
-    loss_scale: zero.LossScale | None = None  # with precision fp16
+    loss_scale: deepspeed.LossScale | None = None  # with precision fp16
     losses: list[float] = field(default_factory=list)  # of the last steps, for train.spike
     rollbacks: list[Rollback] = field(default_factory=list)  # what the run has gone back from
     files: dict[str, str] = field(default_factory=dict)  # hashes of the run's own; on rank 0
@@ -99,7 +99,7 @@ def start_run(
     run = Run(config, ranks, shards, metrics, engine, places, step, started=time.perf_counter())
     run.wanted, run.files = wanted, files
     if config.deepspeed.precision == "fp16":
-        run.loss_scale = zero.LossScale()
+        run.loss_scale = deepspeed.LossScale()
     run.rollbacks = read_rollbacks(config.run_dir, ranks)
     for line in _header(run) if ranks.is_main else ():
         metrics.say(line)
@@ -112,7 +112,7 @@ def start_run(
 def _header(run: Run) -> Iterator[str]:
     """What is said before the first step: the run, what trains in full, what does nothing."""
     config, shards = run.config, run.shards
-    yield from console.header(config, count_parameters(run.engine.module), shards, run.ranks)
+    yield from log_lines.header(config, count_parameters(run.engine.module), shards, run.ranks)
     if config.lora is not None:
         for line in describe_left(build_meta_model(structure_of(config)), config.lora):
             yield f"{'in full':9} {line}"
@@ -129,7 +129,7 @@ def _take_up(run: Run, checkpoint: Checkpoint) -> None:
     run.started -= checkpoint.state["elapsed_s"]
     run.saved_at = step
     if run.loss_scale:
-        run.loss_scale = zero.LossScale(*checkpoint.state["loss_scale"])
+        run.loss_scale = deepspeed.LossScale(*checkpoint.state["loss_scale"])
     shrink_(run.engine.module, checkpoint.state["shrink"])
     run.losses = checkpoint.state["losses"] if config.train.spike else []
     run.metrics.say(f"going on from step {step} ({checkpoint.directory})")
@@ -181,10 +181,10 @@ def _build_engine(
     if isinstance(source, Checkpoint):
         source.check_fits(model)
     start = weights_of(model)
-    if config.deepspeed.precision in zero.AUTOCAST:
+    if config.deepspeed.precision in deepspeed.AUTOCAST:
         for _, layer in adapted_layers(model):
             layer.weight.data = layer.weight.data.to(torch.bfloat16)
-    engine = zero.build_engine(
+    engine = deepspeed.build_engine(
         model,
         config.deepspeed,
         config.optimizer,
@@ -230,12 +230,12 @@ def give_birth(run: Run) -> None:
     frozen = _frozen_names(run.config)
     state = capture(run.places, lambda name: name not in frozen)
     run.places.release_()
-    zero.destroy(run.engine)
+    deepspeed.destroy(run.engine)
     run.engine, run.places = _build_engine(run.config, run.ranks, run.step, state)
     trainable, total = count_parameters(run.engine.module)
     seconds = time.perf_counter() - began
     run.metrics.write(run.step, {"relora/birth": 1, "time/birth_s": seconds})
-    run.metrics.say(console.birth_line(run.step, len(frozen), trainable, total, seconds))
+    run.metrics.say(log_lines.birth_line(run.step, len(frozen), trainable, total, seconds))
 
 
 def _frozen_names(config: Config) -> set[str]:
@@ -249,7 +249,7 @@ def start_again(run: Run) -> None:
     """The run as its files say, as after a kill; without a checkpoint that is its beginning."""
     run.metrics.close()
     run.places.release_()
-    zero.destroy(run.engine)
+    deepspeed.destroy(run.engine)
     vars(run).update(vars(start_run(run.config, run.shards, run.ranks, run.wanted)))
 
 

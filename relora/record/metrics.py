@@ -18,10 +18,10 @@ from pathlib import Path
 from textwrap import indent
 from typing import Any
 
+from relora.engine.distributed import on_terminal
 from relora.errors import CheckpointError
 from relora.files import explain, replacing, supplied
-from relora.runtime.distributed import on_terminal
-from relora.runtime.rundir import check_plain
+from relora.record.rundir import check_plain
 
 BAR_WIDTH = 24
 
@@ -227,25 +227,6 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     return found
 
 
-def format_duration(seconds: float) -> str:
-    """1h02m, 3m05s or 12s."""
-    if not math.isfinite(seconds):
-        return "?"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours}h{minutes:02d}m"
-    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
-
-
-def format_count(count: float) -> str:
-    """1.50M, 24.6K, 310."""
-    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
-        if count >= 0.9995 * size:  # what would round to 1000 of the next smaller unit
-            return f"{count / size:.3g}{unit}"
-    return f"{count:.0f}"
-
-
 def _show(text: str) -> None:
     """Print; nothing more once nobody can read it, for the run still has to be saved."""
     try:
@@ -254,11 +235,6 @@ def _show(text: str) -> None:
         if error.errno not in (errno.EIO, errno.EPIPE):  # terminal closed; reader of a pipe gone
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def format_bytes(count: float) -> str:
-    """1.50GB, 24.6KB, 310B; powers of a thousand."""
-    return f"{format_count(count).replace('B', 'G')}B"
 
 
 def _is_odd(value: object) -> bool:

@@ -8,17 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from relora.config import Config, build_config, load_run_config
+from relora.config import Config
 from relora.errors import CheckpointError, ConfigError
 from relora.files import is_file, supplied
+from relora.load import build_config, load_run_config
 from relora.model import ModelConfig, build_model
-from relora.own_files import hash_run_files
-from relora.runtime.checkpoint import (
+from relora.record.checkpoint import (
     Checkpoint,
     is_checkpoint,
     open_subject_checkpoint,
     run_of,
 )
+from relora.record.own_files import hash_run_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -52,7 +52,7 @@ def phase_at(clock: Clock, number: int) -> Phase:
 
 def timeline(config: Config) -> list[str]:
     """The phases as a table."""
-    from relora.runtime.metrics import format_count
+    from relora.words import format_count
 
     lines = ["timeline             steps                 tokens    peak LR   then"]
     count = count_phases(config.clock)

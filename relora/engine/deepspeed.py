@@ -26,10 +26,10 @@ import torch.distributed as dist
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from relora.engine.config import DeepSpeedConfig, OptimizerConfig
+from relora.engine.distributed import Ranks
+from relora.engine.evaluation import Loss
 from relora.errors import ConfigError
-from relora.runtime.config import DeepSpeedConfig, OptimizerConfig
-from relora.runtime.distributed import Ranks
-from relora.runtime.evaluation import Loss
 
 Engine = Any  # deepspeed.DeepSpeedEngine; the import happens late
 

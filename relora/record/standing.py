@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from relora.config import MAY_CHANGE, PATHS, Config, differences, load_run_config
+from relora.config import Config
 from relora.errors import CheckpointError, UserError
 from relora.files import exists, is_dir, is_file
+from relora.load import MAY_CHANGE, PATHS, differences, load_run_config
 from relora.model import ModelConfig, load_model_config
 from relora.structure import changed_keys
 
@@ -27,9 +28,9 @@ def standing(config: Config) -> str | None:
 
 
 def _standing(config: Config) -> str:
-    from relora.runtime.checkpoint import complete_checkpoints
-    from relora.runtime.manifest import step_of
-    from relora.runtime.rundir import read_run_state
+    from relora.record.checkpoint import complete_checkpoints
+    from relora.record.manifest import step_of
+    from relora.record.rundir import read_run_state
 
     changes = changes_of_run(config)
     if changes:
@@ -60,7 +61,7 @@ def is_complete(config: Config, state: dict[str, Any]) -> bool:
     """
     if state.get("status") not in ("finished", "preempted") or not state.get("step"):
         return False
-    from relora.runtime.checkpoint import newest_state
+    from relora.record.checkpoint import newest_state
 
     newest, complaints = newest_state(config.run_dir)
     if newest is None and not complaints:
@@ -77,7 +78,7 @@ def changes_of_run(config: Config) -> list[str]:
 
     Paths are compared by what they hold.
     """
-    from relora.moved import other_contents  # and torch with it
+    from relora.record.moved import other_contents  # and torch with it
 
     before = load_run_config(config.run_dir)
     changes = [

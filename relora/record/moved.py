@@ -9,14 +9,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from relora.config import PATHS, Config, differences, load_run_config
+from relora.config import Config
 from relora.data.config import DataConfig
 from relora.data.shards import open_shards, shard_directory
 from relora.errors import UserError
 from relora.files import exists, is_file
-from relora.runtime.checkpoint import is_checkpoint, named_checkpoints, newest_state
-from relora.runtime.rundir import read_stretches
-from relora.subject import is_subject
+from relora.load import PATHS, differences, load_run_config
+from relora.record.checkpoint import is_checkpoint, named_checkpoints, newest_state
+from relora.record.loaded import is_subject
+from relora.record.rundir import read_stretches
 
 
 def moved_path(path: Path, config: Config, run_dir: Path) -> Path:

@@ -24,12 +24,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from relora.engine.distributed import Ranks
+from relora.engine.state import MOMENTS, Places
 from relora.errors import CheckpointError
 from relora.files import TEMPORARY, beside, replacing, sync, write_json
-from relora.runtime.checkpoint import complete_checkpoints
-from relora.runtime.distributed import Ranks
-from relora.runtime.manifest import FORMAT, describe, rank_file, step_of
-from relora.runtime.places import MOMENTS, Places
+from relora.record.checkpoint import complete_checkpoints
+from relora.record.manifest import FORMAT, describe, rank_file, step_of
 
 # What killed saves leave, those of earlier versions too; anything else there is somebody else's.
 _LEFTOVER = re.compile(rf"step_[0-9]{{8,}}({TEMPORARY}|(\.old|\.[0-9]+)?\.tmp)")

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from relora.config import Config
-from relora.dryrun import Matrix, dry_run, shape_of
+from relora.plan.dryrun import Matrix, dry_run, shape_of
 
 # DeepSpeed's defaults, in entries, where `deepspeed.extra` says nothing else.
 REDUCE_BUCKET = 5e8

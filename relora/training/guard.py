@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from relora.config import Config, dump_config, load_run_config
+from relora.config import Config
 from relora.data.shards import TokenShards
+from relora.engine.distributed import Ranks, is_lost_rank
+from relora.engine.signals import StopRequest
 from relora.errors import (
     PREEMPTED,
     CheckpointError,
@@ -17,21 +19,20 @@ from relora.errors import (
     UserError,
 )
 from relora.files import NO_ROOM, is_file, making, write_atomically
-from relora.loop import train_run
+from relora.load import dump_config, load_run_config
 from relora.model import save_structure
-from relora.moved import moved_lines
-from relora.run import leave_run, start_run
-from relora.runtime import lost
-from relora.runtime.distributed import Ranks, is_lost_rank
-from relora.runtime.lost import describe_loss, forget_marks
-from relora.runtime.rundir import (
+from relora.record import lost
+from relora.record.lost import describe_loss, forget_marks
+from relora.record.moved import moved_lines
+from relora.record.rundir import (
     PATIENCE_S,
     clear_leftovers,
     lock,
     read_run_state,
     write_run_state,
 )
-from relora.runtime.signals import StopRequest
+from relora.training.loop import train_run
+from relora.training.run import leave_run, start_run
 
 
 def guarded(config: Config, shards: TokenShards, ranks: Ranks, wanted: Path | None = None) -> int:

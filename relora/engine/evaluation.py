@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from relora.runtime.distributed import Ranks
+from relora.engine.distributed import Ranks
 
 
 class Loss(NamedTuple):

@@ -20,10 +20,10 @@ import stat
 import time
 from pathlib import Path
 
+from relora.engine.distributed import Ranks
 from relora.errors import CheckpointError
 from relora.files import write_atomically
-from relora.runtime.distributed import Ranks
-from relora.runtime.rundir import read_run_state
+from relora.record.rundir import read_run_state
 
 ANSWER_S = 5.0  # for the others to notice and to leave their marks
 

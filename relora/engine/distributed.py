@@ -1,6 +1,6 @@
 """Ranks: who am I, what do the others say, and who prints.
 
-Everything goes through torch.distributed; `runtime.zero.init_distributed` has set it up.
+Everything goes through torch.distributed; `engine.deepspeed.init_distributed` has set it up.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from relora.cores import threads_per_rank
 from relora.errors import ConfigError, UserError
-from relora.runtime.cores import threads_per_rank
 
 
 @dataclass(frozen=True)
