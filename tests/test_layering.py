@@ -15,43 +15,35 @@ MODULES = {
     ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted(PACKAGE.rglob("*.py"))
 }
-# The longest prefix decides. Level 0 may be imported by all: it is plain torch, or just names.
-LEVELS = {
-    "relora": 0,
-    "relora.errors": 0,
-    "relora.section": 0,
-    "relora.files": 0,
-    "relora.yaml_config": 0,
-    "relora.lora": 0,
-    "relora.model": 0,
-    "relora.structure": 0,
-    "relora.analysis": 0,
-    "relora.restart.schedule": 0,
-    "relora.restart.config": 0,
-    "relora.runtime": 1,
-    "relora.data": 1,
-    "relora.restart": 2,
-    "relora.report": 2,
-    "relora.config": 2,
-    "relora.checks": 2,
-    "relora.training.arms": 2,
-    "relora.training.log_lines": 2,
-    "relora.record.loaded": 2,
-    "relora.record.moved": 2,
-    "relora.record.own_files": 2,
-    "relora.plan.dryrun": 2,
-    "relora.plan.estimate": 2,
-    "relora.plan.timeline": 2,
-    "relora.plan.advice": 2,
-    "relora.record.standing": 2,
-    "relora.training.run": 2,
-    "relora.training.loop": 2,
-    "relora.training.spectra": 2,
-    "relora.training.guard": 2,
-    "relora.commands": 3,
-    "relora.cli": 4,
-    "relora.__main__": 4,
-}
+# Imports go down. What shares a floor does not know each other, but for `NEIGHBOURS`; a package's
+# own files do. The longest prefix decides.
+FLOORS: tuple[tuple[str, ...], ...] = (
+    ("relora",),
+    ("relora.errors", "relora.section", "relora.cores", "relora.words"),
+    ("relora.files",),
+    (
+        "relora.lora",
+        "relora.structure",
+        "relora.analysis",
+        "relora.restart.schedule",
+        "relora.restart.config",
+        "relora.training.config",
+    ),
+    ("relora.model", "relora.engine", "relora.data", "relora.yaml_config"),
+    ("relora.restart",),
+    ("relora.config",),
+    ("relora.checks",),
+    ("relora.load",),
+    ("relora.record",),
+    ("relora.plan",),
+    ("relora.training",),
+    ("relora.report",),
+    ("relora.commands",),
+    ("relora.cli",),
+    ("relora.__main__",),
+)
+FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}
+NEIGHBOURS: set[tuple[str, str]] = set()
 # Only these may import the package: (package, where, what the rule protects).
 DOORS = {
     "deepspeed": ("relora.engine.deepspeed",),
@@ -97,11 +89,11 @@ def _walk(node: ast.AST, late: bool, typing: bool) -> Iterator[Import]:
             yield from _walk(child, late, typing)
 
 
-def level_of(module: str) -> int:
-    """Level of a module by its longest known prefix."""
+def room_of(module: str) -> str:
+    """The package or module of `FLOORS` that a module belongs to."""
     parts = module.split(".")
     prefixes = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
-    return next(LEVELS[prefix] for prefix in prefixes if prefix in LEVELS)
+    return next(prefix for prefix in prefixes if prefix in FLOOR_OF)
 
 
 def is_in(module: str, package: str) -> bool:
@@ -110,15 +102,26 @@ def is_in(module: str, package: str) -> bool:
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_imports_go_down_or_stay(module: str) -> None:
+def test_imports_go_down(module: str) -> None:
+    own = room_of(module)
     for found in imports_of(module):
         if is_in(found.target, "relora"):
-            assert level_of(found.target) <= level_of(module), f"{module} imports {found.target}"
+            other = room_of(found.target)
+            lower = FLOOR_OF[other] < FLOOR_OF[own]
+            assert other == own or lower or (own, other) in NEIGHBOURS, f"{module} → {found.target}"
 
 
-def test_every_file_at_the_top_has_a_level_of_its_own() -> None:
-    top = {module for module in MODULES if module.count(".") == 1}
-    assert top <= LEVELS.keys()
+def test_every_room_and_every_neighbour_is_there() -> None:
+    assert all(name in MODULES for name in FLOOR_OF)
+    assert {m for m in MODULES if m.count(".") == 1} <= FLOOR_OF.keys()
+    for own, other in NEIGHBOURS:
+        users = [m for m in MODULES if room_of(m) == own]
+        assert any(
+            room_of(i.target) == other
+            for m in users
+            for i in imports_of(m)
+            if is_in(i.target, "relora")
+        )
 
 
 @pytest.mark.parametrize("package", DOORS)

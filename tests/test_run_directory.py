@@ -182,6 +182,8 @@ def test_a_finished_run_is_left_alone(
     run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
 
+    from relora.engine import deepspeed
+
     monkeypatch.setattr(deepspeed, "init_distributed", None)  # it would be slow, and is not needed
     before = contents(run_dir)
     assert train(run_dir, train__save_every=8) == 0
@@ -422,6 +424,7 @@ def test_shards_that_changed_places_with_their_index_are_refused(
 def train_apart(ranks: Any, config: str, data: list[str]) -> tuple[int, str]:
     """(exit code, message) of `relora train` on a rank with a data directory of its own."""
     from relora.commands.train import train as command
+    from relora.engine import deepspeed
     from relora.errors import UserError
 
     with pytest.MonkeyPatch.context() as patch:

@@ -9,6 +9,8 @@ import hashlib
 import os
 import socket
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +74,20 @@ class Ranks:
         errors = [e for e in self.gather(error) if e is not None]
         if errors:
             raise errors[0]
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """A block that succeeds on all ranks or on none. Collective where it ends.
+
+        A UserError that any rank meets in it is raised on every rank; the first one, by rank.
+        Inside, nothing may be collective. A bug is raised at once, on the rank that has it.
+        """
+        problem = None
+        try:
+            yield
+        except UserError as error:
+            problem = error
+        self.agree(problem)
 
     def barrier(self) -> None:
         """Wait for all ranks."""

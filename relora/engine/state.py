@@ -4,8 +4,8 @@ Under ZeRO one parameter exists up to four times: what the forward pass reads (`
 tensor, or a shard under ZeRO 3), the fp32 values the optimizer updates (`master`), its Adam moments
 inside a flat tensor, and, for a bf16 weight, the 16-bit remainder that completes it to fp32.
 Writing only one of live and master is undone or invisible after the next step; all writes here go
-to both, in place. The attribute names are those of DeepSpeed 0.19; this file and `deepspeed.py` are the
-only ones that know them.
+to both, in place. The attribute names are those of DeepSpeed 0.19; this file and `deepspeed.py`
+are the only ones that know them.
 """
 
 from __future__ import annotations
