@@ -39,7 +39,7 @@ from ranks import Outcomes, Scenario, Unasked, run_ranks
 from relora.config import Config
 from relora.data.loader import train_batches
 from relora.engine import deepspeed
-from relora.engine.state import Place
+from relora.engine.state import ParameterView
 from relora.load import build_config
 from relora.lora.inject import adapted_layers, find_targets
 from relora.lora.layers import delta_rows
@@ -184,7 +184,7 @@ def remember(run: Any, record: dict[str, Any]) -> None:
     for kind in ("exp_avg", "exp_avg_sq"):
         tensors = run.places.gather(trainable, kind)
         state |= {(p.name, kind): t for p, t in zip(trainable, tensors, strict=True)}
-    for name, layer in adapted_layers(run.engine.module):  # with `decay: merged`, see `LoRALayer`
+    for name, layer in adapted_layers(run.engine.module):  # with `decay: merged`, see `AdaptedLayer`
         for kind in ("live", "shards", "exact"):
             if (f"{name}.weight", kind) in state:
                 state[f"{name}.weight", kind] = state[f"{name}.weight", kind] * layer.shrink
@@ -238,12 +238,12 @@ def _while_restarting(patch: pytest.MonkeyPatch, owner: Any, name: str, broken: 
     patch.setattr(invariants, "check_function", lambda *_: 0.0)
 
 
-def _live_only(place: Place, read: Callable[[int, int], Tensor]) -> None:
+def _live_only(place: ParameterView, read: Callable[[int, int], Tensor]) -> None:
     if place.live.numel():
         place.write_live_(read(place.live_start, place.live_stop), place.live_start)
 
 
-def _master_only(place: Place, read: Callable[[int, int], Tensor]) -> None:
+def _master_only(place: ParameterView, read: Callable[[int, int], Tensor]) -> None:
     assert place.master is not None
     place.master.copy_(read(place.start, place.start + place.count))
 
@@ -253,8 +253,8 @@ def _unscaled(a: Tensor, b: Tensor, _: float, *rest: Any) -> Tensor:
 
 
 MUTANTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
-    "writes miss the masters": lambda p: _while_restarting(p, Place, "write_pieces_", _live_only),
-    "writes miss the weights": lambda p: _while_restarting(p, Place, "write_pieces_", _master_only),
+    "writes miss the masters": lambda p: _while_restarting(p, ParameterView, "write_pieces_", _live_only),
+    "writes miss the weights": lambda p: _while_restarting(p, ParameterView, "write_pieces_", _master_only),
     "merges forget the scale": lambda p: _while_restarting(p, merge, "delta_rows", _unscaled),
 }
 

@@ -30,6 +30,7 @@ from relora.engine.config import DeepSpeedConfig, OptimizerConfig
 from relora.engine.distributed import Ranks
 from relora.engine.evaluation import Loss
 from relora.errors import ConfigError
+from relora.lora.inject import parameter_groups
 
 Engine = Any  # deepspeed.DeepSpeedEngine; the import happens late
 
@@ -222,40 +223,9 @@ class _Watched(dict[str, Any]):
 def build_optimizer(
     model: nn.Module, config: OptimizerConfig, merged_decay: bool = False
 ) -> torch.optim.Optimizer:
-    """AdamW in groups: decayed matrices, undecayed norms and biases, adapters.
-
-    Adapters need groups of their own: under ZeRO, Adam's step count is one per group.
-
-    Args:
-        merged_decay: weight decay is that of W + s·B·A, so of A and B only B decays.
-    """
-    groups: dict[str, list[nn.Parameter]] = {
-        "decayed": [],
-        "undecayed": [],
-        "adapters": [],
-        "undecayed adapters": [],
-    }
-    for name, param in model.named_parameters():
-        if not param.requires_grad:
-            continue
-        last = name.rpartition(".")[2]
-        if last == "lora_A" and merged_decay:
-            group = "undecayed adapters"
-        elif last in ("lora_A", "lora_B"):
-            group = "adapters"
-        else:
-            group = "decayed" if param.ndim > 1 else "undecayed"
-        groups[group].append(param)
+    """AdamW over the trainable parameters, in groups: see `parameter_groups`."""
     return torch.optim.AdamW(
-        [
-            {
-                "params": params,
-                "name": name,
-                "weight_decay": 0.0 if name.startswith("undecayed") else config.weight_decay,
-            }
-            for name, params in groups.items()
-            if params
-        ],
+        parameter_groups(model, config.weight_decay, merged_decay),
         lr=config.lr,
         betas=config.betas,
         eps=config.eps,

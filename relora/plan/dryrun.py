@@ -99,9 +99,9 @@ def _key(config: Config) -> tuple[ModelConfig, str, str]:
 @cache
 def _shape(model_config: ModelConfig, content: str, lora: str) -> Shape:
     from torch import nn
-    from transformers.pytorch_utils import Conv1D
 
-    from relora.lora.inject import find_targets
+    from relora.lora.choose import find_targets
+    from relora.lora.layers import kind_of
 
     model = build_meta_model(model_config)
     targets = find_targets(model, LoRAConfig.model_validate_json(lora)) if lora else []
@@ -112,7 +112,9 @@ def _shape(model_config: ModelConfig, content: str, lora: str) -> Shape:
     last = {inside.get(id(m)): id(m) for m in linear}
     matrices = []
     for module in linear:
-        outputs, inputs = module.weight.shape[:: -1 if isinstance(module, Conv1D) else 1]
+        kind = kind_of(module)
+        assert kind is not None
+        outputs, inputs = kind.matrix(module.weight).shape
         block = inside.get(id(module))
         is_last = block is not None and last[block] == id(module)
         matrices.append(Matrix(inputs, outputs, id(module) in adapted, block is not None, is_last))
@@ -126,10 +128,9 @@ def _shape(model_config: ModelConfig, content: str, lora: str) -> Shape:
 
 def _linear(model: nn.Module) -> list[Any]:
     """The linear layers, in the order of `Shape.matrices`."""
-    from torch import nn
-    from transformers.pytorch_utils import Conv1D
+    from relora.lora.layers import kind_of
 
-    linear = (m for m in model.modules() if isinstance(m, nn.Linear | Conv1D))
+    linear: Any = (m for m in model.modules() if kind_of(m) is not None)
     return [m for m in linear if m.weight.dim() == 2]
 
 
@@ -261,7 +262,8 @@ def _fake_model(model_config: ModelConfig, lora: str, precision: str, masks: boo
     from transformers.integrations.moe import ExpertsInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    from relora.lora.inject import adapted_layers, add_adapters
+    from relora.lora.inject import add_adapters
+    from relora.lora.layers import adapted_layers
 
     model = AutoModelForCausalLM.from_config(load_model_config(model_config))
     model.config.use_cache = False
@@ -275,7 +277,7 @@ def _fake_model(model_config: ModelConfig, lora: str, precision: str, masks: boo
         ExpertsInterface.register("by_shape", _experts_by_shape)
         model.set_experts_implementation("by_shape")
     if lora:
-        add_adapters(model, LoRAConfig.model_validate_json(lora))
+        add_adapters(model, LoRAConfig.model_validate_json(lora), seed=None)
     for _, layer in adapted_layers(model):
         if precision != "fp32":
             layer.weight.data = layer.weight.data.to(torch.bfloat16)

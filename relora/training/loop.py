@@ -23,7 +23,7 @@ from relora.engine.evaluation import (
 from relora.engine.signals import StopRequest
 from relora.errors import NumericsError
 from relora.restart import invariants
-from relora.restart.merge import restart_, shrink_
+from relora.restart.restart import merge_and_restart, shrink_
 from relora.training import log_lines
 from relora.training.config import SpikeConfig
 from relora.training.run import Run, find_checkpoint, finish_save, give_birth, save, start_again
@@ -191,7 +191,7 @@ def _restart(run: Run, batch: Tensor) -> None:
     began = time.perf_counter()
     rows = batch[:1, :PROBE_TOKENS]
     before = invariants.probe(run.engine, rows)
-    report = restart_(run.engine.module, run.places, config.relora, config.seed, number)
+    report = merge_and_restart(run.places, config.relora, config.seed, number)
     after = invariants.probe(run.engine, rows)
     tolerance = config.relora.tolerance or invariants.TOLERANCE[config.deepspeed.precision]
     deviation = invariants.check_function(before, after, tolerance, number)

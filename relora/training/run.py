@@ -16,10 +16,11 @@ from relora.data.shards import TokenShards
 from relora.engine import deepspeed
 from relora.engine.distributed import Ranks
 from relora.engine.sources import Layered, Source, weights_of
-from relora.engine.state import Places, capture
+from relora.engine.state import EngineState, capture
 from relora.errors import DataError, UserError
 from relora.lora.choose import describe_left, find_targets, linear_layers
-from relora.lora.inject import adapted_layers, add_adapters
+from relora.lora.inject import add_adapters
+from relora.lora.layers import adapted_layers, names_of
 from relora.model import build_meta_model, build_model, count_parameters, make_trainable
 from relora.plan.advice import idle_settings
 from relora.record.checkpoint import (
@@ -34,7 +35,7 @@ from relora.record.metrics import Metrics
 from relora.record.own_files import describe_files
 from relora.record.rundir import installed_versions, write_run_state
 from relora.record.saving import Saving
-from relora.restart.merge import init_adapters_, shrink_
+from relora.restart.restart import shrink_
 from relora.training import log_lines
 from relora.training.spikes import Rollback, read_rollbacks
 
@@ -48,7 +49,7 @@ class Run:
     shards: TokenShards
     metrics: Metrics
     engine: Any
-    places: Places
+    places: EngineState
     step: int = 0  # optimizer updates done
     consumed: int = 0  # sequences taken from the data
     skipped: int = 0  # updates that were not finite
@@ -151,7 +152,7 @@ def _measured_shapes(run: Run) -> dict[str, tuple[int, ...]]:
         return {}
     module = run.engine.module
     names = [name for name, _ in adapted_layers(module)] or list(linear_layers(module))
-    return {name: tuple(run.places[f"{name}.weight"].shape) for name in names}
+    return {name: tuple(run.places[names_of(name).weight].shape) for name in names}
 
 
 def find_checkpoint(
@@ -165,7 +166,7 @@ def find_checkpoint(
 
 def _build_engine(
     config: Config, ranks: Ranks, step: int, source: Source | None
-) -> tuple[Any, Places]:
+) -> tuple[Any, EngineState]:
     """The model as it is after `step` updates, in an engine, with what `source` holds.
 
     Weights the source lacks are as at the start of the run; adapters it lacks are born.
@@ -176,8 +177,7 @@ def _build_engine(
         model = build_model(structure_of(config), config.seed)
     if config.clock.has_adapters(step):
         assert config.lora is not None
-        add_adapters(model, config.lora)
-        init_adapters_(model, config.seed)
+        add_adapters(model, config.lora, config.seed)
     if isinstance(source, Checkpoint):
         source.check_fits(model)
     start = weights_of(model)
@@ -194,7 +194,7 @@ def _build_engine(
     )
     rounded = config.relora is not None and config.relora.precision == "rounded"
     remainder = config.relora.remainder if config.relora else "host"
-    places = Places(engine, None if rounded else remainder)
+    places = EngineState(engine, remainder=None if rounded else remainder)
     places.restore_(start if source is None else Layered(source, start))
     return engine, places
 
@@ -242,7 +242,7 @@ def _frozen_names(config: Config) -> set[str]:
     """Names of the weights that adapters freeze."""
     assert config.lora is not None
     targets = find_targets(build_meta_model(structure_of(config)), config.lora)
-    return {f"{target}.weight" for target in targets}
+    return {names_of(target).weight for target in targets}
 
 
 def start_again(run: Run) -> None:
