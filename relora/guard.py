@@ -36,9 +36,16 @@ from relora.runtime.signals import StopRequest
 
 def guarded(config: Config, shards: TokenShards, ranks: Ranks, wanted: Path | None = None) -> int:
     """Run with the run directory claimed, and leave in it how the run ended."""
-    stop = StopRequest()
-    claim, moved = _claim(config, ranks)
-    step = read_run_state(config.run_dir).get("step", 0)
+    stop, claim = StopRequest(), None
+    try:
+        claim, moved = _claim(config, ranks)
+        step = read_run_state(config.run_dir).get("step", 0)
+    except BaseException:
+        # Nothing has begun: whoever called goes on, and hears its own signals.
+        if claim is not None:
+            claim.close()
+        stop.restore()
+        raise
     status, reason, code = "failed", "a bug", 1
     run, together = None, False
     try:
