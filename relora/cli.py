@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
-from relora import __version__
 from relora.cores import limit_spinning
 from relora.errors import ConfigError
 from relora.files import as_user_error, mend_standard_streams
+from relora.version import __version__
 
 Verbs = argparse._SubParsersAction  # of argparse.ArgumentParser
 OVERRIDES = "dotted overrides of the config file, such as optimizer.lr=1e-3 or relora=null"

@@ -18,8 +18,7 @@ MODULES = {
 # Imports go down. What shares a floor does not know each other, but for `NEIGHBOURS`; a package's
 # own files do. The longest prefix decides.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("relora",),
-    ("relora.errors", "relora.section", "relora.cores", "relora.words"),
+    ("relora.errors", "relora.section", "relora.cores", "relora.words", "relora.version"),
     ("relora.files",),
     (
         "relora.lora",
@@ -39,7 +38,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("relora.training",),
     ("relora.report",),
     ("relora.commands",),
-    ("relora.cli",),
+    ("relora.cli", "relora"),
     ("relora.__main__",),
 )
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}

@@ -41,11 +41,11 @@ from relora.data.loader import train_batches
 from relora.engine import deepspeed
 from relora.engine.state import ParameterView
 from relora.load import build_config
-from relora.lora.inject import adapted_layers, find_targets
-from relora.lora.layers import delta_rows
+from relora.lora.choose import find_targets
+from relora.lora.draws import draw_a
+from relora.lora.layers import AdaptedLayer, adapted_layers
 from relora.model import ModelConfig, build_model, load_model_config
-from relora.restart import invariants, merge
-from relora.restart.reinit import draw_a
+from relora.restart import invariants
 
 SEQUENCE = 12
 GLOBAL_BATCH = 4
@@ -133,7 +133,7 @@ def train_recorded(
     with pytest.MonkeyPatch.context() as patch:
         if mutant is not None:
             MUTANTS[mutant](patch)
-        real_step, real_restart = deepspeed.train_step, under_test.restart_
+        real_step, real_restart = deepspeed.train_step, under_test.merge_and_restart
 
         def step(engine: Any, batches: Any, loss_of: Any, rate: float, *rest: Any) -> Any:
             if run.step in recorded:
@@ -150,7 +150,7 @@ def train_recorded(
             return real_restart(*args)
 
         patch.setattr(deepspeed, "train_step", step)
-        patch.setattr(under_test, "restart_", restart)
+        patch.setattr(under_test, "merge_and_restart", restart)
         for stop in (*stops, None):
             config = settings(model, run_dir, {**changes, "train.stop_after": stop})
             run = start_run(config, shards(), ranks)  # type: ignore[arg-type]
@@ -184,7 +184,7 @@ def remember(run: Any, record: dict[str, Any]) -> None:
     for kind in ("exp_avg", "exp_avg_sq"):
         tensors = run.places.gather(trainable, kind)
         state |= {(p.name, kind): t for p, t in zip(trainable, tensors, strict=True)}
-    for name, layer in adapted_layers(run.engine.module):  # with `decay: merged`, see `AdaptedLayer`
+    for name, layer in adapted_layers(run.engine.module):  # `decay: merged`, see the layer
         for kind in ("live", "shards", "exact"):
             if (f"{name}.weight", kind) in state:
                 state[f"{name}.weight", kind] = state[f"{name}.weight", kind] * layer.shrink
@@ -226,14 +226,14 @@ def _while_restarting(patch: pytest.MonkeyPatch, owner: Any, name: str, broken: 
     """Break something for the duration of each restart, and look away."""
     import relora.training.loop as under_test
 
-    real = under_test.restart_
+    real = under_test.merge_and_restart
 
     def restart(*args: Any) -> Any:
         with pytest.MonkeyPatch.context() as inner:
             inner.setattr(owner, name, broken)
             return real(*args)
 
-    patch.setattr(under_test, "restart_", restart)
+    patch.setattr(under_test, "merge_and_restart", restart)
     patch.setattr(invariants, "check_copies", lambda *_: None)
     patch.setattr(invariants, "check_function", lambda *_: 0.0)
 
@@ -248,14 +248,19 @@ def _master_only(place: ParameterView, read: Callable[[int, int], Tensor]) -> No
     place.master.copy_(read(place.start, place.start + place.count))
 
 
-def _unscaled(a: Tensor, b: Tensor, _: float, *rest: Any) -> Tensor:
-    return delta_rows(a, b, 1.0, *rest)
+def _unscaled(layer: AdaptedLayer, *where: Any) -> Tensor:
+    return real_delta(layer, *where) / layer.scale
 
 
+real_delta, WRITE = AdaptedLayer.delta, "write_pieces_"
 MUTANTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
-    "writes miss the masters": lambda p: _while_restarting(p, ParameterView, "write_pieces_", _live_only),
-    "writes miss the weights": lambda p: _while_restarting(p, ParameterView, "write_pieces_", _master_only),
-    "merges forget the scale": lambda p: _while_restarting(p, merge, "delta_rows", _unscaled),
+    "writes miss the masters": lambda p: _while_restarting(
+        p, ParameterView, "write_pieces_", _live_only
+    ),
+    "writes miss the weights": lambda p: _while_restarting(
+        p, ParameterView, "write_pieces_", _master_only
+    ),
+    "merges forget the scale": lambda p: _while_restarting(p, AdaptedLayer, "delta", _unscaled),
 }
 
 

@@ -17,11 +17,11 @@ from merge_cost import Meter
 from ranks import Outcomes, Scenario, Unasked, run_ranks
 from relora.engine.state import join_bf16, split_fp32
 from relora.errors import NumericsError
+from relora.lora.draws import draw_a
 from relora.restart.config import ResetConfig
 from relora.restart.invariants import check_copies, check_function
-from relora.restart.merge import restart_
-from relora.restart.reinit import draw_a
-from relora.restart.reset import beyond, find_edges, kept, random_keep
+from relora.restart.moments import beyond, find_edges, kept, random_keep
+from relora.restart.restart import merge_and_restart
 from test_method_reference import make_run_dir, shards
 from test_method_reference import settings as config_of
 
@@ -323,7 +323,7 @@ def restart_every_way(ranks: Any, model: Path, root: Path, stage: int) -> dict[s
         before = state_of(run)
         config = run.config.relora.model_copy(update={"reset": ResetConfig(**reset)})
         with Meter() as meter:
-            report = restart_(run.engine.module, run.places, config, seed=5, merge=merge)
+            report = merge_and_restart(run.places, config, seed=5, merge=merge)
         check_copies(run.places, merge)
         found[name] = (before, state_of(run), report, merge, meter.received)
     return found

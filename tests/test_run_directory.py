@@ -367,7 +367,7 @@ def test_a_start_that_is_refused_leaves_its_process_as_it_was(
     import signal
     import threading
 
-    from relora.runtime.rundir import lock
+    from relora.record.rundir import lock
 
     if refused == "a file in its way":
         (tmp_path / "file").write_text("mine")

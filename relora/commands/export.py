@@ -6,13 +6,13 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from relora import __version__
 from relora.errors import CheckpointError, ConfigError
 from relora.files import making, supplied
 from relora.model import GENERATION_CONFIG
 from relora.record.loaded import Subject, merged_model, open_subject, say_aside
 from relora.record.metrics import read_metrics
 from relora.structure import has_transformers_weights
+from relora.version import __version__
 from relora.words import format_count
 
 if TYPE_CHECKING:

@@ -40,7 +40,8 @@ def plan(
     if png is not None and (not png.parent.is_dir() or png.is_dir()):
         raise ConfigError(f"--png {png}: {png.parent} is no directory, or {png.name} is one")
     # Imported after the config is known to be sound, since torch takes seconds.
-    from relora.lora.inject import adapted_layers, add_adapters
+    from relora.lora.inject import add_adapters
+    from relora.lora.layers import adapted_layers
     from relora.model import build_meta_model
     from relora.plan.timeline import curve, draw, timeline
     from relora.structure import check_context
@@ -53,7 +54,7 @@ def plan(
     parameters = sum(p.numel() for p in model.parameters())
     shapes = {}
     if run.lora is not None:
-        add_adapters(model, run.lora)
+        add_adapters(model, run.lora, seed=None)
         shapes = {name: tuple(layer.weight.shape) for name, layer in adapted_layers(model)}
     corpus = _corpus_tokens(run)
     for lines in (
@@ -100,12 +101,14 @@ def count_by_group(model: nn.Module) -> dict[str, tuple[int, int]]:
     """(trainable, frozen) numbers of parameters by what they are, shared ones counted once."""
     from torch.nn import Embedding
 
+    from relora.lora.layers import parameter_roles
+
     head = model.get_output_embeddings()  # type: ignore[operator]
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, Embedding)}
     names = ("projections", "experts", "adapters", "embeddings", "head", "norms, biases")
-    groups = dict.fromkeys(names, (0, 0))
+    groups, roles = dict.fromkeys(names, (0, 0)), parameter_roles(model)
     for name, parameter in model.named_parameters():
-        if ".lora_" in name:
+        if roles[name] in ("A", "B"):
             group = "adapters"
         elif id(parameter) in embeddings:
             group = "embeddings"
@@ -178,7 +181,7 @@ def _parameters(config: Config, model: nn.Module, shapes: dict[str, tuple[int, .
             f"to rank {min(full, cycles * rank)} of {full} at most",
         ]
         wrap = textwrap.TextWrapper(WIDTH, initial_indent="  ", subsequent_indent="    ")
-        lines += [wrap.fill(line) for line in describe_left(model, config.lora)]  # type: ignore[arg-type]
+        lines += [wrap.fill(line) for line in describe_left(model, config.lora)]
     return lines
 
 
@@ -288,7 +291,7 @@ def _merges(config: Config, shapes: dict[str, tuple[int, ...]]) -> list[str]:
     """What a merge sends and needs, from the shapes of the adapted weights."""
     if config.lora is None or config.relora is None:
         return ["merges       none"]
-    from relora.restart.merge import gather_blocks
+    from relora.restart.restart import gather_blocks
     from relora.words import format_bytes
 
     factors = [config.lora.rank * (m + n) for m, n in shapes.values()]
@@ -327,7 +330,7 @@ def _engines(config: Config) -> list[str]:
 
 def _disk(config: Config, model: nn.Module, parameters: int) -> list[str]:
     from relora.lora.choose import linear_layers
-    from relora.lora.inject import adapted_layers
+    from relora.lora.layers import adapted_layers
     from relora.record.saving import checkpoint_bytes
     from relora.words import format_bytes
 
@@ -342,7 +345,7 @@ def _disk(config: Config, model: nn.Module, parameters: int) -> list[str]:
         f"             full rank in bf16 as DeepSpeed saves it: {format_bytes(14 * parameters)}",
     ]
     if config.spectra:
-        layers = [m for _, m in adapted_layers(model)] or [*linear_layers(model).values()]  # type: ignore[arg-type]
+        layers = [m for _, m in adapted_layers(model)] or [*linear_layers(model).values()]
         start = 4 * sum(layer.weight.numel() for layer in layers)
         lines.append(f"spectra      {format_bytes(start)} for the weights they start from")
     return lines

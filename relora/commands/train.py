@@ -178,7 +178,7 @@ def check_model(config: Config) -> None:
     where = str(config.model.config or config.model.pretrained)
     check_context(model.config, config.data.sequence_length, where)
     if config.lora is not None:
-        from relora.lora.inject import find_targets
+        from relora.lora.choose import find_targets
 
         find_targets(model, config.lora)
 

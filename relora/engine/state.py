@@ -21,8 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from relora.errors import ConfigError
 from relora.engine.sources import Source, Tensors
+from relora.errors import ConfigError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -149,7 +149,7 @@ class EngineState:
         # DeepSpeed and DistributedDataParallel both hold the model as `module`.
         wrapped = is_engine or isinstance(target, nn.parallel.DistributedDataParallel)
         self.model: nn.Module = target.module if wrapped else target
-        self.adam: torch.optim.Optimizer = getattr(wrapper, "optimizer", wrapper)
+        self.adam: Any = getattr(wrapper, "optimizer", wrapper)
         # Stage 0 and a lone rank hold everything; otherwise pieces must be gathered.
         self.sharded = is_engine and target.zero_optimization() and target.world_size > 1
         self.partitioned = self.sharded and target.zero_optimization_stage() == 3

@@ -155,7 +155,9 @@ def _matrix_of(layer: Any) -> Tensor:
 
 
 def _called(model: nn.Module) -> str:
-    return str(model.config.model_type if isinstance(model, PreTrainedModel) else type(model).__name__)
+    return str(
+        model.config.model_type if isinstance(model, PreTrainedModel) else type(model).__name__
+    )
 
 
 def _obstacle(model: nn.Module, name: str, layer: Any) -> str | None:

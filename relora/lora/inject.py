@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -36,11 +38,11 @@ def add_adapters(model: nn.Module, config: LoRAConfig, seed: int | None = 0) -> 
     names = find_targets(model, config)
     for name in names:
         layer = model.get_submodule(name)
-        kind = kind_of(layer)
-        assert kind is not None
+        plain: Any = type(layer)
+        kind: Any = kind_of(layer)
         # The object stays what it is to its parent, to hooks and to shared weights; it gains a
         # forward and two parameters.
-        layer.__class__ = adapted_class(kind, type(layer))
+        layer.__class__ = adapted_class(kind, plain)
         assert isinstance(layer, AdaptedLayer)
         layer.add_lora_(config.rank, config.scale, config.dropout)
         if seed is not None:

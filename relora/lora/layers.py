@@ -12,8 +12,8 @@ and B has a gradient (A's is zero until B has moved). LoRA: arXiv 2106.09685; Re
 
 How W lies in memory, what its rows and columns are, and what its parameters are called is known
 here alone: merging, exporting, spectra and planning ask the kind. Another kind is a class with
-`plain`, `matrix` where the weight is no matrix (out, in), `factors` where B·A does not lie in it
-row by row, and `forward`; and its name in `KINDS`.
+`plain` and `forward`, with `matrix` and `stored` where the weight is no matrix (out, in), and its
+name in `KINDS`.
 """
 
 from __future__ import annotations
@@ -64,18 +64,14 @@ class AdaptedLayer(nn.Module):
         return weight
 
     @classmethod
-    def factors(cls, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        """(left, right) whose product is B·A as it lies in the weight, rows by its first dimension.
-
-        Args:
-            a: (r, in), b: (out, r).
-        """
-        return b, a
+    def stored(cls, matrix: Tensor, shape: torch.Size) -> Tensor:
+        """A matrix (out, in) as it lies in a weight of this shape: the inverse of `matrix`."""
+        return matrix.reshape(shape)
 
     @classmethod
     def fits(cls, layer: Any) -> bool:
         """Whether a plain layer, of whatever subclass, computes what this kind adapts."""
-        return type(layer).forward is cls.plain.forward  # type: ignore[comparison-overlap]
+        return type(layer).forward is cls.plain.forward
 
     def add_lora_(self, rank: int, scale: float, dropout: float) -> None:
         """Freeze the weight and add A and B beside it; B is zero, A is not yet drawn."""
@@ -88,20 +84,18 @@ class AdaptedLayer(nn.Module):
         self.shrink = 1.0
         self.lora_dropout = dropout
 
-    def delta(self, a: Tensor, b: Tensor, start: int, stop: int) -> Tensor:
+    def delta(self, a: Tensor, b: Tensor, shape: torch.Size, start: int, stop: int) -> Tensor:
         """Entries start..stop of s·B·A as it lies in the flattened weight, in the dtype of A and B.
 
-        Only the rows that they touch are computed.
+        Args:
+            a: (r, in), b: (out, r).
+            shape: of the whole weight, which this rank may hold a part of.
         """
-        left, right = self.factors(a, b)
-        columns = right.shape[1]
-        first, last = start // columns, -(-stop // columns)
-        rows = (left[first:last] @ right) * self.scale
-        return rows.flatten().narrow(0, start - first * columns, stop - start)
+        return self.stored((b @ a) * self.scale, shape).flatten()[start:stop]
 
     def merged(self, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """d·W + s·B·A in the shape of the weight, from whole tensors."""
-        delta = self.delta(a, b, 0, weight.numel()).view(weight.shape)
+        delta = self.delta(a, b, weight.shape, 0, weight.numel()).view(weight.shape)
         return delta.add_(weight, alpha=self.shrink)
 
     def update(self, x: Tensor) -> Tensor:
@@ -114,7 +108,7 @@ class AdaptedLayer(nn.Module):
 class _Linear(AdaptedLayer):
     """What computes x Wᵀ + b, however W lies."""
 
-    bias: Tensor | None
+    bias: Any
 
     @classmethod
     def fits(cls, layer: Any) -> bool:
@@ -128,7 +122,7 @@ class _Linear(AdaptedLayer):
             x, weight, bias = (torch.linspace(-1, 2, n) for n in (12, 15, 5))
             x, weight = x.view(2, 2, 3).sin(), weight.view(5, 3).cos()
             expected = F.linear(x, weight, bias if layer.bias is not None else None)
-            held = {"weight": cls.matrix(weight)}  # its own inverse, of (out, in) and of (in, out)
+            held = {"weight": cls.stored(weight, torch.Size((5, 3)))}
             if layer.bias is not None:
                 held["bias"] = bias
             try:
@@ -137,6 +131,19 @@ class _Linear(AdaptedLayer):
                 return False
             alike = isinstance(found, Tensor) and found.shape == expected.shape
             return alike and torch.allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+    def delta(self, a: Tensor, b: Tensor, shape: torch.Size, start: int, stop: int) -> Tensor:
+        """As the base class; only the rows that these entries touch are computed."""
+        left, right = self._factors(a, b)
+        columns = shape[1]
+        first, last = start // columns, -(-stop // columns)
+        rows = (left[first:last] @ right) * self.scale
+        return rows.flatten().narrow(0, start - first * columns, stop - start)
+
+    @classmethod
+    def _factors(cls, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """(left, right) whose product is B·A as it lies in the weight."""
+        return b, a
 
     def forward(self, x: Tensor) -> Tensor:
         """x (…, in) → (…, out)."""
@@ -167,7 +174,12 @@ class LoRAConv1D(_Linear, Conv1D):
         return weight.t()
 
     @classmethod
-    def factors(cls, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    def stored(cls, matrix: Tensor, shape: torch.Size) -> Tensor:
+        """(out, in) → (in, out)."""
+        return matrix.t()
+
+    @classmethod
+    def _factors(cls, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """(B·A)ᵀ = Aᵀ·Bᵀ."""
         return a.t(), b.t()
 
@@ -186,7 +198,7 @@ def kind_of(layer: nn.Module) -> type[AdaptedLayer] | None:
 
 
 @cache
-def adapted_class(kind: type[AdaptedLayer], plain: type[nn.Module]) -> type[AdaptedLayer]:
+def adapted_class(kind: Any, plain: Any) -> Any:
     """The class that a layer of a class becomes: a subclass of it, with the kind's forward."""
     if plain is kind.plain:
         return kind

@@ -48,7 +48,9 @@ class Saving:
         CheckpointError: the directory cannot be made (every rank raises).
     """
 
-    def __init__(self, run_dir: Path, places: EngineState, state: dict[str, Any], ranks: Ranks) -> None:
+    def __init__(
+        self, run_dir: Path, places: EngineState, state: dict[str, Any], ranks: Ranks
+    ) -> None:
         self.step: int = state["step"]
         self.ranks = ranks
         self.seconds = 0.0  # that writing took

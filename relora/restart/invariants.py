@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from relora.engine.deepspeed import Engine
-from relora.engine.state import ParameterView, EngineState
+from relora.engine.state import EngineState, ParameterView
 from relora.errors import NumericsError
 
 # In bf16 the merge is exact in weight + remainder, but the forward pass reads the weight rounded

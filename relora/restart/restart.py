@@ -115,7 +115,7 @@ def merge_(adapter: Adapter, a: Tensor, b: Tensor, slice_size: int) -> Tensor:
     start = view.live_start
     while start < view.live_stop:
         stop = min(view.live_stop, (start // size + 1) * size)
-        delta = layer.delta(a, b, start, stop)
+        delta = layer.delta(a, b, view.shape, start, stop)
         weight = view.value(start, stop)
         squares[:2] += _sums_of_squares(delta, weight)
         view.write_live_(delta.add_(weight, alpha=layer.shrink), start)

@@ -107,7 +107,8 @@ def measure(run: Run, merge: int | None) -> dict[str, float]:
     Raises:
         CheckpointError: W_start is gone, or nothing can be written (every rank raises).
     """
-    ranks = run.ranks
+    ranks, settings = run.ranks, run.config.spectra
+    assert settings is not None
     earlier: dict[str, Tensor] = {}
     tensors: dict[str, Tensor] = {}
     figures: dict[str, dict[str, Any]] = {}
@@ -122,7 +123,9 @@ def measure(run: Run, merge: int | None) -> dict[str, float]:
             with trouble.noted():
                 with _open_start(run, name) as file:
                     start = file.get_tensor("weight")
-                figures[name], found = _measure_layer(run, layer, held, start, earlier.get(name))
+                figures[name], found = measure_layer(
+                    layer, held, start, earlier.get(name), settings.directions
+                )
                 tensors |= {f"{name}|{key}": tensor for key, tensor in found.items()}
     part = _part(run, ranks.rank)
     with trouble.noted():
@@ -228,8 +231,8 @@ def _shared_out(run: Run) -> Iterator[tuple[str, bool]]:
         yield name, index % run.ranks.world == run.ranks.rank
 
 
-def _measure_layer(
-    run: Run, layer: Any, held: list[Tensor], start: Tensor, before: Tensor | None
+def measure_layer(
+    layer: Any, held: list[Tensor], start: Tensor, before: Tensor | None, count: int
 ) -> tuple[dict[str, float | None], dict[str, Tensor]]:
     """Figures of one layer, and its singular values and directions.
 
@@ -237,9 +240,8 @@ def _measure_layer(
         held: the weight, and A and B if the layer is adapted.
         start: W_start.
         before: left directions of the cycle before, if there was one.
+        count: leading directions to keep.
     """
-    assert run.config.spectra is not None
-    count = run.config.spectra.directions
     weight, *factors = held
     start = start.to(weight.device)
     cycle = None
@@ -247,9 +249,9 @@ def _measure_layer(
         a, b = factors
         cycle = factored_spectrum(b, a, layer.scale, count)
         weight = layer.merged(weight, a, b)
-    kind = kind_of(layer)
-    assert kind is not None
-    weight, start = kind.matrix(weight), kind.matrix(start)
+    owner = kind_of(layer)
+    assert owner is not None
+    weight, start = owner.matrix(weight), owner.matrix(start)
     total = spectrum(weight - start, count, EXACT_UP_TO)
     start_norm = float(torch.linalg.vector_norm(start))
     factor = amplification(start, total)
