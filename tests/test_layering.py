@@ -168,3 +168,20 @@ def test_lora_knows_neither_files_nor_processes() -> None:
             for found in imports_of(module):
                 assert found.target.split(".")[0] not in ("os", "pathlib", "json", "safetensors")
                 assert not is_in(found.target, "torch.distributed"), module
+
+
+def test_only_lora_knows_how_an_adapted_weight_lies_and_what_its_parameters_are_called() -> None:
+    """Of the rest, docstrings may say A and B by name; code asks the layer's kind."""
+    for module, path in MODULES.items():
+        if is_in(module, "relora.lora"):
+            continue
+        tree = ast.parse(path.read_text())
+        prose = {
+            id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)
+        }  # docstrings
+        for node in ast.walk(tree):
+            text = node.value if isinstance(node, ast.Constant) else getattr(node, "attr", "")
+            if isinstance(text, str) and id(node) not in prose:
+                assert "lora_" not in text, f"{module}: {text}"
+            assert getattr(node, "id", "") != "Conv1D", module
+            assert getattr(node, "attr", "") != "transposed", module
