@@ -1,9 +1,9 @@
 """What a run will cost, from its config alone: arithmetic, traffic, memory. Needs no GPU, no data.
 
 A product of matrices counts 2 FLOPs a multiplication and addition; all else (norms, softmax, the
-optimizer) is left out. Products are those of a forward pass, run without numbers: attention counts
-every score, also those a causal mask throws away. What is no linear layer (attention, experts,
-convolutions) costs twice as much in the backward pass, though fused kernels compute scores again.
+optimizer) is left out. Products are those that torch counts in a step run without numbers:
+attention counts every score, also those a causal mask throws away, and none that fused kernels
+compute again.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from relora.config import Config
-from relora.plan.dryrun import Matrix, dry_run, shape_of
+from relora.plan.dryrun import dry_run, shape_of
 
 # DeepSpeed's defaults, in entries, where `deepspeed.extra` says nothing else.
 REDUCE_BUCKET = 5e8
@@ -62,18 +62,10 @@ def full_rank_twin(config: Config) -> Config:
 
 
 def flops_per_token(config: Config, adapters: bool) -> Flops:
-    """FLOPs of a trained token in the full-rank phase or with adapters, as the layers compute them.
-
-    Every layer passes a gradient on to its input, the first ones too, since embeddings train. A
-    frozen weight gets no gradient of its own.
-    """
-    rank, layers = _rank(config, adapters), _layers(config)
-    forward = sum(uses * _forward(matrix, rank) for matrix, uses in layers)
-    backward = sum(uses * _backward(matrix, rank) for matrix, uses in layers)
-    others = dry_run(config, False).flops - sum(n * _forward(m, None) for m, n in layers)
-    if config.model.gradient_checkpointing:
-        backward += _recomputed(config, rank) + others
-    return Flops(forward + others, backward + 2 * others)
+    """FLOPs of a trained token in the full-rank phase or with adapters, as the layers compute
+    them; with what gradient checkpointing runs again."""
+    kept = dry_run(config, adapters and config.lora is not None)
+    return Flops(kept.forward, kept.backward)
 
 
 def uncounted(config: Config) -> list[str]:
@@ -92,7 +84,9 @@ def speedup_ceiling(config: Config) -> float:
     rank = _rank(config, True)
     if rank is None:
         return 1.0
-    adapted = [(m, uses) for m, uses in _layers(config) if m.adapted]
+    # Fewer uses than one a token where it goes through few experts, two of a layer that is shared.
+    layers = zip(shape_of(config).matrices, dry_run(config, False).uses, strict=True)
+    adapted = [(m, uses) for m, uses in layers if m.adapted]
     full = flops_per_token(config, False).total
     saved = sum(
         uses * (2 * m.inputs * m.outputs - 4 * rank * (m.inputs + m.outputs)) for m, uses in adapted
@@ -187,37 +181,6 @@ def peak_memory(config: Config, world: int, adapters: bool | None = None) -> flo
 
 def _rank(config: Config, adapters: bool) -> int | None:
     return config.lora.rank if adapters and config.lora else None
-
-
-def _forward(matrix: Matrix, rank: int | None) -> float:
-    m, n = matrix.inputs, matrix.outputs
-    return 2.0 * m * n + (2 * rank * (m + n) if rank and matrix.adapted else 0)
-
-
-def _backward(matrix: Matrix, rank: int | None) -> float:
-    m, n = matrix.inputs, matrix.outputs
-    if rank and matrix.adapted:
-        return 2.0 * m * n + 4 * rank * (m + n)
-    return 4.0 * m * n
-
-
-def _layers(config: Config) -> list[tuple[Matrix, float]]:
-    """The linear layers, and how many rows go through each for a token: fewer than one through an
-    expert that few tokens choose, two through a layer that is shared."""
-    return list(zip(shape_of(config).matrices, dry_run(config, False).uses, strict=True))
-
-
-def _recomputed(config: Config, rank: int | None) -> float:
-    """Linear layers that gradient checkpointing runs again: it stops before a block's last product,
-    which nothing is saved after, unless dropout follows."""
-    again = 0.0
-    for matrix, uses in _layers(config):
-        if matrix.checkpointed:
-            again += uses * _forward(matrix, rank)
-            if matrix.last and not shape_of(config).block_dropout:
-                factor = rank if rank and matrix.adapted else matrix.inputs
-                again -= uses * 2 * factor * matrix.outputs
-    return again
 
 
 def _widths(config: Config) -> tuple[int, int]:
