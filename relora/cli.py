@@ -149,7 +149,6 @@ def _add_reading_verbs(verbs: Verbs) -> None:
     )
     _subject(export)
     export.add_argument("--to", type=Path, required=True, metavar="DIR")
-    export.add_argument("--format", choices=("hf",), default="hf")
     export.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     export.add_argument("--force", action="store_true", help="replace an earlier export")
 

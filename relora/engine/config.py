@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, get_args
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from relora.section import Section
 
@@ -19,12 +19,19 @@ class BatchConfig(Section):
 class OptimizerConfig(Section):
     """AdamW with decoupled weight decay, none of it on norms and biases."""
 
-    name: Literal["adamw"] = "adamw"
     lr: float = Field(gt=0)
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
     grad_clip: float | None = Field(default=1.0, gt=0)  # global norm; null = off
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_name(cls, values: Any) -> Any:
+        """Configs from before, those of runs among them, name the one optimizer there is."""
+        if isinstance(values, dict) and values.get("name") == "adamw":
+            return {key: value for key, value in values.items() if key != "name"}
+        return values
 
     @field_validator("betas")
     @classmethod
