@@ -323,9 +323,8 @@ def restart_every_way(ranks: Any, model: Path, root: Path, stage: int) -> dict[s
     found = {}
     for merge, (name, reset) in enumerate(RESETS.items(), 1):
         before = state_of(run)
-        config = run.config.relora.model_copy(update={"reset": ResetConfig(**reset)})
         with Meter() as meter:
-            report = merge_and_restart(run.places, config, seed=5, merge=merge)
+            report = merge_and_restart(run.places, merge, seed=5, reset=ResetConfig(**reset))
         check_copies(run.places, merge)
         found[name] = (before, state_of(run), report, merge, meter.received)
     return found
@@ -358,7 +357,7 @@ def follow_rules(ranks: Any, model: Path, root: Path, stage: int) -> tuple[Any, 
         for name in CHOSEN
     }
     report = merge_and_restart(
-        run.places, run.config.relora, 5, 2, CHOSEN, along, carried, directions
+        run.places, 2, layers=CHOSEN, reinit=along, transport=carried, directions=directions
     )
     assert (report.layers, report.zeroed_share) == (2, 0)
     check_copies(run.places, 2)

@@ -191,7 +191,7 @@ def _restart(run: Run, batch: Tensor) -> None:
     began = time.perf_counter()
     rows = batch[:1, :PROBE_TOKENS]
     before = invariants.probe(run.engine, rows)
-    report = merge_and_restart(run.places, config.relora, config.seed, number)
+    report = merge_and_restart(run.places, number, config.seed, config.relora.reset)
     after = invariants.probe(run.engine, rows)
     tolerance = config.relora.tolerance or invariants.TOLERANCE[config.deepspeed.precision]
     deviation = invariants.check_function(before, after, tolerance, number)
