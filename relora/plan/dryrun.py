@@ -13,6 +13,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from relora.config import Config
+from relora.engine.precision import Name, dtype_of, precision_of
 from relora.errors import ConfigError, UserError
 from relora.lora.config import LoRAConfig
 from relora.model import ModelConfig, build_meta_model, find_model_directory, load_model_config
@@ -131,7 +132,7 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 
 @cache
 def _dry_run(
-    model_config: ModelConfig, content: str, lora: str, precision: str, batch: tuple[int, int]
+    model_config: ModelConfig, content: str, lora: str, precision: Name, batch: tuple[int, int]
 ) -> Kept:
     where = f"model: {model_config.config or model_config.pretrained}"
     problem: Exception | None = None
@@ -151,19 +152,20 @@ def _dry_run(
 
 
 def _run(
-    model_config: ModelConfig, lora: str, precision: str, batch: tuple[int, int], masks: bool
+    model_config: ModelConfig, lora: str, precision: Name, batch: tuple[int, int], masks: bool
 ) -> Kept:
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils.flop_counter import FlopCounterMode
 
-    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    autocast = precision_of(precision).autocast
     with FakeTensorMode():
         model = _fake_model(model_config, lora, precision, masks)
         tally = _Tally(model, batch)
         if model_config.gradient_checkpointing:
             tally.watch_blocks(model)
         tokens = torch.zeros(batch, dtype=torch.long)
+        half = dtype_of(autocast) if autocast else None
         context = torch.autocast("cpu", half, enabled=half is not None)
         saved = torch.autograd.graph.saved_tensors_hooks(tally.pack, lambda tensor: tensor)
         with saved, context:
@@ -267,8 +269,7 @@ def _vocabulary(model: Any) -> int:
     return int(model.config.get_text_config(decoder=True).vocab_size)
 
 
-def _fake_model(model_config: ModelConfig, lora: str, precision: str, masks: bool) -> Any:
-    import torch
+def _fake_model(model_config: ModelConfig, lora: str, precision: Name, masks: bool) -> Any:
     from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
     from transformers.integrations.moe import ExpertsInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -289,12 +290,12 @@ def _fake_model(model_config: ModelConfig, lora: str, precision: str, masks: boo
         model.set_experts_implementation("by_shape")
     if lora:
         add_adapters(model, LoRAConfig.model_validate_json(lora), seed=None)
+    formats = precision_of(precision)
     for _, layer in adapted_layers(model):
-        if precision != "fp32":
-            layer.weight.data = layer.weight.data.to(torch.bfloat16)
-    if precision == "deepspeed_bf16":
+        layer.weight.data = layer.weight.data.to(dtype_of(formats.base))
+    if formats.is_deepspeeds:
         for param in model.parameters():
-            param.data = param.data.to(torch.bfloat16)
+            param.data = param.data.to(dtype_of(formats.trained))
     return model.train()
 
 
