@@ -1,3 +1,83 @@
-"""ReLoRA pretraining on DeepSpeed: high-rank training through a sequence of low-rank updates."""
+"""ReLoRA for any training loop: adapters that are merged into the base weights and start again.
 
-__version__ = "0.1.0"
+    import relora
+
+    relora.add_adapters(model, relora.LoRAConfig(rank=128))
+    optimizer = torch.optim.AdamW(relora.parameter_groups(model), lr=1e-3)
+    state = relora.EngineState(model, optimizer)        # or of a DeepSpeed engine, any ZeRO stage
+    …
+    relora.merge_and_restart(state, merge=1)
+    relora.merge_adapters(model)
+
+The names below are the library; whatever else the package holds serves its command line and may
+change. torch is imported when the first of them is used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from relora.version import __version__
+
+if TYPE_CHECKING:
+    from relora.commands.train import train
+    from relora.config import Config
+    from relora.engine.state import EngineState
+    from relora.load import load_config
+    from relora.lora.config import LoRAConfig
+    from relora.lora.inject import add_adapters, merge_adapters, parameter_groups, remove_adapters
+    from relora.lora.layers import adapted_layers
+    from relora.restart.config import ReLoRAConfig, ResetConfig
+    from relora.restart.moments import reset_moments
+    from relora.restart.restart import merge_and_restart
+    from relora.restart.schedule import Clock
+
+__all__ = [
+    "Clock",
+    "Config",
+    "EngineState",
+    "LoRAConfig",
+    "ReLoRAConfig",
+    "ResetConfig",
+    "__version__",
+    "adapted_layers",
+    "add_adapters",
+    "load_config",
+    "merge_adapters",
+    "merge_and_restart",
+    "parameter_groups",
+    "remove_adapters",
+    "reset_moments",
+    "train",
+]
+_HOMES = {
+    "Clock": "restart.schedule",
+    "Config": "config",
+    "EngineState": "engine.state",
+    "LoRAConfig": "lora.config",
+    "ReLoRAConfig": "restart.config",
+    "ResetConfig": "restart.config",
+    "adapted_layers": "lora.layers",
+    "add_adapters": "lora.inject",
+    "load_config": "load",
+    "merge_adapters": "lora.inject",
+    "merge_and_restart": "restart.restart",
+    "parameter_groups": "lora.inject",
+    "remove_adapters": "lora.inject",
+    "reset_moments": "restart.moments",
+    "train": "commands.train",
+}
+__all__ = ["__version__", *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'relora' has no attribute {name!r}")
+    value = getattr(import_module(f"relora.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

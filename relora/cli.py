@@ -7,7 +7,6 @@ at once. Its module imports what it likes.
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -15,11 +14,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from relora import __version__
 from relora.cores import limit_spinning
+from relora.engine.launcher import speaks_for_machine
 from relora.engine.signals import follow_launcher
 from relora.errors import ConfigError
 from relora.files import as_user_error, mend_standard_streams
+from relora.version import __version__
 
 Verbs = argparse._SubParsersAction  # of argparse.ArgumentParser
 OVERRIDES = "dotted overrides of the config file, such as optimizer.lr=1e-3 or relora=null"
@@ -152,7 +152,6 @@ def _add_reading_verbs(verbs: Verbs) -> None:
     )
     _subject(export)
     export.add_argument("--to", type=Path, required=True, metavar="DIR")
-    export.add_argument("--format", choices=("hf",), default="hf")
     export.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     export.add_argument("--force", action="store_true", help="replace an earlier export")
 
@@ -221,7 +220,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         told = as_user_error(error)
         if told is None:
             raise
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # one message a machine, not one a rank
+        if speaks_for_machine():  # one message a machine, not one a rank
             print(f"relora: {told}", file=sys.stderr)
         return told.code
 

@@ -28,10 +28,10 @@ from ranks import Scenario, run_ranks
 from relora.engine import deepspeed
 from relora.engine.evaluation import loss_of
 from relora.load import build_config
-from relora.lora.inject import adapted_layers
+from relora.lora.draws import draw_a
+from relora.lora.layers import adapted_layers
 from relora.restart.config import ResetConfig
-from relora.restart.merge import restart_
-from relora.restart.reinit import draw_a
+from relora.restart.restart import merge_and_restart
 
 SEQUENCE = 256
 CYCLE = 1000
@@ -125,9 +125,7 @@ def measure(ranks: Any, config: dict[str, Any], repeats: int) -> dict[str, Any]:
         deepspeed.train_step(run.engine, [batch], loss_of, 1e-4, 1.0)
 
     def restart(reset: ResetConfig) -> Callable[[], object]:
-        assert settings.relora is not None
-        relora = settings.relora.model_copy(update={"reset": reset})
-        return lambda: restart_(run.engine.module, run.places, relora, 0, 1)
+        return lambda: merge_and_restart(run.places, 1, 0, reset)
 
     steps = [timed(step) for _ in range(3)]
     ways = {

@@ -133,7 +133,7 @@ def test_a_bf16_run_exports_the_exact_sums(tmp_path: Path, monkeypatch: pytest.M
     """Right after a merge B is 0, so the export holds W + s·B·A + s·B·A in fp32, not in bf16."""
     from safetensors.torch import load_file
 
-    import relora.restart.merge as under_test
+    import relora.restart.restart as under_test
 
     sums: dict[str, torch.Tensor] = {}
     real_merge = under_test.merge_

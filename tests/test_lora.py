@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,11 @@ from transformers.pytorch_utils import Conv1D
 
 from conftest import TINY_GPT2, TINY_LLAMA
 from relora.errors import ConfigError
+from relora.lora.choose import find_targets
 from relora.lora.config import LoRAConfig
-from relora.lora.inject import adapted_layers, add_adapters, find_targets, remove_adapters
-from relora.lora.layers import LoRAConv1D, LoRALinear, delta_rows
+from relora.lora.inject import add_adapters, remove_adapters
+from relora.lora.layers import LoRAConv1D, LoRALinear, adapted_layers
 from relora.model import ModelConfig, build_model
-from relora.restart.merge import init_adapters_
 
 MODELS: dict[str, dict[str, Any]] = {
     "llama": TINY_LLAMA,
@@ -45,8 +46,7 @@ def make(kind: str, tmp_path: Path, **changes: Any) -> Any:
 
 def adapt(model: Any, seed: int = 0, **changes: Any) -> Any:
     """The model with adapters just born."""
-    add_adapters(model, LoRAConfig(**{"rank": 3, "alpha": 6.0, **changes}))
-    init_adapters_(model, seed)
+    add_adapters(model, LoRAConfig(**{"rank": 3, "alpha": 6.0, **changes}), seed)
     return model
 
 
@@ -137,12 +137,14 @@ def test_delta_is_what_the_adapter_adds_in_the_weights_own_layout(kind: str) -> 
     layer = layer_pair(kind)
     x = torch.randn(4, 7, dtype=torch.float64)
     before = layer(x)
-    rows = layer.weight.shape[0]
-    args = (layer.lora_A, layer.lora_B, layer.scale, layer.transposed)
-    whole = delta_rows(*args, 0, rows)
-    parts = [delta_rows(*args, 0, 2), delta_rows(*args, 2, 2), delta_rows(*args, 2, rows)]
+    args = (layer.lora_A, layer.lora_B, layer.weight.shape)
+    whole = layer.delta(*args, 0, 35)
+    cuts = [0, 3, 3, 10, 11, 35]  # in the middle of rows, and nothing between two
+    parts = [layer.delta(*args, start, stop) for start, stop in itertools.pairwise(cuts)]
     torch.testing.assert_close(torch.cat(parts), whole)
-    layer.weight.data += whole
+    matrix = 0.7 * layer.lora_B @ layer.lora_A
+    torch.testing.assert_close(layer.matrix(whole.view(layer.weight.shape)), matrix)
+    layer.weight.data += whole.view(layer.weight.shape)
     layer.lora_B.data.zero_()
     torch.testing.assert_close(layer(x), before, rtol=1e-13, atol=1e-13)
 

@@ -39,13 +39,13 @@ from ranks import Outcomes, Scenario, Unasked, run_ranks
 from relora.config import Config
 from relora.data.loader import train_batches
 from relora.engine import deepspeed
-from relora.engine.state import Place
+from relora.engine.state import ParameterView
 from relora.load import build_config
-from relora.lora.inject import adapted_layers, find_targets
-from relora.lora.layers import delta_rows
+from relora.lora.choose import find_targets
+from relora.lora.draws import draw_a
+from relora.lora.layers import AdaptedLayer, LoRALinear, adapted_layers
 from relora.model import ModelConfig, build_model, load_model_config
-from relora.restart import invariants, merge
-from relora.restart.reinit import draw_a
+from relora.restart import invariants
 from relora.training import loop
 from relora.training.loop import Update, train_run, update
 from relora.training.run import Run, start_run
@@ -135,7 +135,7 @@ def train_recorded(
     with pytest.MonkeyPatch.context() as patch:
         if mutant is not None:
             MUTANTS[mutant](patch)
-        real_restart = loop.restart_
+        real_restart = loop.merge_and_restart
 
         def recording(run: Run, batches: list[Tensor], rate: float) -> Any:
             if run.step in recorded:
@@ -151,7 +151,7 @@ def train_recorded(
             record["unmerged"][run.step] = {name: t.double().cpu().numpy() for name, t in pairs}
             return real_restart(*args)
 
-        patch.setattr(loop, "restart_", restart)
+        patch.setattr(loop, "merge_and_restart", restart)
         for stop in (*stops, None):
             config = settings(model, run_dir, {**changes, "train.stop_after": stop})
             run = start_run(config, shards(), ranks)  # type: ignore[arg-type]
@@ -186,7 +186,7 @@ def remember(run: Any, record: dict[str, Any]) -> None:
     for kind in ("exp_avg", "exp_avg_sq"):
         tensors = run.places.gather(trainable, kind)
         state |= {(p.name, kind): t for p, t in zip(trainable, tensors, strict=True)}
-    for name, layer in adapted_layers(run.engine.module):  # with `decay: merged`, see `LoRALayer`
+    for name, layer in adapted_layers(run.engine.module):  # `decay: merged`, see the layer
         for kind in ("live", "shards", "exact"):
             if (f"{name}.weight", kind) in state:
                 state[f"{name}.weight", kind] = state[f"{name}.weight", kind] * layer.shrink
@@ -227,36 +227,41 @@ def whole(param: Any) -> Tensor:
 
 def _while_restarting(patch: pytest.MonkeyPatch, owner: Any, name: str, broken: Any) -> None:
     """Break something for the duration of each restart, and look away."""
-    real = loop.restart_
+    real = loop.merge_and_restart
 
     def restart(*args: Any) -> Any:
         with pytest.MonkeyPatch.context() as inner:
             inner.setattr(owner, name, broken)
             return real(*args)
 
-    patch.setattr(loop, "restart_", restart)
+    patch.setattr(loop, "merge_and_restart", restart)
     patch.setattr(invariants, "check_copies", lambda *_: None)
     patch.setattr(invariants, "check_function", lambda *_: 0.0)
 
 
-def _live_only(place: Place, read: Callable[[int, int], Tensor]) -> None:
+def _live_only(place: ParameterView, read: Callable[[int, int], Tensor]) -> None:
     if place.live.numel():
         place.write_live_(read(place.live_start, place.live_stop), place.live_start)
 
 
-def _master_only(place: Place, read: Callable[[int, int], Tensor]) -> None:
+def _master_only(place: ParameterView, read: Callable[[int, int], Tensor]) -> None:
     assert place.master is not None
     place.master.copy_(read(place.start, place.start + place.count))
 
 
-def _unscaled(a: Tensor, b: Tensor, _: float, *rest: Any) -> Tensor:
-    return delta_rows(a, b, 1.0, *rest)
+def _unscaled(layer: AdaptedLayer, *where: Any) -> Tensor:
+    return real_delta(layer, *where) / layer.scale
 
 
+real_delta, WRITE = LoRALinear.delta, "write_pieces_"
 MUTANTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
-    "writes miss the masters": lambda p: _while_restarting(p, Place, "write_pieces_", _live_only),
-    "writes miss the weights": lambda p: _while_restarting(p, Place, "write_pieces_", _master_only),
-    "merges forget the scale": lambda p: _while_restarting(p, merge, "delta_rows", _unscaled),
+    "writes miss the masters": lambda p: _while_restarting(
+        p, ParameterView, "write_pieces_", _live_only
+    ),
+    "writes miss the weights": lambda p: _while_restarting(
+        p, ParameterView, "write_pieces_", _master_only
+    ),
+    "merges forget the scale": lambda p: _while_restarting(p, LoRALinear, "delta", _unscaled),
 }
 
 
@@ -307,8 +312,8 @@ def in_float64() -> None:
     torch.Tensor.float = torch.Tensor.double  # type: ignore[method-assign]
     real_model, real_adapters = under_test.build_model, under_test.add_adapters
 
-    def add_adapters(model: Any, config: Any) -> list[str]:
-        names = real_adapters(model, config)
+    def add_adapters(model: Any, config: Any, seed: int) -> list[str]:
+        names = real_adapters(model, config, seed)
         model.double()
         return names
 

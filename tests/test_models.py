@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from relora.errors import ConfigError
-from relora.lora.choose import computes_linear, describe_left, find_targets, left_in_full
+from relora.lora.choose import describe_left, find_targets, left_in_full
 from relora.lora.config import LoRAConfig
-from relora.lora.inject import adapted_layers, add_adapters, remove_adapters
-from relora.lora.layers import delta_rows
+from relora.lora.inject import add_adapters, merge_adapters
+from relora.lora.layers import LoRALinear, adapted_layers
 from relora.model import ModelConfig, build_model, check_causal
 from runs import make_config, metric_lines, relora, train, workshop
 
@@ -90,10 +90,7 @@ def test_what_computes_a_product_is_adapted_and_all_else_is_said(kind: str, tmp_
     with torch.no_grad():
         before = model(input_ids=tokens).logits
         assert (before - plain(tokens).logits).abs().max() > 1e-3
-        for _, layer in adapted_layers(model):
-            a, b = layer.lora_A, layer.lora_B
-            layer.weight += delta_rows(a, b, layer.scale, layer.transposed, 0, len(layer.weight))
-        remove_adapters(model)
+        merge_adapters(model)
         torch.testing.assert_close(model(input_ids=tokens).logits, before, rtol=1e-4, atol=1e-4)
     assert {n: type(m) for n, m in model.named_modules()} == {
         n: type(m) for n, m in plain.named_modules()
@@ -147,7 +144,7 @@ def test_a_subclass_is_asked_what_it_computes(bias: bool, device: str) -> None:
     with torch.device(device):
         layers = nn.Linear(7, 5, bias), Spelled(7, 5, bias), Doubled(7, 5, bias)
     drawn = torch.get_rng_state()
-    assert [computes_linear(layer) for layer in layers] == [True, True, False]
+    assert [LoRALinear.fits(layer) for layer in layers] == [True, True, False]
     assert torch.equal(torch.get_rng_state(), drawn if device == "cpu" else before)
 
 

@@ -25,6 +25,7 @@ from runs import (
     series,
     train,
     trajectory,
+    wait_for,
     workshop,
     write_config,
 )
@@ -354,6 +355,30 @@ def test_a_broken_state_is_named(run_dir: Path, capsys: pytest.CaptureFixture[st
     (run_dir / "run_state.json").write_text("{")
     assert train(run_dir, train__save_every=8) == 4
     assert "run_state.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("refused", ["a file in its way", "a broken state"])
+def test_a_start_that_is_refused_leaves_its_process_as_it_was(
+    refused: str, tmp_path: Path, run_dir: Path
+) -> None:
+    """A caller in Python goes on: with its own signal handlers, no thread more, and no lock."""
+    import signal
+    import threading
+
+    from relora.record.rundir import lock
+
+    if refused == "a file in its way":
+        (tmp_path / "file").write_text("mine")
+        arguments = (make_config(tmp_path / "run"), f"run_dir={tmp_path / 'file' / 'run'}")
+    else:
+        (run_dir / "run_state.json").write_text("{")
+        arguments = (make_config(run_dir, train__save_every=8),)
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    assert relora("train", *arguments) in (2, 4)
+    assert {number: signal.getsignal(number) for number in before} == before
+    wait_for(lambda: not any(t.name == "stop request" for t in threading.enumerate()))
+    if refused == "a broken state":
+        lock(run_dir, patience_s=0).close()
 
 
 def own_data(tmp_path: Path) -> Path:

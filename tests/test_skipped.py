@@ -145,10 +145,10 @@ def test_a_merge_that_changes_the_function_ends_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The invariant is checked while training, and nothing broken is saved."""
-    import relora.restart.merge as under_test
+    from relora.lora.layers import LoRALinear
 
-    real = under_test.delta_rows
-    monkeypatch.setattr(under_test, "delta_rows", lambda *args: real(*args) * 1.01)
+    real = LoRALinear.delta
+    monkeypatch.setattr(LoRALinear, "delta", lambda *args: real(*args) * 1.01)
     run_dir = tmp_path / "run"
     assert train(run_dir, train__save_every=6) == 5
     assert "merge 1 changed the model's function" in capsys.readouterr().err
@@ -216,22 +216,22 @@ def differ_on(ranks: Any, config: str, stage: int) -> tuple[int, str]:
     from relora.training import loop
     from test_resume import legs
 
-    real_log, real_restart = loop._log, loop.restart_
+    real_log, real_restart = loop._log, loop.merge_and_restart
 
     def log(run: Any, *figures: float) -> None:
         real_log(run, *figures)
         if stage < 3 and ranks.rank == 1 and run.step == 2:
             run.places[REPLICATED[stage]].live.data[3] += 1e-3
 
-    def restart_(model: Any, places: Any, *arguments: Any) -> Any:
-        report = real_restart(model, places, *arguments)
+    def restart(state: Any, *arguments: Any) -> Any:
+        report = real_restart(state, *arguments)
         if stage == 3 and ranks.rank == 1:
-            places[SHARDED].live.data[3] += 1e-7
+            state[SHARDED].live.data[3] += 1e-7
         return report
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "_log", log)
-        patch.setattr(loop, "restart_", restart_)
+        patch.setattr(loop, "merge_and_restart", restart)
         try:
             return legs(ranks, config, None)[0], ""
         except UserError as error:

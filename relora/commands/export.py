@@ -10,7 +10,6 @@ import torch
 from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedModel
 
-from relora import __version__
 from relora.data.tokenizer import load_tokenizer
 from relora.data.transformers_tokenizer import place_tokenizer
 from relora.errors import CheckpointError, ConfigError
@@ -19,14 +18,14 @@ from relora.model import GENERATION_CONFIG
 from relora.record.loaded import Subject, merged_model, open_subject, say_aside
 from relora.record.metrics import read_metrics
 from relora.structure import has_transformers_weights
+from relora.version import __version__
 from relora.words import format_count
 
 
-def export(subject: Path, to: Path, format: str, dtype: str, force: bool) -> int:
+def export(subject: Path, to: Path, dtype: str, force: bool) -> int:
     """Write model, tokenizer, generation config and model card to `to`.
 
     Args:
-        format: `hf`, the only one.
         dtype: of the written weights; merging happens in fp32 in any case.
         force: replace what is there.
     """

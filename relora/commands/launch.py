@@ -9,10 +9,8 @@ ranks (`engine.signals`).
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import functools
-import json
 import os
 import signal
 import subprocess
@@ -35,9 +33,9 @@ from relora.engine.hosts import (
     read_hostfile,
     signal_command,
 )
+from relora.engine.launcher import launcher_environment, one_node_command
 from relora.engine.signals import (
     EXIT_NOW,
-    FRONT,
     LAUNCHER_GONE,
     Wishes,
     caught,
@@ -78,33 +76,10 @@ def launch(
         chosen = choose_devices(devices)
         check_world(config, len(chosen))
         # Ended so, `launch.py` cannot stop its ranks one by one; the kernel tells all of them.
-        command, parting = one_node_command(chosen, arguments), signal.SIGKILL
+        command, parting = one_node_command(chosen, free_port(), arguments), signal.SIGKILL
         pass_on = _pass_on
     before = read_run_state(config.run_dir) if config.run_dir.is_dir() else {}
     return _keep_code(*_run(command, parting, pass_on), config, before)
-
-
-def one_node_command(devices: Sequence[str], arguments: Sequence[str]) -> list[str]:
-    """The per-node launcher of deepspeed, which starts and watches the ranks.
-
-    Args:
-        devices: what the launcher makes CUDA_VISIBLE_DEVICES of its ranks, word for word; the
-            rank with local number k takes the k-th.
-    """
-    world = base64.urlsafe_b64encode(json.dumps({"localhost": list(devices)}).encode())
-    return [
-        sys.executable,
-        "-u",
-        "-m",
-        "deepspeed.launcher.launch",
-        f"--world_info={world.decode()}",
-        "--master_addr=127.0.0.1",
-        f"--master_port={free_port()}",
-        "--quiet",
-        "--module",
-        "relora",
-        *arguments,
-    ]
 
 
 def _run(
@@ -130,9 +105,11 @@ def _run(
             pass_on(process.pid, number if meaning == "stop" else EXIT_NOW)
 
     with caught(forward):
-        environment = {**os.environ, "DS_BUILD_OPS": "0", FRONT: str(os.getpid())}
         process = subprocess.Popen(
-            command, env=environment, start_new_session=True, preexec_fn=following(parting)
+            command,
+            env=launcher_environment(),
+            start_new_session=True,
+            preexec_fn=following(parting),
         )
         if asked:  # while it was started
             pass_on(process.pid, asked[-1])

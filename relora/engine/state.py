@@ -4,8 +4,11 @@ Under ZeRO one parameter exists up to four times: what the forward pass reads (`
 tensor, or a shard under ZeRO 3), the fp32 values the optimizer updates (`master`), its Adam moments
 inside a flat tensor, and, for a bf16 weight, the 16-bit remainder that completes it to fp32.
 Writing only one of live and master is undone or invisible after the next step; all writes here go
-to both, in place. The attribute names are those of DeepSpeed 0.19; this file and `deepspeed.py`
+to both, in view. The attribute names are those of DeepSpeed 0.19; this file and `deepspeed.py`
 are the only ones that know them.
+
+A model with an optimizer of torch, alone or under DistributedDataParallel, is the simple case: each
+rank holds everything, once.
 """
 
 from __future__ import annotations
@@ -18,13 +21,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from relora.engine.codec import REMAINDER, decode, encode_
 from relora.engine.sources import Source, Tensors
+from relora.errors import ConfigError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass
-class Place:
+class ParameterView:
     """One parameter on this rank. All tensors are flat views of what DeepSpeed and torch hold."""
 
     name: str
@@ -72,23 +77,18 @@ class Place:
             return self.master.narrow(0, start - self.start, stop - start)
         start, count = start - self.live_start, stop - start
         live = self.live.narrow(0, start, count)
-        if self.remainder is not None:
-            return join_bf16(live, self.remainder.narrow(0, start, count).to(live.device))
-        return live.float()
+        return decode(
+            live, None if self.remainder is None else self.remainder.narrow(0, start, count)
+        )
 
     def write_live_(self, values: Tensor, start: int) -> None:
         """Replace entries of `live` (and the remainder) from `start` of the flattened parameter on.
 
         `drop_stale_copies_` must follow.
         """
-        start -= self.live_start
-        live = self.live.narrow(0, start, values.numel())
-        if self.remainder is not None:
-            high, low = split_fp32(values.to(live.device))
-            live.copy_(high)
-            self.remainder.narrow(0, start, values.numel()).copy_(low)
-        else:
-            live.copy_(values)
+        where = (0, start - self.live_start, values.numel())
+        remainder = None if self.remainder is None else self.remainder.narrow(*where)
+        encode_(values, self.live.narrow(*where), remainder)
 
     def write_(self, values: Tensor) -> None:
         """Replace the parameter by a whole fp32 tensor, which every rank has."""
@@ -117,56 +117,85 @@ class Place:
             param.ds_secondary_tensor = None
 
 
-class Places:
-    """Every parameter of an engine by name, and its Adam state.
+class EngineState:
+    """Every parameter of a model in training by name, and its Adam state: read, written, restored.
 
     Args:
-        engine: a fresh DeepSpeed engine.
+        target: a fresh DeepSpeed engine; or a model, plain or in DistributedDataParallel, with the
+            adapters in it.
+        optimizer: that of the model, of Adam's family, made after the adapters; an engine has its
+            own.
         remainder: where to keep a remainder of every frozen bf16 parameter: `host`, `device`, or
             None for nowhere.
+
+    Raises:
+        ConfigError: the optimizer is none whose state is known here, or lacks a parameter that is
+            trained.
     """
 
     @torch.no_grad()
-    def __init__(self, engine: Any, remainder: str | None = "host") -> None:
-        wrapper = engine.optimizer
-        self.adam: torch.optim.Optimizer = getattr(wrapper, "optimizer", wrapper)
+    def __init__(
+        self,
+        target: Any,
+        optimizer: torch.optim.Optimizer | None = None,
+        remainder: str | None = "host",
+    ) -> None:
+        is_engine = hasattr(target, "zero_optimization")
+        wrapper = target.optimizer if is_engine else optimizer
+        # DeepSpeed and DistributedDataParallel both hold the model as `module`.
+        wrapped = is_engine or isinstance(target, nn.parallel.DistributedDataParallel)
+        self.model: nn.Module = target.module if wrapped else target
+        self.adam: Any = getattr(wrapper, "optimizer", wrapper)
         # Stage 0 and a lone rank hold everything; otherwise pieces must be gathered.
-        self.sharded = engine.zero_optimization() and engine.world_size > 1
-        self.partitioned = self.sharded and engine.zero_optimization_stage() == 3
-        trainable = _trainable_places(wrapper)
-        self.by_name: dict[str, Place] = {}
-        for name, param in engine.module.named_parameters():
+        self.sharded = is_engine and target.zero_optimization() and target.world_size > 1
+        self.partitioned = self.sharded and target.zero_optimization_stage() == 3
+        if not is_engine:
+            _check_plain(self.model, optimizer)
+        trainable = _trainable_views(wrapper)
+        self.by_name: dict[str, ParameterView] = {}
+        for name, param in self.model.named_parameters():
             live, live_start, shape = _live(param)
             master, start, count, flat, offset = trainable.get(param, (None, 0, 0, None, 0))
             if master is not None:
                 master = master.detach()  # a plain view, also where gradients are recorded
-            place = Place(name, param, shape, live, live_start, master, start, count, flat, offset)
+            view = ParameterView(
+                name, param, shape, live, live_start, master, start, count, flat, offset
+            )
             if remainder and not param.requires_grad and live.dtype == torch.bfloat16:
                 device = live.device if remainder == "device" else torch.device("cpu")
-                place.remainder = torch.zeros_like(live, dtype=torch.int16, device=device)
-            self.by_name[name] = place
+                view.remainder = torch.zeros_like(live, dtype=REMAINDER, device=device)
+            self.by_name[name] = view
 
-    def __getitem__(self, name: str) -> Place:
+    def __getitem__(self, name: str) -> ParameterView:
         return self.by_name[name]
 
     def __iter__(self) -> Any:
         return iter(self.by_name.values())
 
-    def moment(self, place: Place, kind: str) -> Tensor:
+    def count_parameters(self) -> tuple[int, int]:
+        """(trainable, total) number of entries, whole also where ranks share them."""
+        sizes = [(view.numel, view.param.requires_grad) for view in self]
+        return sum(n for n, trainable in sizes if trainable), sum(n for n, _ in sizes)
+
+    def moment(self, view: ParameterView, kind: str) -> Tensor:
         """This rank's part of a moment of a trainable parameter, as a flat view."""
-        assert place.flat is not None
-        state = self._state(place.flat)
-        return state[kind].view(-1).narrow(0, place.offset, place.count)
+        assert view.flat is not None
+        state = self._state(view.flat)
+        return state[kind].view(-1).narrow(0, view.offset, view.count)
 
-    def adam_step(self, place: Place) -> float:
+    def adam_step(self, view: ParameterView) -> float:
         """Updates that Adam has counted for the flat tensor this parameter is part of."""
-        assert place.flat is not None
-        return float(self._state(place.flat)["step"])
+        assert view.flat is not None
+        return float(self._state(view.flat)["step"])
 
-    def set_adam_step_(self, place: Place, step: float) -> None:
+    def set_adam_step_(self, view: ParameterView, step: float) -> None:
         """Set that count, for the whole flat tensor (one parameter group, or a part of one)."""
-        assert place.flat is not None
-        self._state(place.flat)["step"].fill_(step)
+        assert view.flat is not None
+        state = self._state(view.flat)
+        if isinstance(state["step"], Tensor):
+            state["step"].fill_(step)
+        else:  # DeepSpeed's own Adams count in Python
+            state["step"] = int(step)
 
     @torch.no_grad()
     def restore_(self, source: Source) -> None:
@@ -174,55 +203,55 @@ class Places:
 
         Parameters whose moments it lacks start with zero moments (adapters at their birth).
         """
-        for place in self:
+        for view in self:
 
-            def read(start: int, stop: int, name: str = place.name) -> Tensor:
+            def read(start: int, stop: int, name: str = view.name) -> Tensor:
                 piece = source.read(name, "value", start, stop)
                 assert piece is not None, f"no values for {name}"
                 return piece
 
-            place.write_pieces_(read)
-            if place.flat is None:
+            view.write_pieces_(read)
+            if view.flat is None:
                 continue
             for kind in MOMENTS:
-                piece = source.read(place.name, kind, place.start, place.start + place.count)
-                moment = self.moment(place, kind)
+                piece = source.read(view.name, kind, view.start, view.start + view.count)
+                moment = self.moment(view, kind)
                 moment.zero_() if piece is None else moment.copy_(piece)
-            step = source.adam_step(place.name)
+            step = source.adam_step(view.name)
             if step is not None:
-                self.set_adam_step_(place, step)
+                self.set_adam_step_(view, step)
 
     def release_(self) -> None:
         """Forget every tensor and Adam's state; the engine is about to be destroyed."""
         self.by_name.clear()
         self.adam.state.clear()
 
-    def piece(self, place: Place, kind: str) -> tuple[int, Tensor, bool]:
+    def piece(self, view: ParameterView, kind: str) -> tuple[int, Tensor, bool]:
         """What this rank holds of a value or a moment: (start, flat fp32, whether all ranks do)."""
         if kind == "value":
-            start, stop = place.held()
-            shared = not (self.sharded if place.master_is_finer else self.partitioned)
-            return start, place.value(start, stop), shared
-        return place.start, self.moment(place, kind), not self.sharded
+            start, stop = view.held()
+            shared = not (self.sharded if view.master_is_finer else self.partitioned)
+            return start, view.value(start, stop), shared
+        return view.start, self.moment(view, kind), not self.sharded
 
-    def gather(self, places: Iterable[Place], kind: str) -> list[Tensor]:
+    def gather(self, views: Iterable[ParameterView], kind: str) -> list[Tensor]:
         """`gather_each`, all at once."""
-        return list(self.gather_each(list(places), kind))
+        return list(self.gather_each(list(views), kind))
 
-    def gather_each(self, places: Sequence[Place], kind: str) -> Iterator[Tensor]:
+    def gather_each(self, views: Sequence[ParameterView], kind: str) -> Iterator[Tensor]:
         """Copies of whole fp32 tensors (`value` or a moment) of some parameters, on every rank.
 
         One collective for all of them, none where every rank holds them already.
         """
-        pieces = [self.piece(place, kind) for place in places]
+        pieces = [self.piece(view, kind) for view in views]
         if all(shared for *_, shared in pieces):
             wholes: Iterable[Tensor] = (piece.to(self.device, copy=True) for _, piece, _ in pieces)
         elif self.partitioned:
-            wholes = _all_gather(places, [piece for _, piece, _ in pieces])
+            wholes = _all_gather(views, [piece for _, piece, _ in pieces])
         else:
-            wholes = _all_reduce(places, pieces)
-        for whole, place in zip(wholes, places, strict=True):
-            yield whole.detach().view(place.shape)
+            wholes = _all_reduce(views, pieces)
+        for whole, view in zip(wholes, views, strict=True):
+            yield whole.detach().view(view.shape)
 
     def total(self, values: Tensor, kind: str) -> Tensor:
         """Sums over ranks of what each computed from its own parts of values or moments.
@@ -261,66 +290,48 @@ class Places:
 
 
 @torch.no_grad()
-def capture(places: Places, keep_state: Callable[[str], bool]) -> Tensors:
+def capture(views: EngineState, keep_state: Callable[[str], bool]) -> Tensors:
     """Every weight, and the optimizer state of the parameters chosen by name, in host memory.
 
     Collective. This is how a run changes its engine: out of the old one, into the new one.
     """
     tensors, steps = {}, {}
-    for place in places:
-        kept = MOMENTS if place.flat is not None and keep_state(place.name) else ()
+    for view in views:
+        kept = MOMENTS if view.flat is not None and keep_state(view.name) else ()
         for kind in ("value", *kept):
-            tensors[place.name, kind] = places.gather([place], kind)[0].cpu()
+            tensors[view.name, kind] = views.gather([view], kind)[0].cpu()
         if kept:
-            steps[place.name] = places.adam_step(place)
+            steps[view.name] = views.adam_step(view)
     return Tensors(tensors, steps)
 
 
-def _all_gather(places: Sequence[Place], pieces: Sequence[Tensor]) -> Iterator[Tensor]:
+def _all_gather(views: Sequence[ParameterView], pieces: Sequence[Tensor]) -> Iterator[Tensor]:
     """Whole tensors from the shards of ZeRO 3, equal on all ranks but for padding."""
     world = dist.get_world_size()
-    padded = [-(-place.numel // world) for place in places]
+    padded = [-(-view.numel // world) for view in views]
     # On the device, whose group it goes through, though offloaded state lies in host memory.
-    mine = torch.zeros(sum(padded), dtype=torch.float32, device=places[0].live.device)
+    mine = torch.zeros(sum(padded), dtype=torch.float32, device=views[0].live.device)
     for part, piece in zip(mine.split(padded), pieces, strict=True):
         part[: piece.numel()] = piece
     everything = mine.new_empty(world * mine.numel())
     dist.all_gather_into_tensor(everything, mine)
     del mine
-    for place, column in zip(places, everything.view(world, -1).split(padded, dim=1), strict=True):
-        yield column.flatten()[: place.numel]
+    for view, column in zip(views, everything.view(world, -1).split(padded, dim=1), strict=True):
+        yield column.flatten()[: view.numel]
 
 
 def _all_reduce(
-    places: Sequence[Place], pieces: Sequence[tuple[int, Tensor, bool]]
+    views: Sequence[ParameterView], pieces: Sequence[tuple[int, Tensor, bool]]
 ) -> list[Tensor]:
     """Whole tensors from unequal pieces: every entry has one owner, and the others add 0."""
-    sizes = [place.numel for place in places]
-    buffer = torch.zeros(sum(sizes), dtype=torch.float32, device=places[0].live.device)
+    sizes = [view.numel for view in views]
+    buffer = torch.zeros(sum(sizes), dtype=torch.float32, device=views[0].live.device)
     rank = dist.get_rank()
     for whole, (start, piece, shared) in zip(buffer.split(sizes), pieces, strict=True):
         if not shared or rank == 0:
             whole[start : start + piece.numel()] = piece
     dist.all_reduce(buffer)
     return list(buffer.split(sizes))
-
-
-def join_bf16(high: Tensor, low: Tensor) -> Tensor:
-    """fp32 from its bf16 rounding and the int16 difference of the bit patterns; exact."""
-    bits = (high.view(torch.int16).to(torch.int32) << 16) + low.to(torch.int32)
-    return bits.view(torch.float32)
-
-
-def split_fp32(values: Tensor) -> tuple[Tensor, Tensor]:
-    """fp32 → (bf16, int16) with join_bf16(bf16, int16) == fp32, bit for bit.
-
-    Rounds half away from zero, so that the difference always fits 16 bits; rounding half to even
-    would leave +0x8000 and −0x8000 for the same bf16.
-    """
-    bits = values.contiguous().view(torch.int32)
-    high = (bits + 0x8000) >> 16
-    low = (bits - (high << 16)).to(torch.int16)
-    return high.to(torch.int16).view(torch.bfloat16), low
 
 
 def _live(param: Any) -> tuple[Tensor, int, torch.Size]:
@@ -333,36 +344,64 @@ def _live(param: Any) -> tuple[Tensor, int, torch.Size]:
     return shard.data.view(-1).narrow(0, 0, count), min(start, param.ds_numel), param.ds_shape
 
 
-def _trainable_places(wrapper: Any) -> dict[nn.Parameter, tuple[Any, int, int, Tensor, int]]:
+def _check_plain(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+    """Whether restarts reach all there is of a model and an optimizer of torch."""
+    if optimizer is None:
+        raise ConfigError("EngineState: a model needs its optimizer beside it")
+    name = type(optimizer).__name__
+    if "betas" not in optimizer.defaults or optimizer.defaults.get("amsgrad"):
+        raise ConfigError(
+            f"EngineState: the moments of {name} are not exp_avg and exp_avg_sq alone; "
+            "take torch.optim.AdamW or Adam, without amsgrad"
+        )
+    held = {id(param) for group in optimizer.param_groups for param in group["params"]}
+    for path, param in model.named_parameters():
+        if not isinstance(param.data, Tensor) or type(param.data) is not Tensor:
+            raise ConfigError(
+                f"EngineState: {path} is a {type(param.data).__name__}, as under FSDP or tensor "
+                "parallelism, which merges do not reach; take DDP or DeepSpeed's ZeRO"
+            )
+        if param.requires_grad and id(param) not in held:
+            raise ConfigError(
+                f"EngineState: the optimizer does not hold {path}; make it after add_adapters, of "
+                "relora.parameter_groups(model) or of all parameters that require gradients"
+            )
+
+
+def _trainable_views(wrapper: Any) -> dict[nn.Parameter, tuple[Any, int, int, Tensor, int]]:
     """param → (master, start, count, flat, offset) for each class that DeepSpeed wraps Adam in."""
     kind = type(wrapper).__name__
     if kind == "DeepSpeedZeroOptimizer":
-        return _zero12_places(wrapper)
+        return _zero12_views(wrapper)
     if kind == "DeepSpeedZeroOptimizer_Stage3":
-        return _zero3_places(wrapper)
-    assert isinstance(wrapper, torch.optim.Optimizer), f"unknown optimizer wrapper {kind}"
+        return _zero3_views(wrapper)
+    if not isinstance(wrapper, torch.optim.Optimizer):
+        raise ConfigError(
+            f"DeepSpeed keeps the optimizer's state in a {kind} here, which merges and resets do "
+            "not reach; take ZeRO 1, 2 or 3, or fp32 parameters with torch_autocast"
+        )
     params = [p for group in wrapper.param_groups for p in group["params"]]
     return {p: (None, 0, p.numel(), p, 0) for p in params}
 
 
-def _zero12_places(wrapper: Any) -> dict[nn.Parameter, tuple[Any, int, int, Tensor, int]]:
+def _zero12_views(wrapper: Any) -> dict[nn.Parameter, tuple[Any, int, int, Tensor, int]]:
     assert not getattr(wrapper, "round_robin_gradients", False)
-    places = {}
+    views = {}
     for group, flat in zip(
         wrapper.bit16_groups, wrapper.single_partition_of_fp32_groups, strict=True
     ):
         for param in group:
             mapping = param._hp_mapping  # None where this rank owns nothing of the parameter
             if mapping is None:
-                places[param] = (flat.narrow(0, 0, 0), 0, 0, flat, 0)
+                views[param] = (flat.narrow(0, 0, 0), 0, 0, flat, 0)
                 continue
             low, high = mapping.lp_fragment_address, mapping.hp_fragment_address
-            places[param] = (mapping.hp_fragment, low.start, low.numel, flat, high.start)
-    return places
+            views[param] = (mapping.hp_fragment, low.start, low.numel, flat, high.start)
+    return views
 
 
-def _zero3_places(wrapper: Any) -> dict[nn.Parameter, tuple[Any, int, int, Tensor, int]]:
-    places = {}
+def _zero3_views(wrapper: Any) -> dict[nn.Parameter, tuple[Any, int, int, Tensor, int]]:
+    views = {}
     for group in wrapper.fp16_groups:
         for param in group:
             index, offset, padded = wrapper.grad_position[wrapper.get_param_id(param)]
@@ -370,5 +409,5 @@ def _zero3_places(wrapper: Any) -> dict[nn.Parameter, tuple[Any, int, int, Tenso
             start = dist.get_rank(group=param.ds_process_group) * padded
             count = max(0, min(padded, param.ds_numel - start))
             start = min(start, param.ds_numel)
-            places[param] = (flat.narrow(0, offset, count), start, count, flat, offset)
-    return places
+            views[param] = (flat.narrow(0, offset, count), start, count, flat, offset)
+    return views

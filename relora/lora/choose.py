@@ -13,15 +13,12 @@ import textwrap
 from collections import Counter
 from typing import Any, NamedTuple
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from relora.errors import ConfigError
 from relora.lora.config import LoRAConfig
+from relora.lora.layers import AdaptedLayer, kind_of, names_of, parameter_roles
 
 # Layers too small for the rank are left alone up to this share of all linear weights: gates and
 # routers are far below it. Beyond it the rank is the mistake, and not the layer.
@@ -37,12 +34,12 @@ class Left(NamedTuple):
     entries: int
 
 
-def linear_layers(model: PreTrainedModel) -> dict[str, Any]:
+def linear_layers(model: nn.Module) -> dict[str, Any]:
     """Every layer that can take an adapter, adapted or not, by name, in the model's order."""
     return {name: layer for name, layer in _linear(model) if _obstacle(model, name, layer) is None}
 
 
-def find_targets(model: PreTrainedModel, config: LoRAConfig) -> list[str]:
+def find_targets(model: nn.Module, config: LoRAConfig) -> list[str]:
     """Names of the layers that get adapters, in the model's order.
 
     Default: every linear layer but the output head, which is all projections of the attention and
@@ -64,12 +61,12 @@ def find_targets(model: PreTrainedModel, config: LoRAConfig) -> list[str]:
                 raise ConfigError(f"lora.targets: {target!r} {_why_no_target(model, target)}")
     if not chosen:
         raise ConfigError(
-            f"lora: no layer of this {model.config.model_type} can take an adapter, so all of it "
+            f"lora: no layer of this {_called(model)} can take an adapter, so all of it "
             f"would train in full ({'; '.join(describe_left(model, config)) or 'no linear layer'}"
             "); set lora: null and relora: null, or take another model"
         )
     for name in chosen:
-        smaller = min(linear[name].weight.shape)
+        smaller = min(_matrix_of(linear[name]).shape)
         if config.rank > smaller:
             raise ConfigError(
                 f"lora.rank: {config.rank} is beyond the smaller dimension of {name} "
@@ -78,7 +75,7 @@ def find_targets(model: PreTrainedModel, config: LoRAConfig) -> list[str]:
     return chosen
 
 
-def left_in_full(model: PreTrainedModel, config: LoRAConfig) -> list[Left]:
+def left_in_full(model: nn.Module, config: LoRAConfig) -> list[Left]:
     """Matrices that train in full although they are no embedding and no head, by reason.
 
     Args:
@@ -89,19 +86,18 @@ def left_in_full(model: PreTrainedModel, config: LoRAConfig) -> list[Left]:
         chosen = linear.keys() - _too_small(linear, config.rank).keys()
     else:
         chosen = {n for n in linear if any(_ends_with(n, target) for target in config.targets)}
-    layers = dict(_linear(model))
-    head = model.get_output_embeddings()
+    layers, roles = dict(_linear(model)), parameter_roles(model)
     usual = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    if head is not None and isinstance(getattr(head, "weight", None), Tensor):
-        usual.add(id(head.weight))
+    usual |= {id(head.weight) for head in _heads(model) if isinstance(head.weight, Tensor)}
     found: dict[str, list[tuple[str, int]]] = {}
     for name, parameter in model.named_parameters():
-        owner, _, last = name.rpartition(".")
-        if parameter.ndim < 2 or id(parameter) in usual or last in ("lora_A", "lora_B"):
+        owner = name.rpartition(".")[0]
+        if parameter.ndim < 2 or id(parameter) in usual or roles[name] in ("A", "B"):
             continue
-        if last == "weight" and owner in chosen:
+        is_weight = name == names_of(owner).weight
+        if is_weight and owner in chosen:
             continue
-        if last == "weight" and owner in layers:
+        if is_weight and owner in layers:
             why = _obstacle(model, owner, layers[owner])
             if why is None and config.targets is not None:
                 why = "not among lora.targets"
@@ -117,13 +113,10 @@ def left_in_full(model: PreTrainedModel, config: LoRAConfig) -> list[Left]:
     ]
 
 
-def describe_left(model: PreTrainedModel, config: LoRAConfig) -> list[str]:
+def describe_left(model: nn.Module, config: LoRAConfig) -> list[str]:
     """One line for each reason why weights train in full, with their share of all parameters."""
-    total = sum(
-        getattr(p, "ds_numel", p.numel())
-        for name, p in model.named_parameters()
-        if ".lora_" not in name
-    )
+    roles = parameter_roles(model)
+    total = sum(p.numel() for n, p in model.named_parameters() if roles[n] not in ("A", "B"))
     lines = []
     for why, names, entries in left_in_full(model, config):
         more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
@@ -135,16 +128,42 @@ def describe_left(model: PreTrainedModel, config: LoRAConfig) -> list[str]:
     return lines
 
 
-def _linear(model: PreTrainedModel) -> list[tuple[str, Any]]:
-    """(name, layer) of everything that is called a linear layer, but the output head."""
-    head = model.get_output_embeddings()
-    kinds = (nn.Linear, Conv1D)
-    return [(n, m) for n, m in model.named_modules() if isinstance(m, kinds) and m is not head]
+def _linear(model: nn.Module) -> list[tuple[str, Any]]:
+    """(name, layer) of everything whose class has an adapted kind, but the output head."""
+    heads = _heads(model)
+    return [
+        (name, layer)
+        for name, layer in model.named_modules()
+        if kind_of(layer) is not None and not any(layer is head for head in heads)
+    ]
 
 
-def _obstacle(model: PreTrainedModel, name: str, layer: Any) -> str | None:
+def _heads(model: nn.Module) -> list[Any]:
+    """Output heads: as transformers says, else layers with as many outputs as an embedding rows."""
+    if isinstance(model, PreTrainedModel):
+        head = model.get_output_embeddings()
+        return [] if getattr(head, "weight", None) is None else [head]
+    rows = {m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)}
+    layers = [m for m in model.modules() if kind_of(m) is not None]
+    return [layer for layer in layers if _matrix_of(layer).shape[0] in rows]
+
+
+def _matrix_of(layer: Any) -> Tensor:
+    kind = kind_of(layer)
+    assert kind is not None
+    return kind.matrix(layer.weight)
+
+
+def _called(model: nn.Module) -> str:
+    return str(
+        model.config.model_type if isinstance(model, PreTrainedModel) else type(model).__name__
+    )
+
+
+def _obstacle(model: nn.Module, name: str, layer: Any) -> str | None:
     """Why a linear layer can take no adapter at all; None if it can."""
-    if not hasattr(layer, "lora_A") and not computes_linear(layer):
+    kind = kind_of(layer)
+    if not isinstance(layer, AdaptedLayer) and not (kind and kind.fits(layer)):
         return f"a {type(layer).__name__}, which does not compute x Wᵀ + b"
     owner, _, last = name.rpartition(".")
     parent: Any = type(model.get_submodule(owner))
@@ -162,30 +181,6 @@ def _uses(model: nn.Module) -> Counter[int]:
         for module in model.modules()
         for parameter in module.parameters(recurse=False)
     )
-
-
-def computes_linear(layer: Any) -> bool:
-    """Whether a layer, of whatever subclass, computes x Wᵀ + b.
-
-    Its own forward pass is asked, with small weights in place of its own, which may lie nowhere.
-    """
-    if type(layer).forward in (nn.Linear.forward, Conv1D.forward):
-        return True
-    # Real numbers also while a model without any is counted; fixed ones, since the generator
-    # belongs to the initial weights.
-    with _disable_current_modes(), torch.device("cpu"), torch.no_grad():
-        x, weight, bias = (torch.linspace(-1, 2, n) for n in (12, 15, 5))
-        x, weight = x.view(2, 2, 3).sin(), weight.view(5, 3).cos()
-        expected = F.linear(x, weight, bias if layer.bias is not None else None)
-        held = {"weight": weight.t() if isinstance(layer, Conv1D) else weight}
-        if layer.bias is not None:
-            held["bias"] = bias
-        try:
-            found = torch.func.functional_call(layer, held, (x,))
-        except Exception:  # whatever it may want in addition, it is no plain linear layer
-            return False
-        alike = isinstance(found, Tensor) and found.shape == expected.shape
-        return alike and torch.allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
 @functools.cache
@@ -234,18 +229,14 @@ def _weights_computed_with(function: ast.FunctionDef) -> set[str]:
 
 def _too_small(linear: dict[str, Any], rank: int) -> dict[str, Any]:
     """Layers that cannot take the rank, if they are of no weight together; else none."""
-    small = {name: layer for name, layer in linear.items() if min(layer.weight.shape) < rank}
-    total = sum(_entries(layer) for layer in linear.values())
-    if sum(_entries(layer) for layer in small.values()) > INCIDENTAL * total:
+    small = {name: layer for name, layer in linear.items() if min(_matrix_of(layer).shape) < rank}
+    total = sum(layer.weight.numel() for layer in linear.values())
+    if sum(layer.weight.numel() for layer in small.values()) > INCIDENTAL * total:
         return {}
     return small
 
 
-def _entries(layer: Any) -> int:
-    return getattr(layer.weight, "ds_numel", layer.weight.numel())
-
-
-def _why_no_target(model: PreTrainedModel, target: str) -> str:
+def _why_no_target(model: nn.Module, target: str) -> str:
     for name, layer in _linear(model):
         if _ends_with(name, target):
             return f"({name}) can take no adapter: {_obstacle(model, name, layer)}"

@@ -1,46 +1,53 @@
-"""Turn the chosen layers into their adapted class, and back; list them."""
+"""Turn the chosen layers into their adapted class, and back."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import cache
 from typing import Any
 
+import torch
 from torch import nn
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from relora.lora.choose import find_targets
 from relora.lora.config import LoRAConfig
-from relora.lora.layers import LoRAConv1D, LoRALayer, LoRALinear
+from relora.lora.draws import draw_a
+from relora.lora.layers import (
+    AdaptedLayer,
+    adapted_class,
+    adapted_layers,
+    kind_of,
+    names_of,
+    parameter_roles,
+)
 
 
-@cache
-def adapted_class(plain: Any) -> Any:
-    """The class that a layer of a class becomes: a subclass of it, with the adapted forward."""
-    if plain is nn.Linear:
-        return LoRALinear
-    if plain is Conv1D:
-        return LoRAConv1D
-    kind = LoRAConv1D if issubclass(plain, Conv1D) else LoRALinear
-    return type(f"LoRA{plain.__name__}", (kind, plain), {"plain": plain})
-
-
-def add_adapters(model: PreTrainedModel, config: LoRAConfig) -> list[str]:
+def add_adapters(model: nn.Module, config: LoRAConfig, seed: int | None = 0) -> list[str]:
     """Turn the targets into adapted layers, in place; returns their names.
 
-    Their weights are frozen; biases, embeddings, norms and the head go on training in full.
-    A is left uninitialised: `restart.reinit` draws it, at birth as after every merge.
+    Their weights are frozen; biases, embeddings, norms and the head go on training in full. B is
+    zero, so no output changes.
+
+    Args:
+        model: any module; of one of transformers the output head is known, of others it is what
+            has as many outputs as an embedding has rows.
+        seed: keys the draw of A, with the layer's name; None leaves A undrawn, for whoever fills
+            it with something else, or has a model without numbers.
+
+    Raises:
+        ConfigError: see `find_targets`.
     """
     names = find_targets(model, config)
     for name in names:
         layer = model.get_submodule(name)
+        plain: Any = type(layer)
+        kind: Any = kind_of(layer)
         # The object stays what it is to its parent, to hooks and to shared weights; it gains a
         # forward and two parameters.
-        kind: Any = type(layer)
-        layer.__class__ = adapted_class(kind)
-        assert isinstance(layer, LoRALayer)
+        layer.__class__ = adapted_class(kind, plain)
+        assert isinstance(layer, AdaptedLayer)
         layer.add_lora_(config.rank, config.scale, config.dropout)
+        if seed is not None:
+            with torch.no_grad():
+                layer.lora_A.copy_(draw_a(layer.lora_A.shape, seed, 0, names_of(name).a))
     return names
 
 
@@ -51,8 +58,66 @@ def remove_adapters(model: nn.Module) -> None:
         layer.__class__ = layer.plain  # type: ignore[assignment]
 
 
-def adapted_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
-    """(name, layer) of every layer with an adapter, in the model's order."""
-    for name, module in model.named_modules():
-        if isinstance(module, LoRALayer):
-            yield name, module
+@torch.no_grad()
+def merge_adapters(model: nn.Module) -> None:
+    """Put d·W + s·B·A in place of every adapted W and take the adapters off, in place.
+
+    The plain model computes what the adapted one did, up to the rounding of its weights' dtype,
+    and all of it is trainable.
+
+    Raises:
+        ValueError: the weights are not whole here, as under ZeRO 3.
+    """
+    for name, layer in adapted_layers(model):
+        if not layer.weight.numel():
+            raise ValueError(
+                f"{name}: its weight is partitioned over ranks (ZeRO 3); gather the model first, "
+                "or merge in place with merge_and_restart"
+            )
+    for _, layer in list(adapted_layers(model)):
+        layer.weight.copy_(layer.merged(layer.weight.float(), layer.lora_A, layer.lora_B))
+        layer.weight.requires_grad_(True)
+    remove_adapters(model)
+
+
+def parameter_groups(
+    model: nn.Module, weight_decay: float = 0.0, merged_decay: bool = False
+) -> list[dict[str, object]]:
+    """Trainable parameters for a torch optimizer: decayed matrices, undecayed norms and biases,
+    adapters.
+
+    Adapters need groups of their own: under ZeRO, Adam's step count is one per group.
+
+    Args:
+        weight_decay: of matrices; norms and biases have none.
+        merged_decay: weight decay is that of W + s·B·A, so of A and B only B decays.
+
+    Returns:
+        Groups with `params`, `name` and `weight_decay`, none of them empty.
+    """
+    groups: dict[str, list[nn.Parameter]] = {
+        "decayed": [],
+        "undecayed": [],
+        "adapters": [],
+        "undecayed adapters": [],
+    }
+    roles = parameter_roles(model)
+    for name, param in model.named_parameters():
+        if not param.requires_grad:
+            continue
+        if roles[name] == "A" and merged_decay:
+            group = "undecayed adapters"
+        elif roles[name] in ("A", "B"):
+            group = "adapters"
+        else:
+            group = "decayed" if param.ndim > 1 else "undecayed"
+        groups[group].append(param)
+    return [
+        {
+            "params": params,
+            "name": name,
+            "weight_decay": 0.0 if name.startswith("undecayed") else weight_decay,
+        }
+        for name, params in groups.items()
+        if params
+    ]

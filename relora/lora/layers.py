@@ -1,4 +1,5 @@
-"""Linear layers with a frozen weight and a trainable low-rank update.
+"""Layers with a frozen weight and a trainable low-rank update; one class a kind owns the adapted
+weight W + s·B·A.
 
     y = d · x Wᵀ + b + s · (drop(x) Aᵀ) Bᵀ        A (r, in), B (out, r)
 
@@ -8,19 +9,37 @@ the last merge, so that no step has to touch W.
 The layers keep their base class's parameter names (`weight`, `bias`), so a state dict of the plain
 model and one of the adapted model name the same tensors. At birth B = 0: the function is unchanged
 and B has a gradient (A's is zero until B has moved). LoRA: arXiv 2106.09685; ReLoRA: 2307.05695.
+
+How W lies in memory, what its rows and columns are, and what its parameters are called is known
+here alone: merging, exporting, spectra and planning ask the kind. Another kind is a class with
+`plain` and `forward`, with `matrix` and `stored` where the weight is no matrix (out, in), and its
+name in `KINDS`.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator
+from functools import cache
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 from transformers.pytorch_utils import Conv1D
 
+Role = Literal["A", "B", "base", "other"]
 
-class LoRALayer(nn.Module):
+
+class Names(NamedTuple):
+    """Full names of an adapted layer's parameters."""
+
+    weight: str
+    a: str
+    b: str
+
+
+class AdaptedLayer(nn.Module):
     """What the adapted layers share. Mixed into a layer class that has `weight` and `bias`.
 
     Attributes:
@@ -28,8 +47,7 @@ class LoRALayer(nn.Module):
         lora_B: (out, r) trainable, kept in fp32.
         scale: s, the factor of the update.
         shrink: d, what weight decay has left of the frozen weight since the last merge.
-        transposed: whether `weight` is (in, out), as in GPT-2's Conv1D.
-        plain: the class that the layer had before.
+        plain: the class of layers that this kind adapts; of a layer, the class that it had before.
     """
 
     weight: Tensor
@@ -38,12 +56,26 @@ class LoRALayer(nn.Module):
     scale: float
     shrink: float
     lora_dropout: float
-    transposed: bool
-    plain: type[nn.Module]
+    plain: ClassVar[type[nn.Module]]
+
+    @classmethod
+    def matrix(cls, weight: Tensor) -> Tensor:
+        """The weight as the matrix (out, in) of the map x ↦ x Wᵀ: a view."""
+        return weight
+
+    @classmethod
+    def stored(cls, matrix: Tensor, shape: torch.Size) -> Tensor:
+        """A matrix (out, in) as it lies in a weight of this shape: the inverse of `matrix`."""
+        return matrix.reshape(shape)
+
+    @classmethod
+    def fits(cls, layer: Any) -> bool:
+        """Whether a plain layer, of whatever subclass, computes what this kind adapts."""
+        return type(layer).forward is cls.plain.forward
 
     def add_lora_(self, rank: int, scale: float, dropout: float) -> None:
-        """Freeze the weight and add A and B beside it; B is zero, A is left for `reinit`."""
-        out_features, in_features = self.weight.shape[:: -1 if self.transposed else 1]
+        """Freeze the weight and add A and B beside it; B is zero, A is not yet drawn."""
+        out_features, in_features = self.matrix(self.weight).shape
         device = self.weight.device
         self.weight.requires_grad_(False)
         self.lora_A = nn.Parameter(torch.empty(rank, in_features, device=device))
@@ -52,58 +84,144 @@ class LoRALayer(nn.Module):
         self.shrink = 1.0
         self.lora_dropout = dropout
 
+    def delta(self, a: Tensor, b: Tensor, shape: torch.Size, start: int, stop: int) -> Tensor:
+        """Entries start..stop of s·B·A as it lies in the flattened weight, in the dtype of A and B.
+
+        Args:
+            a: (r, in), b: (out, r).
+            shape: of the whole weight, which this rank may hold a part of.
+        """
+        return self.stored((b @ a) * self.scale, shape).flatten()[start:stop]
+
+    def merged(self, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """d·W + s·B·A in the shape of the weight, from whole tensors."""
+        delta = self.delta(a, b, weight.shape, 0, weight.numel()).view(weight.shape)
+        return delta.add_(weight, alpha=self.shrink)
+
     def update(self, x: Tensor) -> Tensor:
         """s · (drop(x) Aᵀ) Bᵀ for x (…, in); returns (…, out)."""
         x = F.dropout(x, self.lora_dropout, self.training)
         # The scale where the tensor is smallest: r is far below in and out.
         return F.linear(F.linear(x, self.lora_A) * self.scale, self.lora_B)
 
-    def sum(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The layer's output for x (…, in), its weight as (out, in) and its bias."""
+
+class _Linear(AdaptedLayer):
+    """What computes x Wᵀ + b, however W lies."""
+
+    bias: Any
+
+    @classmethod
+    def fits(cls, layer: Any) -> bool:
+        """Its own forward pass is asked, with small weights in place of its own, which may lie
+        nowhere."""
+        if super().fits(layer):
+            return True
+        # Real numbers also while a model without any is counted; fixed ones, since the generator
+        # belongs to the initial weights.
+        with _disable_current_modes(), torch.device("cpu"), torch.no_grad():
+            x, weight, bias = (torch.linspace(-1, 2, n) for n in (12, 15, 5))
+            x, weight = x.view(2, 2, 3).sin(), weight.view(5, 3).cos()
+            expected = F.linear(x, weight, bias if layer.bias is not None else None)
+            held = {"weight": cls.stored(weight, torch.Size((5, 3)))}
+            if layer.bias is not None:
+                held["bias"] = bias
+            try:
+                found = torch.func.functional_call(layer, held, (x,))
+            except Exception:  # whatever it may want in addition, it is no plain linear layer
+                return False
+            alike = isinstance(found, Tensor) and found.shape == expected.shape
+            return alike and torch.allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+    def delta(self, a: Tensor, b: Tensor, shape: torch.Size, start: int, stop: int) -> Tensor:
+        """As the base class; only the rows that these entries touch are computed."""
+        left, right = self._factors(a, b)
+        columns = shape[1]
+        first, last = start // columns, -(-stop // columns)
+        rows = (left[first:last] @ right) * self.scale
+        return rows.flatten().narrow(0, start - first * columns, stop - start)
+
+    @classmethod
+    def _factors(cls, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """(left, right) whose product is B·A as it lies in the weight."""
+        return b, a
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (…, in) → (…, out)."""
+        # Of a transposed weight too: addmm under autocast wants one dtype for all three; linear
+        # casts each by itself.
+        weight = self.matrix(self.weight)
         if self.shrink == 1:
-            return F.linear(x, weight, bias) + self.update(x)
+            return F.linear(x, weight, self.bias) + self.update(x)
         # One kernel adds and multiplies, so d costs nothing; the bias is not to shrink.
         output = torch.add(self.update(x), F.linear(x, weight), alpha=self.shrink)
-        return output if bias is None else output + bias
+        return output if self.bias is None else output + self.bias
 
 
-class LoRALinear(LoRALayer, nn.Linear):
+class LoRALinear(_Linear, nn.Linear):
     """nn.Linear with an update; weight is (out, in)."""
 
-    transposed = False
     plain = nn.Linear
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (…, in) → (…, out)."""
-        return self.sum(x, self.weight, self.bias)
 
-
-class LoRAConv1D(LoRALayer, Conv1D):
+class LoRAConv1D(_Linear, Conv1D):
     """GPT-2's Conv1D, a linear layer whose weight is (in, out), with an update."""
 
-    transposed = True
     plain = Conv1D
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (…, in) → (…, out)."""
-        # addmm under autocast wants one dtype for all three; linear casts each by itself.
-        return self.sum(x, self.weight.t(), self.bias)
+    @classmethod
+    def matrix(cls, weight: Tensor) -> Tensor:
+        """(in, out) → (out, in)."""
+        return weight.t()
+
+    @classmethod
+    def stored(cls, matrix: Tensor, shape: torch.Size) -> Tensor:
+        """(out, in) → (in, out)."""
+        return matrix.t()
+
+    @classmethod
+    def _factors(cls, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """(B·A)ᵀ = Aᵀ·Bᵀ."""
+        return a.t(), b.t()
 
 
-def delta_rows(
-    a: Tensor, b: Tensor, scale: float, transposed: bool, start: int, stop: int
-) -> Tensor:
-    """Rows start..stop of s·B·A as it lies in the weight, in the dtype of A and B.
+KINDS: tuple[type[AdaptedLayer], ...] = (LoRALinear, LoRAConv1D)
 
-    Args:
-        a: (r, in), b: (out, r).
-        transposed: the weight is (in, out), so these are rows of (B·A)ᵀ.
+
+def kind_of(layer: nn.Module) -> type[AdaptedLayer] | None:
+    """The kind of adapted layer that a layer is or could become by its class; None if it has none.
+
+    Whether it really computes what its class does, `AdaptedLayer.fits` tells.
     """
-    if transposed:
-        return (a[:, start:stop].t() @ b.t()) * scale
-    return (b[start:stop] @ a) * scale
+    if isinstance(layer, AdaptedLayer):
+        return type(layer)
+    return next((kind for kind in KINDS if isinstance(layer, kind.plain)), None)
 
 
-def kaiming_bound(in_features: int) -> float:
-    """A ~ U(−bound, bound): Kaiming uniform with a = √5, which is 1/√in, as loralib and PEFT do."""
-    return math.sqrt(6 / ((1 + 5) * in_features))
+@cache
+def adapted_class(kind: Any, plain: Any) -> Any:
+    """The class that a layer of a class becomes: a subclass of it, with the kind's forward."""
+    if plain is kind.plain:
+        return kind
+    return type(f"LoRA{plain.__name__}", (kind, plain), {"plain": plain})
+
+
+def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:
+    """(name, layer) of every layer with an adapter, in the model's order."""
+    for name, module in model.named_modules():
+        if isinstance(module, AdaptedLayer):
+            yield name, module
+
+
+def names_of(layer: str) -> Names:
+    """Names of the parameters of the adapted layer that has this name in its model."""
+    return Names(f"{layer}.weight", f"{layer}.lora_A", f"{layer}.lora_B")
+
+
+def parameter_roles(model: nn.Module) -> dict[str, Role]:
+    """What every parameter of a model is, by name: A or B of an adapter, the base weight that an
+    adapter freezes, or another."""
+    roles: dict[str, Role] = {name: "other" for name, _ in model.named_parameters()}
+    for layer, _ in adapted_layers(model):
+        names = names_of(layer)
+        roles |= {names.weight: "base", names.a: "A", names.b: "B"}
+    return roles

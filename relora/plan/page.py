@@ -11,10 +11,13 @@ from torch import nn
 
 from relora.config import Config
 from relora.data.shards import read_index, shard_directory
-from relora.engine.config import PRECISIONS, STAGES, refusal
+from relora.engine.config import STAGES
+from relora.engine.options import refusal
+from relora.engine.precision import NAMES, precision_of
 from relora.files import exists
 from relora.lora.choose import describe_left, linear_layers
-from relora.lora.inject import adapted_layers, add_adapters
+from relora.lora.inject import add_adapters
+from relora.lora.layers import adapted_layers, parameter_roles
 from relora.model import build_meta_model
 from relora.plan.advice import doubts
 from relora.plan.estimate import (
@@ -33,7 +36,7 @@ from relora.plan.timeline import curve, timeline
 from relora.record.loaded import is_subject, structure_of
 from relora.record.saving import checkpoint_bytes
 from relora.record.standing import standing
-from relora.restart.merge import gather_blocks
+from relora.restart.restart import gather_blocks
 from relora.structure import check_context, check_pretrained
 from relora.words import format_bytes, format_count, format_table
 
@@ -88,7 +91,7 @@ def _gather(config: Config, devices: int, tokens_per_s: float | None) -> Facts:
     check_context(model.config, config.data.sequence_length, where)
     parameters = sum(p.numel() for p in model.parameters())
     if config.lora is not None:
-        add_adapters(model, config.lora)
+        add_adapters(model, config.lora, seed=None)
     shapes = {name: tuple(layer.weight.shape) for name, layer in adapted_layers(model)}
     corpus = _corpus_tokens(config)
     return Facts(config, devices, tokens_per_s, model, parameters, shapes, corpus)
@@ -114,9 +117,9 @@ def count_by_group(model: nn.Module) -> dict[str, tuple[int, int]]:
     head = model.get_output_embeddings()  # type: ignore[operator]
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     names = ("projections", "experts", "adapters", "embeddings", "head", "norms, biases")
-    groups = dict.fromkeys(names, (0, 0))
+    groups, roles = dict.fromkeys(names, (0, 0)), parameter_roles(model)
     for name, parameter in model.named_parameters():
-        if ".lora_" in name:
+        if roles[name] in ("A", "B"):
             group = "adapters"
         elif id(parameter) in embeddings:
             group = "embeddings"
@@ -212,7 +215,8 @@ def _memory(facts: Facts) -> list[str]:
     if devices == 1 and config.deepspeed.zero_stage in (1, 2):
         alone = config.deepspeed.model_copy(update={"zero_stage": 0, "offload_optimizer": False})
         least = peak_memory(config.model_copy(update={"deepspeed": alone}), 1)
-        if least < 0.98 * peak_memory(config, 1) and config.deepspeed.precision != "deepspeed_bf16":
+        casts = precision_of(config.deepspeed.precision).is_deepspeeds
+        if least < 0.98 * peak_memory(config, 1) and not casts:
             lines.append(
                 f"  one rank has nothing to share: with ZeRO 0 it is {format_bytes(least)}"
             )
@@ -305,7 +309,7 @@ def _engines(facts: Facts) -> list[str]:
     chosen = facts.config.deepspeed
     rows = [["engines", *(f"ZeRO {stage}" for stage in STAGES)]]
     reasons: dict[str, None] = {}
-    for precision in PRECISIONS:
+    for precision in NAMES:
         cells = []
         for stage in STAGES:
             refused = refusal(stage, precision, False)

@@ -126,22 +126,19 @@ def merged_model(subject: Subject) -> PreTrainedModel:
     """The plain transformers model on the CPU in fp32, W + s·B·A in place of every adapted W."""
     import torch
 
-    from relora.lora.inject import adapted_layers, add_adapters, remove_adapters
-    from relora.lora.layers import delta_rows
+    from relora.lora.inject import add_adapters, merge_adapters
+    from relora.lora.layers import adapted_layers
 
     config, checkpoint = subject.config, subject.checkpoint
     model = build_model(subject.structure, config.seed)
     if config.clock.has_adapters(checkpoint.step):
         assert config.lora is not None
-        add_adapters(model, config.lora)
+        add_adapters(model, config.lora, seed=None)
     checkpoint.check_fits(model)
     with torch.no_grad():
         for name, param in model.named_parameters():
             param.copy_(checkpoint.tensor(name))
-        for _, layer in adapted_layers(model):
-            rows = layer.weight.shape[0]
-            a, b = layer.lora_A, layer.lora_B
-            layer.weight *= checkpoint.state["shrink"]  # decay since the last merge
-            layer.weight += delta_rows(a, b, layer.scale, layer.transposed, 0, rows)
-    remove_adapters(model)
+    for _, layer in adapted_layers(model):
+        layer.shrink = checkpoint.state["shrink"]  # decay since the last merge
+    merge_adapters(model)
     return model.requires_grad_(True)

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from relora.engine.distributed import Ranks
-from relora.engine.state import MOMENTS, Places
+from relora.engine.state import MOMENTS, EngineState
 from relora.errors import CheckpointError
 from relora.files import TEMPORARY, beside, replacing, sync, write_json
 from relora.record.checkpoint import complete_checkpoints
@@ -48,7 +48,9 @@ class Saving:
         CheckpointError: the directory cannot be made (every rank raises).
     """
 
-    def __init__(self, run_dir: Path, places: Places, state: dict[str, Any], ranks: Ranks) -> None:
+    def __init__(
+        self, run_dir: Path, places: EngineState, state: dict[str, Any], ranks: Ranks
+    ) -> None:
         self.step: int = state["step"]
         self.ranks = ranks
         self.seconds = 0.0  # that writing took
@@ -207,7 +209,7 @@ def _make_clear(directory: Path) -> None:
     directory.mkdir()
 
 
-def _own_pieces(places: Places, ranks: Ranks) -> Iterator[tuple[str, str, int, Tensor]]:
+def _own_pieces(places: EngineState, ranks: Ranks) -> Iterator[tuple[str, str, int, Tensor]]:
     """What this rank writes: (name, kind, start, flat tensor), over ranks each entry once.
 
     Masters and remainders are not among it: `value` is the one joined from what they complete.

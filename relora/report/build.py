@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from relora import __version__
 from relora.errors import CheckpointError, ConfigError
 from relora.report import questions
 from relora.report.arms import Arm, Spread, over_seeds, perplexity_of, spread
@@ -18,6 +17,7 @@ from relora.report.fair import differences_between, warnings_about
 from relora.report.predict import Prediction, predict
 from relora.report.read import AT_WORK, RunFiles
 from relora.report.spectra import spectra_of_arms
+from relora.version import __version__
 
 FORMAT = 1
 CPUS = ("x86_64", "aarch64", "arm64", "AMD64")  # what environment.json calls a device without GPU

@@ -87,6 +87,6 @@ def _count(model: ModelConfig, lora: LoRAConfig | None) -> tuple[int, int]:
 
     built = build_meta_model(model)
     if lora is not None:
-        add_adapters(built, lora)
+        add_adapters(built, lora, seed=None)
     trainable, total = count_parameters(built)
     return trainable, total - trainable

@@ -1,31 +1,38 @@
-"""How A starts: at birth and again after every merge."""
+"""How A and B start again after a merge: pure functions of what a layer was.
+
+A rule is a function `Context → (A, B)`. One that leaves the model's function as the merge left it
+returns B = 0.
+"""
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from relora.lora.layers import kaiming_bound
+from relora.lora.draws import draw_a
 
 
-def seeded_generator(seed: int, merge: int, name: str) -> torch.Generator:
-    """A CPU generator keyed by (seed, merge number, parameter name).
+class Context(NamedTuple):
+    """What a rule may know of a layer at its restart. Tensors are whole and fp32 on every rank."""
 
-    The key decides every draw alone, so it is the same on every rank, device, world size and
-    after a resume, and no generator state needs saving.
-    """
-    digest = hashlib.blake2b(f"{seed}/{merge}/{name}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    name: str  # of A, in full; with seed and merge it keys every draw
+    seed: int
+    merge: int  # number of this merge, from 1
+    scale: float  # s
+    a: Tensor  # (r, in) as it was merged
+    b: Tensor  # (out, r)
+    # (k, in) right directions of the gradient of W, for rules that follow it; None unless the
+    # caller has measured them
+    directions: Tensor | None = None
 
 
-def draw_a(shape: torch.Size, seed: int, merge: int, name: str) -> Tensor:
-    """A new A (r, in) in fp32 on the CPU: Kaiming uniform(√5), as in loralib.
+Reinit = Callable[[Context], tuple[Tensor, Tensor]]
 
-    Args:
-        merge: number of the merge it follows; 0 is the birth.
-        name: full parameter name, such as `model.layers.0.mlp.up_proj.lora_A`.
-    """
-    bound = kaiming_bound(shape[1])
-    return torch.empty(shape).uniform_(-bound, bound, generator=seeded_generator(seed, merge, name))
+
+def kaiming(context: Context) -> tuple[Tensor, Tensor]:
+    """A as at its birth, drawn anew; B = 0. The rule of ReLoRA (arXiv 2307.05695)."""
+    a = draw_a(context.a.shape, context.seed, context.merge, context.name)
+    return a, torch.zeros(context.b.shape)

@@ -168,7 +168,7 @@ def _write_control(config: Config, directory: Path) -> Path:
     """
     assert config.lora is not None
     model = build_meta_model(config.model)
-    add_adapters(model, config.lora)
+    add_adapters(model, config.lora, seed=None)
     wanted, _ = count_parameters(model)
     structure = load_model_config(config.model)
     sizes: list[tuple[int, dict[str, Any]]] = []

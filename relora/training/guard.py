@@ -48,9 +48,7 @@ def guarded(
         wanted: the checkpoint to go on from in place of the newest.
         update: as for `train_run`.
     """
-    stop = StopRequest()
-    claim, moved = _claim(config, ranks)
-    step = read_run_state(config.run_dir).get("step", 0)
+    stop, claim, moved, step = _begin(config, ranks)
     status, reason, code = "failed", "a bug", 1
     run, together = None, False
     try:
@@ -86,6 +84,20 @@ def guarded(
     ranks.agree(problem or run.metrics.problem)
     stop.restore()
     return code
+
+
+def _begin(config: Config, ranks: Ranks) -> tuple[StopRequest, Any, list[str], int]:
+    """Listen for signals and claim the run directory; also what has moved, and the last step."""
+    stop, claim = StopRequest(), None
+    try:
+        claim, moved = _claim(config, ranks)
+        return stop, claim, moved, read_run_state(config.run_dir).get("step", 0)
+    except BaseException:
+        # Nothing has begun: whoever called goes on, and hears its own signals.
+        if claim is not None:
+            claim.close()
+        stop.restore()
+        raise
 
 
 def _note_end(

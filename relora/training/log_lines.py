@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from relora import __version__
 from relora.config import Config
 from relora.load import leaves
 from relora.restart.schedule import Clock
+from relora.version import __version__
 from relora.words import format_count, format_duration
 
 if TYPE_CHECKING:

@@ -21,10 +21,11 @@ from relora.engine.evaluation import (
     loss_of,
     perplexity,
 )
+from relora.engine.precision import precision_of
 from relora.engine.signals import StopRequest
 from relora.errors import NumericsError
 from relora.restart import invariants
-from relora.restart.merge import restart_, shrink_
+from relora.restart.restart import merge_and_restart, shrink_
 from relora.training import log_lines
 from relora.training.config import SpikeConfig
 from relora.training.run import Run, find_checkpoint, finish_save, give_birth, save
@@ -207,9 +208,9 @@ def _restart(run: Run, batch: Tensor) -> None:
     began = time.perf_counter()
     rows = batch[:1, :PROBE_TOKENS]
     before = invariants.probe(run.engine, rows)
-    report = restart_(run.engine.module, run.places, config.relora, config.seed, number)
+    report = merge_and_restart(run.places, number, config.seed, config.relora.reset)
     after = invariants.probe(run.engine, rows)
-    tolerance = config.relora.tolerance or invariants.TOLERANCE[config.deepspeed.precision]
+    tolerance = config.relora.tolerance or precision_of(config.deepspeed.precision).tolerance
     deviation = invariants.check_function(before, after, tolerance, number)
     invariants.check_copies(run.places, number)
     values = {

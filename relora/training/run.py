@@ -9,18 +9,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from relora.config import Config
 from relora.data.shards import TokenShards
 from relora.engine import deepspeed
 from relora.engine.distributed import Ranks
+from relora.engine.precision import LossScale, dtype_of, precision_of
 from relora.engine.sources import Layered, Source, weights_of
-from relora.engine.state import Places, capture
+from relora.engine.state import EngineState, capture
 from relora.errors import DataError
 from relora.lora.choose import describe_left, find_targets, linear_layers
-from relora.lora.inject import adapted_layers, add_adapters
-from relora.model import build_meta_model, build_model, count_parameters, make_trainable
+from relora.lora.inject import add_adapters
+from relora.lora.layers import adapted_layers, names_of
+from relora.model import build_meta_model, build_model, make_trainable
 from relora.plan.advice import idle_settings
 from relora.record.checkpoint import (
     Checkpoint,
@@ -34,7 +34,7 @@ from relora.record.metrics import Metrics
 from relora.record.own_files import describe_files
 from relora.record.rundir import installed_versions, write_run_state
 from relora.record.saving import Saving
-from relora.restart.merge import init_adapters_, shrink_
+from relora.restart.restart import shrink_
 from relora.training import log_lines
 from relora.training.spikes import Rollback, read_rollbacks
 
@@ -44,7 +44,7 @@ class Progress:
     """Where a run is: its weights, in their engine, and what it counts."""
 
     engine: Any
-    places: Places
+    places: EngineState
     step: int = 0  # optimizer updates done
     consumed: int = 0  # sequences taken from the data
     skipped: int = 0  # updates that were not finite
@@ -52,7 +52,7 @@ class Progress:
     started: float = field(default_factory=time.perf_counter)  # as if it had never stopped
     interval: list[float] = field(default_factory=list)  # seconds of each step since the last log
     losses: list[float] = field(default_factory=list)  # of the last steps, for train.spike
-    loss_scale: deepspeed.LossScale | None = None  # with precision fp16
+    loss_scale: LossScale | None = None  # where precision needs one
 
 
 @dataclass
@@ -85,7 +85,7 @@ class Run:
         return self.progress.engine
 
     @property
-    def places(self) -> Places:
+    def places(self) -> EngineState:
         """What the engine holds of each parameter."""
         return self.progress.places
 
@@ -143,9 +143,8 @@ def _build_progress(config: Config, ranks: Ranks, checkpoint: Checkpoint | None)
     """The engine as it was at a checkpoint, and as far as that says; or at the start of a run."""
     step = checkpoint.step if checkpoint else 0
     progress = Progress(*_build_engine(config, ranks, step, checkpoint), step)
-    if config.deepspeed.precision == "fp16":
-        saved = checkpoint.state["loss_scale"] if checkpoint else ()
-        progress.loss_scale = deepspeed.LossScale(*saved)
+    if precision_of(config.deepspeed.precision).scales_loss:
+        progress.loss_scale = LossScale(*(checkpoint.state["loss_scale"] if checkpoint else ()))
     if checkpoint:
         state = checkpoint.state
         shrink_(progress.engine.module, state["shrink"])
@@ -163,13 +162,13 @@ def _adapters_share(config: Config) -> tuple[frozenset[str], list[str]]:
         return frozenset(), []
     model = build_meta_model(structure_of(config))
     targets = find_targets(model, config.lora)
-    return frozenset(f"{name}.weight" for name in targets), describe_left(model, config.lora)
+    return frozenset(names_of(name).weight for name in targets), describe_left(model, config.lora)
 
 
 def _header(run: Run, left: Sequence[str]) -> Iterator[str]:
     """What is said before the first step: the run, what trains in full, what does nothing."""
     config, shards = run.config, run.shards
-    yield from log_lines.header(config, count_parameters(run.engine.module), shards, run.ranks)
+    yield from log_lines.header(config, run.places.count_parameters(), shards, run.ranks)
     for line in left:
         yield f"{'in full':9} {line}"
     sequences = len(shards.validation) // config.data.sequence_length
@@ -195,7 +194,7 @@ def _measured_shapes(run: Run) -> dict[str, tuple[int, ...]]:
         return {}
     module = run.engine.module
     names = [name for name, _ in adapted_layers(module)] or list(linear_layers(module))
-    return {name: tuple(run.places[f"{name}.weight"].shape) for name in names}
+    return {name: tuple(run.places[names_of(name).weight].shape) for name in names}
 
 
 def find_checkpoint(
@@ -209,7 +208,7 @@ def find_checkpoint(
 
 def _build_engine(
     config: Config, ranks: Ranks, step: int, source: Source | None
-) -> tuple[Any, Places]:
+) -> tuple[Any, EngineState]:
     """The model as it is after `step` updates, in an engine, with what `source` holds.
 
     Weights the source lacks are as at the start of the run; adapters it lacks are born.
@@ -220,14 +219,14 @@ def _build_engine(
         model = build_model(structure_of(config), config.seed)
     if config.clock.has_adapters(step):
         assert config.lora is not None
-        add_adapters(model, config.lora)
-        init_adapters_(model, config.seed)
+        add_adapters(model, config.lora, config.seed)
     if isinstance(source, Checkpoint):
         source.check_fits(model)
     start = weights_of(model)
-    if config.deepspeed.precision in deepspeed.AUTOCAST:
-        for _, layer in adapted_layers(model):
-            layer.weight.data = layer.weight.data.to(torch.bfloat16)
+    formats = precision_of(config.deepspeed.precision)
+    for _, layer in adapted_layers(model):
+        if not formats.is_deepspeeds:  # which casts by itself, from fp32
+            layer.weight.data = layer.weight.data.to(dtype_of(formats.base))
     engine = deepspeed.build_engine(
         model,
         config.deepspeed,
@@ -238,7 +237,7 @@ def _build_engine(
     )
     rounded = config.relora is not None and config.relora.precision == "rounded"
     remainder = config.relora.remainder if config.relora else "host"
-    places = Places(engine, None if rounded else remainder)
+    places = EngineState(engine, remainder=None if rounded else remainder)
     places.restore_(start if source is None else Layered(source, start))
     return engine, places
 
@@ -268,7 +267,7 @@ def give_birth(run: Run) -> None:
     deepspeed.destroy(run.engine)
     progress = run.progress
     progress.engine, progress.places = _build_engine(run.config, run.ranks, run.step, state)
-    trainable, total = count_parameters(run.engine.module)
+    trainable, total = run.places.count_parameters()
     seconds = time.perf_counter() - began
     run.metrics.write(run.step, {"relora/birth": 1, "time/birth_s": seconds})
     run.metrics.say(log_lines.birth_line(run.step, len(run.frozen), trainable, total, seconds))

@@ -24,7 +24,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers.pytorch_utils import Conv1D
 
 from relora.analysis import (
     amplification,
@@ -38,8 +37,7 @@ from relora.analysis import (
 from relora.errors import CheckpointError
 from relora.files import TEMPORARY, replacing
 from relora.lora.choose import linear_layers
-from relora.lora.inject import adapted_layers
-from relora.lora.layers import LoRALayer, delta_rows
+from relora.lora.layers import AdaptedLayer, adapted_layers, kind_of, names_of
 from relora.model import layer_kind
 from relora.training.run import Run
 
@@ -89,7 +87,7 @@ def keep_start(run: Run) -> None:
             directory.mkdir(parents=True, exist_ok=True)
     trouble.tell()
     for name, mine in _shared_out(run):
-        weight = run.places.gather([run.places[f"{name}.weight"]], "value")[0]
+        weight = run.places.gather([run.places[names_of(name).weight]], "value")[0]
         if mine:
             with trouble.noted():
                 path = directory / f"{name}.safetensors"
@@ -109,7 +107,8 @@ def measure(run: Run, merge: int | None) -> dict[str, float]:
     Raises:
         CheckpointError: W_start is gone, or nothing can be written (every rank raises).
     """
-    ranks = run.ranks
+    ranks, settings = run.ranks, run.config.spectra
+    assert settings is not None
     earlier: dict[str, Tensor] = {}
     tensors: dict[str, Tensor] = {}
     figures: dict[str, dict[str, Any]] = {}
@@ -118,13 +117,15 @@ def measure(run: Run, merge: int | None) -> dict[str, float]:
         earlier = _directions_of_cycle(run, run.config.clock.merges_before(run.step - 1))
     for name, mine in _shared_out(run):
         layer = run.engine.module.get_submodule(name)
-        kinds = ("weight", "lora_A", "lora_B") if isinstance(layer, LoRALayer) else ("weight",)
-        held = run.places.gather([run.places[f"{name}.{kind}"] for kind in kinds], "value")
+        names = names_of(name)[: 3 if isinstance(layer, AdaptedLayer) else 1]
+        held = run.places.gather([run.places[each] for each in names], "value")
         if mine:
             with trouble.noted():
                 with _open_start(run, name) as file:
                     start = file.get_tensor("weight")
-                figures[name], found = _measure_layer(run, layer, held, start, earlier.get(name))
+                figures[name], found = measure_layer(
+                    layer, held, start, earlier.get(name), settings.directions
+                )
                 tensors |= {f"{name}|{key}": tensor for key, tensor in found.items()}
     part = _part(run, ranks.rank)
     with trouble.noted():
@@ -230,8 +231,8 @@ def _shared_out(run: Run) -> Iterator[tuple[str, bool]]:
         yield name, index % run.ranks.world == run.ranks.rank
 
 
-def _measure_layer(
-    run: Run, layer: Any, held: list[Tensor], start: Tensor, before: Tensor | None
+def measure_layer(
+    layer: Any, held: list[Tensor], start: Tensor, before: Tensor | None, count: int
 ) -> tuple[dict[str, float | None], dict[str, Tensor]]:
     """Figures of one layer, and its singular values and directions.
 
@@ -239,19 +240,18 @@ def _measure_layer(
         held: the weight, and A and B if the layer is adapted.
         start: W_start.
         before: left directions of the cycle before, if there was one.
+        count: leading directions to keep.
     """
-    assert run.config.spectra is not None
-    count = run.config.spectra.directions
     weight, *factors = held
     start = start.to(weight.device)
     cycle = None
     if factors:
         a, b = factors
         cycle = factored_spectrum(b, a, layer.scale, count)
-        weight = weight * layer.shrink
-        weight += delta_rows(a, b, layer.scale, layer.transposed, 0, weight.shape[0])
-    if isinstance(layer, Conv1D):
-        weight, start = weight.t(), start.t()
+        weight = layer.merged(weight, a, b)
+    owner = kind_of(layer)
+    assert owner is not None
+    weight, start = owner.matrix(weight), owner.matrix(start)
     total = spectrum(weight - start, count, EXACT_UP_TO)
     start_norm = float(torch.linalg.vector_norm(start))
     factor = amplification(start, total)

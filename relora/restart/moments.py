@@ -1,8 +1,9 @@
-"""The partial reset of Adam's moments at a merge, as pure tensor functions.
+"""What becomes of Adam's moments of A and B at a merge: a partial reset, or a transport.
 
-The entries that survive are chosen among those of the whole tensor, so they are the same on every
-ZeRO stage and world size; ranks agree on them by counts and never see each other's moments. One
-choice serves both moments: where m is kept and v is zeroed, the next update is m/eps.
+A reset keeps or zeroes entries where they lie. Those that survive are chosen among the whole
+tensor's, so they are the same on every ZeRO stage and world size; ranks agree on them by counts and
+never see each other's moments. One choice serves both moments: where m is kept and v is zeroed, the
+next update is m/eps.
 """
 
 from __future__ import annotations
@@ -13,10 +14,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from relora.engine.state import MOMENTS, EngineState, ParameterView
+from relora.lora.draws import seeded_generator
+from relora.lora.layers import parameter_roles
 from relora.restart.config import ResetConfig
-from relora.restart.reinit import seeded_generator
 
+DEFAULT_RESET = ResetConfig()
 Reduce = Callable[[Tensor], Tensor]
+
+
+class Moments(NamedTuple):
+    """Adam's moments of one layer's A (r, in) and B (out, r), whole and fp32."""
+
+    first_a: Tensor
+    second_a: Tensor
+    first_b: Tensor
+    second_b: Tensor
 
 
 class Edge(NamedTuple):
@@ -24,6 +37,69 @@ class Edge(NamedTuple):
 
     bound: int  # bit pattern of the smallest magnitude that survives
     quota: int  # how many of this rank's entries of just that magnitude do
+
+
+@torch.no_grad()
+def reset_moments(
+    state: EngineState,
+    merge: int,
+    seed: int = 0,
+    reset: ResetConfig = DEFAULT_RESET,
+    names: Sequence[str] | None = None,
+) -> float:
+    """Zero the moments of adapters' A and B where the masks say so, on this rank's parts.
+
+    Collective. `reset.adam_step` also restarts their bias correction (under ZeRO that of all
+    parameters in their groups of the optimizer: adapters need groups of their own).
+
+    Args:
+        merge, seed: key the masks of `random`.
+        reset: which entries, and whether the bias correction starts anew.
+        names: of the parameters; None for A and B of every adapter.
+
+    Returns:
+        The share of these entries, over all ranks, that are zero now because a mask says so.
+    """
+    if names is None:
+        roles = parameter_roles(state.model)
+        names = [name for name, role in roles.items() if role in ("A", "B")]
+    chosen = [state[name] for name in names]
+    zeroed = _reset(state, chosen, reset, seed, merge) if reset.mode != "none" else 0
+    if reset.adam_step:
+        for view in chosen:
+            state.set_adam_step_(view, 0)
+    return zeroed / max(1, 2 * sum(view.numel for view in chosen))
+
+
+def _reset(
+    state: EngineState, chosen: Sequence[ParameterView], config: ResetConfig, seed: int, merge: int
+) -> int:
+    """How many entries, over all ranks, are zero now because a mask says so."""
+    edges = [
+        find_edges(
+            [state.moment(view, kind) for view in chosen],
+            [kept(config, view.numel) for view in chosen],
+            lambda counts: state.total(counts, "exp_avg"),
+            state.before,
+        )
+        for kind in MOMENTS[: 2 if config.masks == "independent" else 1]
+        if config.mode == "magnitude"
+    ]
+    zeroed = 0
+    for index, view in enumerate(chosen):
+        moments = [state.moment(view, kind) for kind in MOMENTS]
+        if config.mode == "magnitude":
+            masks = [beyond(m, e[index]) for m, e in zip(moments, edges, strict=False)]
+        elif config.mode == "random":
+            wholes = random_keep(config, view.numel, seed, merge, view.name)
+            masks = [whole[view.start : view.start + view.count] for whole in wholes]
+        else:
+            masks = [torch.zeros_like(moments[0], dtype=torch.bool)]
+        for moment, keep in zip(moments, (masks[0], masks[-1]), strict=True):
+            keep = keep.to(moment.device)
+            moment.mul_(keep)
+            zeroed += int((moment[~keep] == 0).sum())
+    return int(state.total(torch.tensor(zeroed), "exp_avg"))
 
 
 def random_keep(config: ResetConfig, numel: int, seed: int, merge: int, name: str) -> list[Tensor]:

@@ -1,0 +1,32 @@
+"""Random numbers that a key decides alone, and how A starts."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor
+
+
+def seeded_generator(seed: int, merge: int, name: str) -> torch.Generator:
+    """A CPU generator keyed by (seed, merge number, parameter name).
+
+    The key decides every draw alone, so it is the same on every rank, device, world size and
+    after a resume, and no generator state needs saving.
+    """
+    digest = hashlib.blake2b(f"{seed}/{merge}/{name}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def draw_a(shape: torch.Size, seed: int, merge: int, name: str) -> Tensor:
+    """A new A (r, in) in fp32 on the CPU: Kaiming uniform with a = √5, as in loralib and PEFT.
+
+    That is A ~ U(−1/√in, 1/√in).
+
+    Args:
+        merge: number of the merge it follows; 0 is the birth.
+        name: full parameter name, such as `model.layers.0.mlp.up_proj.lora_A`.
+    """
+    bound = math.sqrt(6 / ((1 + 5) * shape[1]))
+    return torch.empty(shape).uniform_(-bound, bound, generator=seeded_generator(seed, merge, name))

@@ -1,0 +1,167 @@
+"""A restart: W += s·B·A on any ZeRO stage, new A and B, moments partly reset or transported.
+
+For each layer: gather A and B → merge → reinit → write → transport of the moments, if a rule says
+so; at the end the reset of those that were not transported. Each rank adds the rows of B·A that
+overlap the part of W it holds: no base weight is gathered or sent. Under ZeRO 3 A and B are
+gathered, many layers at a time; moments are reset where they lie. Everything is written to what the
+forward pass reads *and* to what the optimizer updates.
+
+Memory beyond what training holds: less than ΔW of the largest adapted layer in fp32. Gathered
+factors take a third of it, what a rank sends for them less; W is worked on in slices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from relora.engine.state import MOMENTS, EngineState, ParameterView
+from relora.lora.layers import AdaptedLayer, adapted_layers, names_of
+from relora.restart.config import ResetConfig
+from relora.restart.moments import DEFAULT_RESET, Moments, reset_moments
+from relora.restart.reinit import Context, Reinit, kaiming
+
+# From whole moments in the old basis, the layer as it was merged and its new A: those in the new.
+Transport = Callable[[Moments, Context, Tensor], Moments]
+
+
+class RestartReport(NamedTuple):
+    """What a restart did."""
+
+    layers: int
+    zeroed_share: float  # of the entries of A's and B's moments, as counted afterwards
+    update_ratio: float  # ‖s·B·A‖ / ‖W‖ over all adapted weights
+    rounding_loss: float  # share of s·B·A that did not arrive in W; 0 unless it is `rounded`
+
+
+class Adapter(NamedTuple):
+    """One adapted layer with the views of its three parameters."""
+
+    layer: AdaptedLayer
+    weight: ParameterView
+    a: ParameterView
+    b: ParameterView
+
+
+@torch.no_grad()
+def merge_and_restart(
+    state: EngineState,
+    merge: int,
+    seed: int = 0,
+    reset: ResetConfig = DEFAULT_RESET,
+    layers: Sequence[str] | None = None,
+    reinit: Reinit = kaiming,
+    transport: Transport | None = None,
+    directions: Mapping[str, Tensor] | None = None,
+) -> RestartReport:
+    """Merge, reinit and reset adapters. Collective; call right after an applied step.
+
+    Args:
+        state: of the engine, or of the model and its optimizer.
+        merge: number of this merge, from 1.
+        seed: with the merge's number and a parameter's name it keys A's draw and random masks.
+        reset: of the moments of A and B.
+        layers: names of those that restart now, such as `clock.restarting` gives; None for all.
+        reinit: the new A and B of a layer.
+        transport: the moments of a layer in its new basis; None for `reset` of them.
+        directions: of the gradient of W, by layer, for rules that follow it.
+    """
+    chosen = dict(adapted_layers(state.model))
+    chosen = {name: chosen[name] for name in (chosen if layers is None else layers)}
+    adapters = [Adapter(chosen[n], *(state[p] for p in names_of(n))) for n in chosen]
+    largest = max(adapter.weight.numel for adapter in adapters)
+    squares = torch.zeros(3, dtype=torch.float64)
+    for part in gather_blocks([x.a.numel + x.b.numel for x in adapters], largest):
+        block = adapters[part]
+        factors = state.gather_each([p for x in block for p in (x.a, x.b)], "value")
+        for name, adapter in zip(list(chosen)[part], block, strict=True):
+            a, b = next(factors), next(factors)
+            squares += merge_(adapter, a, b, largest // 32)
+            context = Context(
+                adapter.a.name, seed, merge, adapter.layer.scale, a, b, (directions or {}).get(name)
+            )
+            new_a, new_b = reinit(context)
+            adapter.a.write_(new_a)
+            adapter.b.write_(new_b)
+            if transport is not None:
+                _transport(state, adapter, context, new_a, transport)
+    share = 0.0
+    if transport is None:
+        factors_of = [view.name for adapter in adapters for view in (adapter.a, adapter.b)]
+        share = reset_moments(state, merge, seed, reset, factors_of)
+    update, weight, lost = state.total(squares, "value").sqrt().tolist()
+    loss = lost / max(update, 1e-30)
+    return RestartReport(len(adapters), share, update / max(weight, 1e-30), loss)
+
+
+def merge_(adapter: Adapter, a: Tensor, b: Tensor, slice_size: int) -> Tensor:
+    """Add this rank's part of s·B·A to its part of W, to fp32 exactness where W has a remainder.
+
+    Args:
+        a, b: the whole factors, fp32.
+        slice_size: entries of W worked on at a time.
+
+    Returns:
+        Three sums of squares in float64: of the part of s·B·A, of the part of W before, and of
+        what rounding has kept from W.
+    """
+    view, layer = adapter.weight, adapter.layer
+    view.drop_stale_copies_()
+    row = view.numel // view.shape[0]
+    size = max(1, slice_size // row) * row
+    squares = torch.zeros(3, dtype=torch.float64, device=a.device)
+    start = view.live_start
+    while start < view.live_stop:
+        stop = min(view.live_stop, (start // size + 1) * size)
+        delta = layer.delta(a, b, view.shape, start, stop)
+        weight = view.value(start, stop)
+        squares[:2] += _sums_of_squares(delta, weight)
+        view.write_live_(delta.add_(weight, alpha=layer.shrink), start)
+        squares[2:] += _sums_of_squares(delta.sub_(view.value(start, stop)))
+        start = stop
+    layer.shrink = 1.0
+    return squares.cpu()
+
+
+def _sums_of_squares(*tensors: Tensor) -> Tensor:
+    norms = [torch.linalg.vector_norm(tensor, dtype=torch.float64) for tensor in tensors]
+    return torch.stack(norms) ** 2
+
+
+def _transport(
+    state: EngineState, adapter: Adapter, context: Context, new_a: Tensor, rule: Transport
+) -> None:
+    """Move a layer's moments to its new basis. Collective."""
+    views = (adapter.a, adapter.b)
+    old = [state.gather([view], kind)[0] for view in views for kind in MOMENTS]
+    new = iter(rule(Moments(*old), context, new_a))
+    for view in views:
+        for kind in MOMENTS:
+            whole = next(new).flatten()
+            state.moment(view, kind).copy_(whole[view.start : view.start + view.count])
+
+
+@torch.no_grad()
+def shrink_(model: nn.Module, factor: float) -> None:
+    """Decay every frozen weight by a factor, without touching it: merges and forwards know."""
+    for _, layer in adapted_layers(model):
+        layer.shrink *= factor
+
+
+def gather_blocks(factors: Sequence[int], largest: int) -> list[slice]:
+    """Which adapters' factors are gathered together: a third of the largest ΔW at a time, or one.
+
+    Args:
+        factors: entries of A and B of each adapter.
+        largest: entries of the largest adapted weight.
+    """
+    blocks, start, size = [], 0, 0
+    for index, entries in enumerate(factors):
+        if size and size + entries > largest // 3:
+            blocks.append(slice(start, index))
+            start, size = index, 0
+        size += entries
+    return [*blocks, slice(start, len(factors))]
