@@ -14,10 +14,10 @@ from pydantic import Field
 from relora.data.config import DataConfig
 from relora.engine.config import BatchConfig, DeepSpeedConfig, OptimizerConfig
 from relora.lora.config import LoRAConfig
-from relora.model import ModelConfig
 from relora.restart.config import ReLoRAConfig, WarmStartConfig
 from relora.restart.schedule import Clock, ScheduleConfig
 from relora.section import Section
+from relora.structure import ModelConfig
 from relora.training.config import SpectraConfig, TrainConfig
 
 

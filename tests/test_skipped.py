@@ -216,12 +216,12 @@ def differ_on(ranks: Any, config: str, stage: int) -> tuple[int, str]:
     from relora.training import loop
     from test_resume import legs
 
-    real_log, real_restart = loop._log, loop.merge_and_restart
+    real_restart = loop.merge_and_restart
 
-    def log(run: Any, *figures: float) -> None:
-        real_log(run, *figures)
+    def disturbed(run: Any, *arguments: Any) -> Any:
         if stage < 3 and ranks.rank == 1 and run.step == 2:
             run.places[REPLICATED[stage]].live.data[3] += 1e-3
+        return update(run, *arguments)
 
     def restart(state: Any, *arguments: Any) -> Any:
         report = real_restart(state, *arguments)
@@ -230,10 +230,9 @@ def differ_on(ranks: Any, config: str, stage: int) -> tuple[int, str]:
         return report
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "_log", log)
         patch.setattr(loop, "merge_and_restart", restart)
         try:
-            return legs(ranks, config, None)[0], ""
+            return legs(ranks, config, None, update=disturbed)[0], ""
         except UserError as error:
             return error.code, str(error)
 
