@@ -1,4 +1,4 @@
-"""The root config: compose the sections, load YAML and overrides, check what crosses sections.
+"""The root config, composed of the sections beside the code that reads them (see `load`, `checks`).
 
 A config file is complete and includes nothing, so that `diff` of two files is the experiment. All
 problems are reported at once, each with its path, the value and what is allowed.
