@@ -28,7 +28,9 @@ import yaml
 from safetensors.torch import load_file
 
 from relora.cli import main
+from relora.commands import train as command
 from relora.engine.signals import LAUNCHER_GONE, SIGNALS
+from relora.training.guard import guarded
 
 VOCABULARY = 320
 SEQUENCE = 32
@@ -155,9 +157,17 @@ def relora(*arguments: object) -> int:
             return int(leaving.code or 0)
 
 
-def train(run_dir: Path, *overrides: str, **changes: Any) -> int:
-    """Train the tiny run in this process, as one rank."""
-    return relora("train", make_config(run_dir, **changes), *overrides)
+def train(run_dir: Path, *overrides: str, update: Any = None, **changes: Any) -> int:
+    """Train the tiny run in this process, as one rank.
+
+    Args:
+        update: takes its optimizer steps in place of `training.loop.update`.
+    """
+    config = make_config(run_dir, **changes)
+    if update is None:
+        return relora("train", config, *overrides)
+    with mock.patch.object(command, "guarded", functools.partial(guarded, update=update)):
+        return relora("train", config, *overrides)
 
 
 @contextlib.contextmanager

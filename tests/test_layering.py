@@ -160,7 +160,7 @@ def test_reading_a_config_imports_nothing_heavy() -> None:
             assert not any(is_in(found.target, h) for h in HEAVY), f"{module}: {found.target}"
             if found.target in MODULES:
                 todo.append(found.target)
-    assert {"relora.model", "relora.restart.schedule", "relora.data.config"} <= reached
+    assert {"relora.structure", "relora.restart.schedule", "relora.data.config"} <= reached
 
 
 def test_lora_knows_neither_files_nor_processes() -> None:

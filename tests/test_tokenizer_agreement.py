@@ -423,23 +423,27 @@ def shard_name_without(setting: str, config: DataConfig) -> str:
 def test_shards_from_before_documents_began_with_bos_serve_the_runs_that_have_begun_alone(
     tmp_path: Path,
 ) -> None:
-    from relora.commands.train import check_tokenizer
+    from relora.engine.distributed import lone_rank
     from relora.load import load_config
+    from relora.training.preflight import check_data, check_model
     from runs import make_config
+
+    def check() -> None:
+        check_data(config, check_model(config), lone_rank())
 
     begins(tmp_path / "theirs")
     text = data(tmp_path, tmp_path / "theirs")
     index = prepare(text, workers=1, quiet=True) / "index.json"
     config = load_config(make_config(tmp_path / "run", data=text.model_dump(mode="json")))
-    check_tokenizer(config, open_shards(text))
+    check()
     old = json.loads(index.read_text())
     del old["begin_ids"], old["index_sha256"]
     index.write_text(json.dumps(old))
     with pytest.raises(DataError, match=r"did not begin with.*delete it and run: relora prepare"):
-        check_tokenizer(config, open_shards(text))
+        check()
     (tmp_path / "run" / "model").mkdir(parents=True)
     shutil.copyfile(str(config.model.config), tmp_path / "run" / "model" / "config.json")
-    check_tokenizer(config, open_shards(text))
+    check()
 
 
 def test_add_bos_that_would_do_nothing_is_refused(tmp_path: Path) -> None:
