@@ -21,10 +21,8 @@ import numpy as np
 from pydantic import BaseModel, Field, ValidationError
 
 from relora import files
-from relora.data.config import DataConfig
+from relora.data.config import DataConfig, settings_of
 from relora.data.corpus import source_name
-from relora.data.identity import settings_of
-from relora.data.tokenizer import settings_of as tokenizer_settings
 from relora.data.tokenizer import tokenizer_hash
 from relora.errors import ConfigError, DataError
 
@@ -52,7 +50,7 @@ def shard_directory(config: DataConfig) -> Path:
     settings = {
         "format": FORMAT,
         "source": settings_of(config.source),
-        "tokenizer": tokenizer_settings(config.tokenizer),
+        "tokenizer": settings_of(config.tokenizer),
         "validation_fraction": config.validation_fraction,
     }
     fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]

@@ -154,7 +154,7 @@ def _convert(source: Path, directory: Path, sample: list[str], where: str) -> No
         original.save_pretrained(str(directory))
     if files.is_file(directory / "tokenizer.json"):
         _settle(directory, directory, where)
-    ids, again = (_ids_of_text(t) for t in (original, open_directory(directory, DataError, where)))
+    ids, again = (ids_of_text(t) for t in (original, open_directory(directory, DataError, where)))
     for text in (*sample, *PROBES):
         if ids(text) != again(text):
             raise DataError(
@@ -302,8 +302,8 @@ def _disagreement(directory: Path, kind: type[UserError]) -> str | None:
 def _ways(tokenizer: Any) -> Iterator[Callable[[str], list[int]]]:
     """As its users call it, and as documents are encoded."""
     yield lambda text: tokenizer(text)["input_ids"]
-    yield _ids_of_text(tokenizer)
+    yield ids_of_text(tokenizer)
 
 
-def _ids_of_text(tokenizer: Any) -> Callable[[str], list[int]]:
+def ids_of_text(tokenizer: Any) -> Callable[[str], list[int]]:
     return lambda text: tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
