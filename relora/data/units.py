@@ -116,10 +116,9 @@ def ids_of(piece: Piece, fast: Any, encode: Callable[[str], list[int]]) -> tuple
 def _cut(fast: Any, text: str, place: int) -> _Cut:
     """The first start of a token from `place` on, in a text around a seam."""
     encoding = fast.encode(text, add_special_tokens=False)
-    starts = [start for start, _ in encoding.offsets]
-    left = next((n for n, start in enumerate(starts) if start >= place), len(starts))
-    there = left < len(starts)
-    return _Cut(encoding.ids, left, starts[left] if there else place)
+    starts = [*(start for start, _ in encoding.offsets), place]  # the last where there is none
+    left = next(n for n, start in enumerate(starts) if start >= place)
+    return _Cut(encoding.ids, left, starts[left])
 
 
 def _between(ids: list[int], head: _Cut | None, tail: _Cut | None) -> list[int] | None:
@@ -215,8 +214,12 @@ def make_part(job: Job, path: Path, pieces: list[Piece]) -> int:
     """Tokenize one unit into an .npz, unless it is there already; returns its bytes of text."""
     size = sum(len(piece.own.encode()) for piece in pieces)
     digest = _digest(job, pieces)
-    if files.exists(path) and _is_sound(path, digest):
-        return size
+    if files.exists(path):
+        try:
+            if read_part(path)["digest"].tobytes() == digest:
+                return size
+        except DataError as error:
+            print(f"{error}; it is made anew", flush=True)
     threshold = int(job.validation_fraction * 2**64)
     tokens: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
     counts = np.zeros((len(SPLITS), 2), dtype=np.int64)  # documents, bytes
@@ -257,12 +260,3 @@ def read_part(path: Path) -> dict[str, np.ndarray]:
             return {name: part[name] for name in (*SPLITS, "counts", "digest")}
     except Exception as error:  # whatever a damaged zip file may raise
         raise DataError(f"{path}: is damaged ({files.explain(error)})") from error
-
-
-def _is_sound(path: Path, digest: bytes) -> bool:
-    """Whether a part that was left by a killed run is whole, and of this text."""
-    try:
-        return read_part(path)["digest"].tobytes() == digest
-    except DataError as error:
-        print(f"{error}; it is made anew", flush=True)
-        return False
