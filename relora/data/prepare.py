@@ -68,15 +68,13 @@ def prepare(
     is called with the tokenizer's directory before text is tokenized, and may raise. Raises
     DataError when the text or the tokenizer is unusable; then no index.json is left.
     """
-    say = (lambda message: None) if quiet else functools.partial(print, flush=True)
     corpus.require_documents(config.source)
     made_from = {  # raises for a source that matches nothing, before anything is written
         "source": describe_source(config.source),
         "tokenizer": describe_tokenizer(config.tokenizer),
     }
     directory = shard_directory(config)
-    text = functools.cache(functools.partial(_read_text, config, say))
-    wanted = Wanted(directory, config, made_from, text, say)
+    wanted = Wanted(directory, config, made_from, quiet)
     with _writing(directory):
         if what_is_wrong(wanted) is None:  # perhaps where nobody can write
             return use_again(wanted)
@@ -86,7 +84,7 @@ def prepare(
             if wrong is None:
                 return use_again(wanted)
             if wrong:
-                say(f"prepared anew, because {wrong}")
+                wanted.say(f"prepared anew, because {wrong}")
             if take_over(wanted):
                 return directory
             try:
@@ -95,23 +93,12 @@ def prepare(
                     _make_tokenizer(wanted, seed)
                 if check_tokenizer:
                     check_tokenizer(directory / "tokenizer")
-                _prepare(wanted, seed, workers or usable_cores(), quiet)
+                _prepare(wanted, seed, workers or usable_cores())
             except (UserError, OSError):
                 if not (directory / "tokenizer").is_dir():  # nothing to go on with
                     _leave(directory)
                 raise
     return directory
-
-
-def _read_text(config: DataConfig, say: Callable[[str], None]) -> str:
-    say(
-        f"{corpus.source_name(config.source)}: names and sizes are those of prepared text, and "
-        "times are not; reading it to compare"
-    )
-    tally = corpus.Tally()
-    for _ in corpus.iter_documents(config.source, tally):
-        pass
-    return str(tally.text.hexdigest())
 
 
 @contextmanager
@@ -156,18 +143,18 @@ def _start_or_go_on(wanted: Wanted) -> None:
     directory = wanted.directory
     for path in directory.glob("*.tmp"):  # of a killed run: this process holds the lock
         shutil.rmtree(path) if files.is_dir(path) else path.unlink()
-    record = directory / "made_from.json"
+    record, tokenizer = directory / "made_from.json", directory / "tokenizer"
     # An index that is still there is of other text, or damaged: then nothing is to be trusted.
     if files.exists(record) and not files.exists(directory / "index.json"):
         try:
             kept = files.read_json(record, DataError)
             sha256 = kept.pop("tokenizer_sha256", None)
             if kept == wanted.made_from:
-                if _hash_of_tokenizer(directory) == sha256:
+                if sha256 == (tokenizer_hash(tokenizer) if files.is_dir(tokenizer) else None):
                     if sha256:
                         wanted.say(f"{directory}: going on with an unfinished prepare")
                     return
-                wanted.say(f"{directory / 'tokenizer'}: is not as it was made; all is made anew")
+                wanted.say(f"{tokenizer}: is not as it was made; all is made anew")
         except DataError as error:
             wanted.say(f"{error}; all is made anew")
     clear(directory)
@@ -180,18 +167,13 @@ def _make_tokenizer(wanted: Wanted, seed: int) -> None:
     with files.making(directory / "tokenizer") as temporary:
         documents = functools.partial(corpus.iter_documents, config.source)
         build_tokenizer(config.tokenizer, documents, temporary, seed)
-    record = {**wanted.made_from, "tokenizer_sha256": _hash_of_tokenizer(directory)}
+    record = {**wanted.made_from, "tokenizer_sha256": tokenizer_hash(directory / "tokenizer")}
     files.write_json(directory / "made_from.json", record)
     kind = config.tokenizer.train or config.tokenizer.path
     wanted.say(f"tokenizer: {kind}, {time.monotonic() - began:.1f} s")
 
 
-def _hash_of_tokenizer(directory: Path) -> str | None:
-    tokenizer = directory / "tokenizer"
-    return tokenizer_hash(tokenizer) if files.is_dir(tokenizer) else None
-
-
-def _prepare(wanted: Wanted, seed: int, workers: int, quiet: bool) -> None:
+def _prepare(wanted: Wanted, seed: int, workers: int) -> None:
     began = time.monotonic()
     config, directory = wanted.config, wanted.directory
     tokenizer = load_tokenizer(directory / "tokenizer")
@@ -204,12 +186,11 @@ def _prepare(wanted: Wanted, seed: int, workers: int, quiet: bool) -> None:
         validation_fraction=config.validation_fraction,
         begin_ids=tuple(begin_ids(tokenizer)),
     )
-    parts = directory / "parts"
-    parts.mkdir(exist_ok=True)
+    (directory / "parts").mkdir(exist_ok=True)
     tally = corpus.Tally()
-    count = _tokenize(config, job, parts, tally, workers, quiet)
+    count = _tokenize(wanted, job, tally, workers)
     _require_unchanged(wanted)
-    splits, max_token_id = _join(directory, parts, count, job)
+    splits, max_token_id = _join(directory, count, job)
     index = {
         "format": FORMAT,
         "dtype": job.dtype,
@@ -226,23 +207,21 @@ def _prepare(wanted: Wanted, seed: int, workers: int, quiet: bool) -> None:
         **wanted.made_from,
     }
     write_index(directory, index)
-    shutil.rmtree(parts)
+    shutil.rmtree(directory / "parts")
     wanted.say(f"{describe(index)}\n{directory}: done, {time.monotonic() - began:.1f} s")
 
 
-def _tokenize(
-    config: DataConfig, job: Job, parts: Path, tally: corpus.Tally, workers: int, quiet: bool
-) -> int:
+def _tokenize(wanted: Wanted, job: Job, tally: corpus.Tally, workers: int) -> int:
     """Make every part that is missing, counting documents in `tally`; returns how many parts."""
-    units = cut_units(corpus.iter_documents(config.source, tally))
+    source = wanted.config.source
+    units = cut_units(corpus.iter_documents(source, tally))
     first = list(itertools.islice(units, 2))
     if len(first) < 2:  # not worth the start of a process
         workers = 1
-    tasks = (
-        (job, part_path(parts, n), texts) for n, texts in enumerate(itertools.chain(first, units))
-    )
+    numbered = enumerate(itertools.chain(first, units))
+    tasks = ((job, part_path(wanted.directory, n), pieces) for n, pieces in numbered)
     results = itertools.starmap(make_part, tasks) if workers == 1 else make_parts(tasks, workers)
-    return _watch(results, corpus.text_bytes(config.source), quiet)
+    return _watch(results, corpus.text_bytes(source), wanted.quiet)
 
 
 def _watch(sizes: Iterator[int], total: int | None, quiet: bool) -> int:
@@ -277,9 +256,7 @@ def _require_unchanged(wanted: Wanted) -> None:
         )
 
 
-def _join(
-    directory: Path, parts: Path, count: int, job: Job
-) -> tuple[dict[str, dict[str, Any]], int]:
+def _join(directory: Path, count: int, job: Job) -> tuple[dict[str, dict[str, Any]], int]:
     """String the parts together; returns each split's counts and hash, and the highest id."""
     splits: dict[str, dict[str, Any]] = {}
     max_token_id = 0
@@ -290,7 +267,7 @@ def _join(
         with files.replacing(directory / f"{split}.bin") as temporary:
             with temporary.open("wb") as file:
                 for number in range(count):
-                    part = read_part(part_path(parts, number))
+                    part = read_part(part_path(directory, number))
                     ids = part[split]
                     totals += part["counts"][number_of_split]
                     tokens += len(ids)

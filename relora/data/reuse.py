@@ -8,11 +8,11 @@ Where times alone differ (a copy, a fresh checkout) the text itself decides.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import platform
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,29 @@ from relora.errors import DataError
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is to lie where, and whom to tell."""
+    """What is to lie where, and whether to tell of it."""
 
     directory: Path
     config: DataConfig
     made_from: dict[str, Any]  # descriptions of "source" and "tokenizer"
-    text: Callable[[], str]  # the digest of the source's text: asked where only times differ
-    say: Callable[[str], None]
+    quiet: bool
+
+    def say(self, message: str) -> None:
+        """Tell who waits."""
+        if not self.quiet:
+            print(message, flush=True)
+
+    @functools.cached_property
+    def text_sha256(self) -> str:
+        """Of the source's text, which is read for it: asked where only times differ."""
+        self.say(
+            f"{corpus.source_name(self.config.source)}: names and sizes are those of prepared "
+            "text, and times are not; reading it to compare"
+        )
+        tally = corpus.Tally()
+        for _ in corpus.iter_documents(self.config.source, tally):
+            pass
+        return str(tally.text.hexdigest())
 
 
 def describe_source(source: SourceConfig) -> dict[str, Any]:
@@ -205,7 +221,7 @@ def _same_text(index: dict[str, Any], wanted: Wanted) -> bool:
         return False
     if before.get("times_sha256") == now.get("times_sha256"):
         return True
-    return bool(index.get("text_sha256") == wanted.text())
+    return bool(index.get("text_sha256") == wanted.text_sha256)
 
 
 def _listing(source: SourceConfig) -> str:

@@ -186,8 +186,8 @@ def make_parts(tasks: Iterator[tuple[Job, Path, list[Piece]]], workers: int) -> 
         pool.shutdown(cancel_futures=True)
 
 
-def part_path(parts: Path, number: int) -> Path:
-    return parts / f"{number:08d}.npz"
+def part_path(directory: Path, number: int) -> Path:
+    return directory / "parts" / f"{number:08d}.npz"
 
 
 def _start_worker() -> None:
