@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from relora.data.config import TokenizerConfig
-from relora.data.transformers_tokenizer import PROBES
+from relora.data.transformers_tokenizer import JUST_THE_FILE, PROBES
 from relora.errors import DataError
 
 _SPACE = "\u2581"  # how sentencepiece writes a space
@@ -112,11 +112,10 @@ def write_sentencepiece(model: bytes, directory: Path, sample: list[str], name: 
         raise DataError(f"{name}: not a sentencepiece model: it has no pieces")
     if reference.eos_id() < 0:
         raise DataError(f"{name}: has no EOS piece, and documents end in it")
-    kind = proto.trainer_spec.model_type
-    if kind not in (proto.trainer_spec.BPE, proto.trainer_spec.UNIGRAM):
-        names = proto.trainer_spec.ModelType.Name(kind).lower()
+    kind = proto.trainer_spec.ModelType.Name(proto.trainer_spec.model_type).lower()
+    if kind not in ("bpe", "unigram"):
         raise DataError(
-            f"{name}: model_type is {names}, and only bpe and unigram sentencepiece models are "
+            f"{name}: model_type is {kind}, and only bpe and unigram sentencepiece models are "
             "read; train one, here by data.tokenizer: {train: bpe, vocab_size: …}"
         )
     fast = _convert(proto)
@@ -130,8 +129,7 @@ def write_sentencepiece(model: bytes, directory: Path, sample: list[str], name: 
         if (number := getattr(reference, f"{name}_id")()) >= 0
     }
     settings = {
-        # The name that both transformers 4 and 5 read as "just tokenizer.json".
-        "tokenizer_class": "PreTrainedTokenizerFast",
+        "tokenizer_class": JUST_THE_FILE,
         **names,
         "split_special_tokens": True,
         "clean_up_tokenization_spaces": False,
