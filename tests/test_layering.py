@@ -47,7 +47,7 @@ NEIGHBOURS: set[tuple[str, str]] = set()
 # Only these may import the package: (package, where, what the rule protects).
 DOORS = {
     "deepspeed": ("relora.engine.deepspeed",),
-    "datasets": ("relora.data.corpus", "relora.data.files"),
+    "datasets": ("relora.data.corpus",),
     "torch.utils.tensorboard": ("relora.record.metrics",),
     "tensorboard": ("relora.record.metrics",),
 }

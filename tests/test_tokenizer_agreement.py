@@ -26,9 +26,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
 from relora.data.config import DataConfig, TokenizerConfig
-from relora.data.corpus import Document
 from relora.data.prepare import prepare
 from relora.data.shards import open_shards
+from relora.data.text import Document
 from relora.data.tokenizer import build_tokenizer, load_encoder, load_tokenizer
 from relora.data.transformers_tokenizer import place_tokenizer
 from relora.errors import ConfigError, DataError
@@ -406,7 +406,7 @@ def test_shards_of_tokenizers_that_put_nothing_before_a_text_are_what_they_were(
 def shard_name_without(setting: str, config: DataConfig) -> str:
     import hashlib
 
-    from relora.data.identity import settings_of
+    from relora.data.config import settings_of
 
     tokenizer = config.tokenizer.model_dump(mode="json")
     assert tokenizer.pop(setting) is None
