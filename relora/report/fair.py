@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from relora.load import leaves
-from relora.report.arms import Arm, only_moved
+from relora.report.arms import ArmRuns, only_moved
 from relora.report.read import MACHINE, RunFiles, Stretch
+from relora.report.records import Difference, Differences
 from relora.words import format_duration
 
 LENGTHS = ("train.steps", "train.tokens")
@@ -27,7 +28,7 @@ SILENT_S = 600.0  # a run at work that has written nothing for so long may be de
 NOT_OF_THE_MACHINE = ("settings", "shards")  # the config says it, and places do not matter
 
 
-def differences_between(arms: Sequence[Arm]) -> dict[str, list[dict[str, Any]]]:
+def differences_between(arms: Sequence[ArmRuns]) -> Differences:
     """Leaves of config, model and environment that are not the same in all arms."""
     configs = [leaves(_tree(arm.runs[0])) for arm in arms]
     models = [leaves(arm.runs[0].model or {}, "model.config.") for arm in arms]
@@ -35,13 +36,13 @@ def differences_between(arms: Sequence[Arm]) -> dict[str, list[dict[str, Any]]]:
     if all(arm.runs[0].model is not None for arm in arms):
         for config in configs:
             config.pop("model.config", None)  # the content of the file says more
-    return {
-        "config": _rows(arms, configs) + _rows(arms, models),
-        "environment": _rows(arms, environments),
-    }
+    return Differences(
+        config=_rows(arms, configs) + _rows(arms, models),
+        environment=_rows(arms, environments),
+    )
 
 
-def warnings_about(arms: Sequence[Arm], baseline: Arm) -> list[str]:
+def warnings_about(arms: Sequence[ArmRuns], baseline: ArmRuns) -> list[str]:
     """One line for each thing that makes curves incomparable, or a run not what it seems."""
     return [
         *_unlike(arms, baseline),
@@ -52,7 +53,7 @@ def warnings_about(arms: Sequence[Arm], baseline: Arm) -> list[str]:
     ]
 
 
-def title_of(arm: Arm, run: RunFiles) -> str:
+def title_of(arm: ArmRuns, run: RunFiles) -> str:
     """How a warning calls a run."""
     return arm.name if len(arm.runs) == 1 else f"{arm.name} (seed {run.config.seed})"
 
@@ -65,7 +66,7 @@ def _environment(run: RunFiles) -> dict[str, Any]:
     return {k: v for k, v in run.environment.items() if k not in NOT_OF_THE_MACHINE}
 
 
-def _rows(arms: Sequence[Arm], tables: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _rows(arms: Sequence[ArmRuns], tables: Sequence[dict[str, Any]]) -> list[Difference]:
     paths = dict.fromkeys(path for table in tables for path in table)
     rows = []
     for path in paths:
@@ -73,11 +74,11 @@ def _rows(arms: Sequence[Arm], tables: Sequence[dict[str, Any]]) -> list[dict[st
             continue  # a section that is null in one arm: its keys are listed
         values = {arm.name: t.get(path, "–") for arm, t in zip(arms, tables, strict=True)}
         if any(value != next(iter(values.values())) for value in values.values()):
-            rows.append({"path": path, "values": values})
+            rows.append(Difference(path=path, values=values))
     return rows
 
 
-def _unlike(arms: Sequence[Arm], baseline: Arm) -> Iterator[str]:
+def _unlike(arms: Sequence[ArmRuns], baseline: ArmRuns) -> Iterator[str]:
     first = baseline.runs[0]
     ours, our_model = leaves(_tree(first)), leaves(first.model or {}, "model.config.")
     for arm in arms:
@@ -102,7 +103,7 @@ def _unlike(arms: Sequence[Arm], baseline: Arm) -> Iterator[str]:
                 )
 
 
-def _other_seeds(arms: Sequence[Arm], baseline: Arm) -> Iterator[str]:
+def _other_seeds(arms: Sequence[ArmRuns], baseline: ArmRuns) -> Iterator[str]:
     ours = sorted(run.config.seed for run in baseline.runs)
     for arm in arms:
         theirs = sorted(run.config.seed for run in arm.runs)
@@ -115,7 +116,7 @@ def _other_seeds(arms: Sequence[Arm], baseline: Arm) -> Iterator[str]:
             yield f"seed: {arm.name} has seed {seed} {theirs.count(seed)} times: no other draw"
 
 
-def _other_data(arms: Sequence[Arm], baseline: Arm) -> Iterator[str]:
+def _other_data(arms: Sequence[ArmRuns], baseline: ArmRuns) -> Iterator[str]:
     """Equal settings may name files whose content is not."""
     ours = baseline.runs[0].data
     for arm in arms:
@@ -125,7 +126,7 @@ def _other_data(arms: Sequence[Arm], baseline: Arm) -> Iterator[str]:
                 yield f"data: {title} was trained on other token shards than {baseline.name}"
 
 
-def _other_machines(arms: Sequence[Arm], baseline: Arm) -> Iterator[str]:
+def _other_machines(arms: Sequence[ArmRuns], baseline: ArmRuns) -> Iterator[str]:
     """Times are of a machine, and figures of a commit."""
     runs = [(arm, run) for arm in arms for run in arm.runs]
     for key in (*MACHINE, "relora", "commit", "packages.torch", "packages.deepspeed"):
@@ -140,7 +141,7 @@ def _other_machines(arms: Sequence[Arm], baseline: Arm) -> Iterator[str]:
             yield f"{key}: {listed}: {what}"
 
 
-def _state_of(arm: Arm, run: RunFiles) -> Iterator[str]:
+def _state_of(arm: ArmRuns, run: RunFiles) -> Iterator[str]:
     title = title_of(arm, run)
     if run.status != "finished":
         reason = f" ({run.reason})" if run.reason and run.status == "failed" else ""

@@ -17,10 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from relora import files
 from relora.config import Config
 from relora.errors import CheckpointError, ConfigError
-from relora.files import exists, is_file, supplied
+from relora.files import exists, is_file, read_json, supplied
 from relora.load import build_config, leaves, load_run_config
 from relora.record.checkpoint import newest_state
 from relora.record.metrics import decode_line
@@ -158,6 +157,7 @@ def read_run(run_dir: Path) -> RunFiles:
         CheckpointError: it is none, or a file in it is broken; names the file and the line.
     """
     config, metrics = run_dir / "config.yaml", run_dir / "metrics.jsonl"
+    model = run_dir / "model" / "config.json"
     if not is_file(config):
         what = "it has no config.yaml" if exists(run_dir) else "no such directory"
         raise CheckpointError(f"{run_dir}: is no run directory that has started: {what}")
@@ -182,7 +182,7 @@ def read_run(run_dir: Path) -> RunFiles:
         config=settings,
         status=status,
         reason=str(state.get("reason", "")),
-        model=read_json(run_dir / "model" / "config.json"),
+        model=read_json(model, CheckpointError) if exists(model) else None,
         stretches=stretches,
         log=log,
         evaluations=evaluations,
@@ -210,15 +210,6 @@ def _read_stretches(run_dir: Path, last: int) -> tuple[list[Stretch], list[str]]
     ]
     # One that has not got to a step yet says nothing of the run so far.
     return [s for s in stretches if s.end > s.begin] or stretches[-1:], complaints
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """A JSON file that may not be there.
-
-    Raises:
-        CheckpointError: it is there and broken.
-    """
-    return files.read_json(path, CheckpointError) if exists(path) else None
 
 
 def read_lines(path: Path) -> Iterator[list[dict[str, Any]]]:
