@@ -14,7 +14,7 @@ import pytest
 from relora.commands import compare as command
 from relora.commands.compare import read_report
 from relora.report.page import to_markdown
-from relora.report.records import Differences, Report
+from relora.report.records import Report
 from relora.report.spectra import last_of_cycles
 from relora.report.spectra_figures import draw_heat
 from relora.report.style import LIGHT
@@ -132,7 +132,7 @@ def test_a_run_against_itself_differs_in_nothing(runs: Path) -> None:
     target = report.questions.target.rows
     assert [row.tokens_ratio for row in target] == [1, 1]
     assert target[0] == target[1].model_copy(update={"arm": target[0].arm})
-    assert report.differences == Differences(config=[], environment=[])
+    assert report.differences == {"config": [], "environment": []}
     assert report.warnings == []
     first, second = table(report, "arms")
     assert {**first, "arm": ""} == {**second, "arm": ""}
@@ -157,7 +157,7 @@ def test_unfair_comparisons_are_named(
     assert "in full" in note
     assert "in other" in note
     assert note.endswith(why)
-    assert [row.path for row in report.differences.config] == [word]
+    assert [row.path for row in report.differences["config"]] == [word]
 
 
 def test_another_seed_of_another_arm_is_another_order(runs: Path, tmp_path: Path) -> None:
@@ -181,7 +181,7 @@ def test_other_machines_versions_and_models_are_named(runs: Path, tmp_path: Path
     assert "Abacus 9 in other: times do not compare" in notes
     assert "0123456789ab in other: other code" in notes
     assert len(report.warnings) == 3
-    paths = {row.path for row in report.differences.environment}
+    paths = {row.path for row in report.differences["environment"]}
     assert paths == {"device", "commit"}
 
 
@@ -400,16 +400,16 @@ def test_spectra_of_arms_stand_beside_each_other(runs: Path, tmp_path: Path) -> 
         write_spectra(ours, step, number, dict.fromkeys(names, (update, total)))
     assert relora("compare", full, ours, "--to", tmp_path / "report") == 0
     report = Report.model_validate_json((tmp_path / "report" / "report.json").read_text())
-    arms = {arm.arm: arm for arm in report.spectra.arms}
-    ranks = [m.cycle_effective_rank for m in arms["ours"].seeds[0].measurements]
+    arms = {arm.arm: arm for arm in report.spectra}
+    ranks = [m.cycle_effective_rank for m in arms["ours"].seeds[0]]
     assert ranks == pytest.approx([2, 2, 2], abs=1e-3)
-    assert [m.cycles for m in arms["ours"].seeds[0].measurements] == [1, 2, 3]
+    assert [m.cycles for m in arms["ours"].seeds[0]] == [1, 2, 3]
     assert arms["full"].last.total_effective_rank.mean == pytest.approx(16, abs=1e-3)
     values = arms["ours"].total_values["self_attn.q_proj"]
     assert len(values) == 32  # two layers
     assert sum(value > 1e-4 for value in values) == 12  # of rank 6 each
     assert values == sorted(values, reverse=True)
-    between = {pair.what: pair for pair in report.spectra.similarity}
+    between = {pair.what: pair for pair in report.similarity}
     assert between["arms"].of == ("full", "ours")
     assert between["cycles"].layers == 4
     assert np.shape(between["arms"].phi) == (8, 8)
@@ -438,11 +438,11 @@ def test_cycles_are_counted_and_not_measurements(runs: Path, tmp_path: Path) -> 
         updates = {name: low_rank(2, shape, seed) for name, shape in names.items()}
         write_spectra(ours, step, number, {name: (x, x) for name, x in updates.items()})
     report = read_report([str(ours)])
-    (arm,) = report.spectra.arms
+    (arm,) = report.spectra
     assert arm.layers.cycles == [1, 1, 2, 2, 3, 3]
     assert last_of_cycles(arm.layers.cycles) == {1: 1, 2: 3, 3: 5}
     assert last_of_cycles([0, 0]) == {}  # a run without cycles
-    (pair,) = report.spectra.similarity
+    (pair,) = report.similarity
     assert pair.of == ("ours, step 18", "ours, step 24")  # of two cycles, not of one
     assert pair.layers == 2
     assert np.shape(pair.phi) == (4, 4)

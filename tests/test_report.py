@@ -326,10 +326,6 @@ def test_the_verdict_comes_first_and_says_what_each_arm_gives_and_costs(run: Run
     arms = [ArmRuns("full", [like(run, [5.0, 4.0, 3.0])]), ArmRuns("half", [half])]
     arms.append(ArmRuns("late", [replace(like(run, []), status="running")]))
     report = build_report(arms)
-    ours, its = report.verdict
-    assert (ours.perplexity, ours.tokens, ours.flops, ours.memory) == (1, 1, 1, 1)
-    assert its.perplexity == pytest.approx(np.exp(0.5))
-    assert its.tokens is None
     lines = verdicts(report)
     title = verdict_title(report)
     assert re.fullmatch(
@@ -337,7 +333,7 @@ def test_the_verdict_comes_first_and_says_what_each_arm_gives_and_costs(run: Run
     )
     assert lines["full"] == "perplexity 20.09, the baseline"
     assert lines["half"].replace("\u00a0", " ") == (
-        "perplexity 33.12 (+64.9 %); 1.00 × its FLOPs, 2.00 × its time, 1.00 × its training state; "
+        "perplexity 33.12 (+64.9 %); 1.00 × FLOPs, 2.00 × time, 1.00 × training state; "
         "never as good"
     )
     assert lines["late"] == "no evaluation yet (running, 6/6)"

@@ -15,15 +15,7 @@ from relora.report.curves import curves_of, place_of
 from relora.report.fair import differences_between, warnings_about
 from relora.report.predict import Prediction, predict
 from relora.report.read import AT_WORK, RunFiles
-from relora.report.records import (
-    ArmReport,
-    Figures,
-    Questions,
-    Report,
-    SeedReport,
-    Spread,
-    Verdict,
-)
+from relora.report.records import ArmReport, Figures, Questions, Report, SeedReport, Spread
 from relora.report.spectra import spectra_of_arms
 
 CPUS = ("x86_64", "aarch64", "arm64", "AMD64")  # what environment.json calls a device without GPU
@@ -47,24 +39,22 @@ def build_report(arms: Sequence[ArmRuns], baseline: str | None = None) -> Report
         )
     base = _baseline(arms, evaluated, baseline)
     predictions = {arm.name: predict(arm.runs[0]) for arm in arms}
-    spectra, complaints = spectra_of_arms(arms, base.name)
+    spectra, similarity, complaints = spectra_of_arms(arms, base.name)
     complaints += [f"{name}: {line}" for name, p in predictions.items() for line in p.left]
     unpredicted = {p.complaint for p in predictions.values() if p.complaint}
     complaints += [f"not predicted: {complaint}" for complaint in sorted(unpredicted)]
     figures = [_arm(arm, predictions[arm.name]) for arm in arms]
-    answers = _answers(evaluated, base, predictions, figures)
-    timed = [arm.name for arm in arms if not any(run.mixed for run in arm.runs)]
     return Report(
         relora=__version__,
         written=datetime.now().astimezone().isoformat(timespec="seconds"),
         unfinished=any(run.status in AT_WORK for arm in arms for run in arm.runs),
         baseline=base.name,
-        verdict=verdict(answers, figures, base.name, timed),
         warnings=[*warnings_about(arms, base), *complaints],
         arms=figures,
-        questions=answers,
+        questions=_answers(evaluated, base, predictions, figures),
         differences=differences_between(arms),
         spectra=spectra,
+        similarity=similarity,
     )
 
 
@@ -105,38 +95,6 @@ def _answers(
     )
 
 
-def verdict(
-    answers: Questions, figures: Sequence[ArmReport], baseline: str, timed: Sequence[str]
-) -> list[Verdict]:
-    """What each arm gives and costs beside the baseline.
-
-    Args:
-        timed: arms whose times compare.
-    """
-    arms = {arm.name: arm for arm in figures}
-    target = {row.arm: row for row in answers.target.rows}
-
-    def a_token(name: str, key: str) -> float | None:
-        found = arms[name].figures
-        return questions.ratio(getattr(found, key).mean, found.tokens.mean)
-
-    def beside(name: str, key: str) -> float | None:
-        return questions.ratio(a_token(name, key), a_token(baseline, key))
-
-    states = {name: arm.predicted.state for name, arm in arms.items()}
-    return [
-        Verdict(
-            arm=row.arm,
-            perplexity=row.ratio,
-            tokens=target[row.arm].tokens_ratio,
-            flops=beside(row.arm, "flops"),
-            seconds=beside(row.arm, "seconds") if {row.arm, baseline} <= {*timed} else None,
-            memory=questions.ratio(states[row.arm], states[baseline]),
-        )
-        for row in answers.tokens.rows
-    ]
-
-
 def _arm(arm: ArmRuns, prediction: Prediction) -> ArmReport:
     furthest = [any(run is other for other in arm.furthest) for run in arm.runs]
     found = [{key: value(run, prediction) for key, value in FIGURES.items()} for run in arm.runs]
@@ -148,6 +106,7 @@ def _arm(arm: ArmRuns, prediction: Prediction) -> ArmReport:
         progress=_together([f"{run.step}/{run.config.total_steps}" for run in arm.runs]),
         evaluated=bool(arm.evaluated),
         on_gpu=arm.runs[0].environment.get("device") not in (*CPUS, None),
+        timed=not any(run.mixed for run in arm.runs),
         figures=Figures[Spread](
             **{
                 key: spread(

@@ -9,7 +9,7 @@ from typing import Any
 from relora.load import leaves
 from relora.report.arms import ArmRuns, only_moved
 from relora.report.read import MACHINE, RunFiles, Stretch
-from relora.report.records import Difference, Differences
+from relora.report.records import Difference
 from relora.words import format_duration
 
 LENGTHS = ("train.steps", "train.tokens")
@@ -28,7 +28,7 @@ SILENT_S = 600.0  # a run at work that has written nothing for so long may be de
 NOT_OF_THE_MACHINE = ("settings", "shards")  # the config says it, and places do not matter
 
 
-def differences_between(arms: Sequence[ArmRuns]) -> Differences:
+def differences_between(arms: Sequence[ArmRuns]) -> dict[str, list[Difference]]:
     """Leaves of config, model and environment that are not the same in all arms."""
     configs = [leaves(_tree(arm.runs[0])) for arm in arms]
     models = [leaves(arm.runs[0].model or {}, "model.config.") for arm in arms]
@@ -36,10 +36,10 @@ def differences_between(arms: Sequence[ArmRuns]) -> Differences:
     if all(arm.runs[0].model is not None for arm in arms):
         for config in configs:
             config.pop("model.config", None)  # the content of the file says more
-    return Differences(
-        config=_rows(arms, configs) + _rows(arms, models),
-        environment=_rows(arms, environments),
-    )
+    return {
+        "config": _rows(arms, configs) + _rows(arms, models),
+        "environment": _rows(arms, environments),
+    }
 
 
 def warnings_about(arms: Sequence[ArmRuns], baseline: ArmRuns) -> list[str]:

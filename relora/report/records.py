@@ -114,6 +114,7 @@ class ArmReport(Record):
     progress: str
     evaluated: bool
     on_gpu: bool
+    timed: bool  # False if its times are mixtures, of several machines or settings
     figures: Figures[Spread]
     predicted: Predicted
     warm_start: Spread  # tokens
@@ -189,29 +190,11 @@ class Questions(Record):
     target: Target
 
 
-class Verdict(Record):
-    """What an arm gives and costs, as shares of the baseline's."""
-
-    arm: str
-    perplexity: Figure  # at equal tokens
-    tokens: Figure  # until it is as good as the baseline; None if it is not
-    flops: Figure  # of a token, warm start and merges among them
-    seconds: Figure  # of a token, evaluating and saving too
-    memory: Figure  # training state
-
-
 class Difference(Record):
     """A leaf of config, model or environment that is not the same in all arms."""
 
     path: str
     values: dict[str, Any]  # by arm
-
-
-class Differences(Record):
-    """What differs between arms."""
-
-    config: list[Difference]
-    environment: list[Difference]
 
 
 class SpectraFigures(Record, Generic[T]):
@@ -234,19 +217,10 @@ class Medians(SpectraFigures[Figure]):
     cycles: int
 
 
-class SeedSpectra(Record):
-    """All measurements of a seed."""
-
-    seed: int
-    measurements: list[Medians]
-
-
 class LayerSpectra(SpectraFigures[list[Column]]):
     """Layer by layer (rows) and measurement by measurement (columns)."""
 
     names: list[str]
-    merges: list[int | None]
-    steps: list[int]
     cycles: list[int]
 
 
@@ -259,7 +233,7 @@ class ArmSpectra(Record):
     step: int
     last: SpectraFigures[Spread]
     rounding_loss: Spread
-    seeds: list[SeedSpectra]
+    seeds: list[list[Medians]]  # all measurements of each
     layers: LayerSpectra
     total_values: dict[str, list[float]]  # by kind of layer, pooled, descending
 
@@ -275,13 +249,6 @@ class Similarity(Record):
     whole: Figure
 
 
-class Spectra(Record):
-    """Everything about spectra."""
-
-    arms: list[ArmSpectra]
-    similarity: list[Similarity]
-
-
 class Report(Record):
     """A comparison."""
 
@@ -290,9 +257,9 @@ class Report(Record):
     written: str
     unfinished: bool
     baseline: str
-    verdict: list[Verdict]  # of each arm that has an evaluation
     warnings: list[str]
     arms: list[ArmReport]
     questions: Questions
-    differences: Differences
-    spectra: Spectra | None
+    differences: dict[str, list[Difference]]  # config, environment
+    spectra: list[ArmSpectra]  # of those that have any
+    similarity: list[Similarity]

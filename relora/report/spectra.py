@@ -21,9 +21,7 @@ from relora.report.records import (
     ArmSpectra,
     LayerSpectra,
     Medians,
-    SeedSpectra,
     Similarity,
-    Spectra,
     SpectraFigures,
     Spread,
 )
@@ -76,8 +74,10 @@ def read_measurements(run_dir: Path) -> tuple[list[Measurement], list[str]]:
     return sorted(found, key=lambda measurement: measurement.step), complaints
 
 
-def spectra_of_arms(arms: Sequence[ArmRuns], baseline: str) -> tuple[Spectra | None, list[str]]:
-    """Everything about spectra, and complaints; None if no run has measured any."""
+def spectra_of_arms(
+    arms: Sequence[ArmRuns], baseline: str
+) -> tuple[list[ArmSpectra], list[Similarity], list[str]]:
+    """What runs have measured, how similar it is, and complaints."""
     measured: dict[str, list[Seed]] = {}
     complaints: list[str] = []
     for arm in arms:
@@ -86,10 +86,8 @@ def spectra_of_arms(arms: Sequence[ArmRuns], baseline: str) -> tuple[Spectra | N
             complaints += problems
             if measurements:
                 measured.setdefault(arm.name, []).append((run, measurements))
-    if not measured:
-        return None, complaints
     found = [_arm(arm, measured[arm.name]) for arm in arms if arm.name in measured]
-    return Spectra(arms=found, similarity=_similarities(measured, baseline)), complaints
+    return found, _similarities(measured, baseline), complaints
 
 
 def _arm(arm: ArmRuns, seeds: Sequence[Seed]) -> ArmSpectra:
@@ -112,16 +110,9 @@ def _arm(arm: ArmRuns, seeds: Sequence[Seed]) -> ArmSpectra:
         step=newest.step,
         last=SpectraFigures[Spread](**last),
         rounding_loss=spread([_most_lost(run) for run, _ in seeds]),
-        seeds=[
-            SeedSpectra(seed=each.config.seed, measurements=[_medians(each, m) for m in found])
-            for each, found in seeds
-        ],
+        seeds=[[_medians(each, m) for m in found] for each, found in seeds],
         layers=LayerSpectra(
-            names=list(newest.layers),
-            merges=[m.merge for m in measurements],
-            steps=[m.step for m in measurements],
-            cycles=[_cycle(run, m) for m in measurements],
-            **table,
+            names=list(newest.layers), cycles=[_cycle(run, m) for m in measurements], **table
         ),
         total_values=_pooled(newest),
     )

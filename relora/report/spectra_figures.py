@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from relora.report.curve_figures import thin
-from relora.report.records import ArmSpectra, Report, Spectra
+from relora.report.records import ArmSpectra, Report
 from relora.report.spectra import last_of_cycles
 from relora.report.style import WIDTH, Style, legend
 
@@ -21,7 +21,7 @@ LABELLED = 40  # layers that are named one by one
 
 def draw_spectra(report: Report, style: Style) -> Any:
     """Singular values of W_end − W_start, one panel a kind of layer, all arms in each."""
-    arms = _spectra(report).arms
+    arms = report.spectra
     kinds = list(dict.fromkeys(kind for arm in arms for kind in arm.total_values))
     figure, panels = _grid(len(kinds), min(4, max(1, len(kinds))), height=2.1)
     for axes, kind in zip(panels, kinds, strict=True):
@@ -53,10 +53,10 @@ def draw_ranks(report: Report, style: Style) -> Any:
     }
     figure, panels = _grid(3, 3, height=2.1)
     seeds = [(n, seed) for n, arm in _numbered(report) for seed in arm.seeds]
-    last = max((m.cycles for _, seed in seeds for m in seed.measurements), default=0)
+    last = max((m.cycles for _, seed in seeds for m in seed), default=0)
     for axes, (key, title) in zip(panels, titles.items(), strict=True):
         for number, seed in seeds:
-            found = {m.cycles: getattr(m, key) for m in seed.measurements}  # a cycle's last one
+            found = {m.cycles: getattr(m, key) for m in seed}  # a cycle's last one
             points = {cycle: value for cycle, value in found.items() if value is not None}
             if set(points) == {0}:  # no cycles: full rank, LoRA
                 axes.axhline(points[0], **style.line(number))
@@ -100,7 +100,7 @@ def draw_heat(report: Report, style: Style) -> Any:
 
 def draw_similarity(report: Report, style: Style) -> Any:
     """φ(i, j), how much of one update's leading directions lies in another's; 0 to 1."""
-    pairs = _spectra(report).similarity[:MAPS]
+    pairs = report.similarity[:MAPS]
     figure, panels = _grid(len(pairs), min(4, len(pairs)), height=2.5)
     picture = None
     for axes, pair in zip(panels, pairs, strict=True):
@@ -126,19 +126,14 @@ def has_heat(report: Report) -> bool:
     return bool(_with_cycles(report))
 
 
-def _spectra(report: Report) -> Spectra:
-    assert report.spectra is not None
-    return report.spectra
-
-
 def _numbered(report: Report) -> list[tuple[int, ArmSpectra]]:
     """Arms that have spectra, with their numbers in the report."""
     numbers = {arm.name: n for n, arm in enumerate(report.arms)}
-    return [(numbers[arm.arm], arm) for arm in _spectra(report).arms]
+    return [(numbers[arm.arm], arm) for arm in report.spectra]
 
 
 def _with_cycles(report: Report) -> list[ArmSpectra]:
-    return [arm for arm in _spectra(report).arms if len(last_of_cycles(arm.layers.cycles)) > 1]
+    return [arm for arm in report.spectra if len(last_of_cycles(arm.layers.cycles)) > 1]
 
 
 def _grid(count: int, columns: int, height: float) -> tuple[Any, list[Any]]:

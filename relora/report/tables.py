@@ -18,6 +18,7 @@ from relora.report.cells import (
     signed,
     times,
 )
+from relora.report.questions import ratio
 from relora.report.read import AT_WORK
 from relora.report.records import (
     ArmReport,
@@ -30,7 +31,6 @@ from relora.report.records import (
     SeedReport,
     Similarity,
     TargetRow,
-    Verdict,
 )
 from relora.words import format_bytes, format_count, format_duration
 
@@ -76,22 +76,18 @@ def tables(report: Report) -> dict[str, Table]:
     if any(len(arm.seeds) > 1 for arm in report.arms):
         found["seeds"] = _seeds(report)
     if report.spectra:
-        found["spectra"] = _spectra(report.spectra.arms)
-        if report.spectra.similarity:
-            found["similarity"] = _similarity(report.spectra.similarity)
-    differences = report.differences
-    for key, title, rows in (
-        ("config", "Config", differences.config),
-        ("environment", "Versions, commits, machines", differences.environment),
-    ):
-        if rows:
-            found[key] = _differences(report, title, rows)
+        found["spectra"] = _spectra(report.spectra)
+    if report.similarity:
+        found["similarity"] = _similarity(report.similarity)
+    for key, title in (("config", "Config"), ("environment", "Versions, commits, machines")):
+        if report.differences[key]:
+            found[key] = _differences(report, title, report.differences[key])
     return found
 
 
 def verdict_title(report: Report) -> str:
     """Where arms are compared, and what the baseline costs."""
-    arm = next(arm for arm in report.arms if arm.name == report.baseline)
+    arm = _baseline(report)
     costs = {"FLOPs": pm(arm.figures.flops, flops), "": pm(arm.figures.seconds, format_duration)}
     costs["training state a rank"] = shown(arm.predicted.state, format_bytes)
     known = ", ".join(f"{cost} {what}".strip() for what, cost in costs.items() if cost != "–")
@@ -100,28 +96,41 @@ def verdict_title(report: Report) -> str:
 
 
 def verdicts(report: Report) -> dict[str, str]:
-    """In one line an arm: what it gives and what it costs, beside the baseline."""
-    found = {each.arm: each for each in report.verdict}
-    return {arm.name: _verdict(report, arm, found.get(arm.name)) for arm in report.arms}
+    """In one line an arm: what it gives, and what a token costs as a share of the baseline's."""
+    rows = {row.arm: row for row in report.questions.tokens.rows}
+    return {arm.name: _verdict(report, arm, rows.get(arm.name)) for arm in report.arms}
 
 
-def _verdict(report: Report, arm: ArmReport, found: Verdict | None) -> str:
+def _verdict(report: Report, arm: ArmReport, row: EqualRow | None) -> str:
     going = "" if arm.status == "finished" else f" ({arm.status}, {arm.progress})"
-    if found is None:
+    if row is None:
         return f"{_no_evaluation(arm)}{going}"
-    row = next(row for row in report.questions.tokens.rows if row.arm == arm.name)
     text = f"perplexity {pm(row.perplexity, number(2))}"
     if arm.name == report.baseline:
         return f"{text}, the baseline{going}"
-    shares = {"FLOPs": found.flops, "time": found.seconds, "training state": found.memory}
-    costs = [
-        f"{cost:.2f}\u00a0×\u00a0its {what}" for what, cost in shares.items() if cost is not None
-    ]
+
+    def a_token(of: ArmReport, key: str) -> float | None:
+        return ratio(getattr(of.figures, key).mean, of.figures.tokens.mean)
+
+    base = _baseline(report)
+    costs = {
+        "FLOPs": ratio(a_token(arm, "flops"), a_token(base, "flops")),
+        "time": ratio(a_token(arm, "seconds"), a_token(base, "seconds")),
+        "training state": ratio(arm.predicted.state, base.predicted.state),
+    }
+    if not (arm.timed and base.timed):
+        del costs["time"]
+    listed = ", ".join(f"{cost:.2f}\u00a0× {what}" for what, cost in costs.items() if cost)
+    after = next(each for each in report.questions.target.rows if each.arm == arm.name)
     reaches = "not as good so far" if going else "never as good"
-    if found.tokens is not None:
-        reaches = f"as good after {found.tokens:.2f}\u00a0×\u00a0its tokens"
-    text += f" ({shown(found.perplexity, percent)})"
-    return "; ".join(filter(None, [text, ", ".join(costs), reaches])) + going
+    if after.tokens_ratio is not None:
+        reaches = f"as good after {after.tokens_ratio:.2f}\u00a0× tokens"
+    text += f" ({shown(row.ratio, percent)})"
+    return "; ".join(filter(None, [text, listed, reaches])) + going
+
+
+def _baseline(report: Report) -> ArmReport:
+    return next(arm for arm in report.arms if arm.name == report.baseline)
 
 
 def _build(
