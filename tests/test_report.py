@@ -19,9 +19,9 @@ from relora.errors import CheckpointError, ConfigError
 from relora.report import curve_figures as figures
 from relora.report.arms import (
     ArmRuns,
+    at_seconds,
+    at_tokens,
     group_runs,
-    loss_at_seconds,
-    loss_at_tokens,
     reached,
     spread,
 )
@@ -29,7 +29,7 @@ from relora.report.build import build_report
 from relora.report.cells import pm, signed
 from relora.report.page import draw_all, to_html, to_markdown, write_report
 from relora.report.questions import at_equal_memory
-from relora.report.read import BLOCK, Evaluations, RunFiles, read_lines, read_run
+from relora.report.read import Evaluations, RunFiles, read_lines, read_run
 from relora.report.records import AtEqual, EqualRow, Report, Spread
 from relora.report.style import DARK, LIGHT
 from relora.report.tables import tables, verdict_title, verdicts
@@ -70,10 +70,10 @@ def test_spread_is_the_sample_standard_deviation() -> None:
 
 def test_questions_are_answered_between_and_at_evaluations(run: RunFiles) -> None:
     ours = like(run, [5.0, 4.0, 3.0])
-    assert loss_at_tokens(ours, 250) == (200, 4.0)  # the last at or before, not between
-    assert loss_at_tokens(ours, 99) is None
-    assert loss_at_seconds(ours, 25) == pytest.approx(3.5)  # between
-    assert loss_at_seconds(ours, 5) is None
+    assert at_tokens(ours, 250) == (200, 4.0)  # the last at or before, not between
+    assert at_tokens(ours, 99) is None
+    assert at_seconds(ours, 25) == pytest.approx((250, 3.5))  # between
+    assert at_seconds(ours, 5) is None
     crossing = reached(ours.evaluations, 3.25)
     assert crossing == (2.75, 275, 27.5)
     assert reached(ours.evaluations, 5.5) == (1, 100, 10)
@@ -196,12 +196,10 @@ def test_within_a_memory_the_best_that_fits_is_named() -> None:
     ]
 
 
-def test_lines_are_read_in_blocks_without_losing_any(tmp_path: Path) -> None:
+def test_lines_are_read_without_losing_any(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    count = 2 * BLOCK + 5
-    path.write_text("".join(f'{{"step": {n}}}\n' for n in range(count)) + '{"step": 99')
-    steps = [line["step"] for block in read_lines(path) for line in block]
-    assert steps == list(range(count))
+    path.write_text("".join(f'{{"step": {n}}}\n' for n in range(5000)) + '{"step": 99')
+    assert [line["step"] for line in read_lines(path)] == list(range(5000))
     # Two broken lines that would make one good one when joined.
     path.write_text('{"step": 1}\n{"step": 2\n"a": 3}\n')
     with pytest.raises(CheckpointError, match="line 2 is not valid JSON"):

@@ -175,32 +175,23 @@ def perplexity_of(loss: float | None) -> float | None:
     return math.exp(loss)
 
 
-def loss_at_tokens(run: RunFiles, tokens: float) -> tuple[float, float] | None:
-    """(tokens, loss) of the last evaluation at or before so many tokens; None after its end."""
+def at_tokens(run: RunFiles, tokens: float) -> tuple[float, float] | None:
+    """(tokens, loss) of the last evaluation at or before so many tokens."""
     evaluations = run.evaluations
-    if _is_past(run, evaluations.tokens, tokens):
-        return None
     place = int(np.searchsorted(evaluations.tokens, tokens, side="right")) - 1
-    if place < 0:
+    if place < 0 or _is_past(run, evaluations.tokens, tokens):
         return None
     return float(evaluations.tokens[place]), float(evaluations.loss[place])
 
 
-def loss_at_seconds(run: RunFiles, seconds: float) -> float | None:
-    """Loss at a moment, on the straight line between the evaluations around it."""
-    return _at_seconds(run, seconds, run.evaluations.loss)
-
-
-def tokens_at_seconds(run: RunFiles, seconds: float) -> float | None:
-    """Tokens seen at a moment, on the same line."""
-    return _at_seconds(run, seconds, run.evaluations.tokens)
-
-
-def _at_seconds(run: RunFiles, seconds: float, column: np.ndarray) -> float | None:
-    times = run.evaluations.seconds
-    if not len(times) or seconds < times[0] or _is_past(run, times, seconds):
+def at_seconds(run: RunFiles, seconds: float) -> tuple[float, float] | None:
+    """(tokens, loss) at a moment, on the straight line between the evaluations around it."""
+    e = run.evaluations
+    if not len(e.seconds) or seconds < e.seconds[0] or _is_past(run, e.seconds, seconds):
         return None
-    return float(np.interp(seconds, times, column))
+    return float(np.interp(seconds, e.seconds, e.tokens)), float(
+        np.interp(seconds, e.seconds, e.loss)
+    )
 
 
 def _is_past(run: RunFiles, column: np.ndarray, place: float) -> bool:

@@ -10,13 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 
 from relora.report.arms import (
     ArmRuns,
-    loss_at_seconds,
-    loss_at_tokens,
+    at_seconds,
+    at_tokens,
     mean_over_seeds,
     perplexity_of,
     reached,
     spread,
-    tokens_at_seconds,
 )
 from relora.report.read import RunFiles
 from relora.report.records import (
@@ -36,7 +35,7 @@ Found = tuple[float, float] | None  # tokens, loss
 def at_equal_tokens(arms: Sequence[ArmRuns], baseline: ArmRuns) -> AtEqual:
     """At the smallest last token count of all runs, from the last evaluation at or before it."""
     at = min(float(run.evaluations.tokens[-1]) for run in _compared(arms))
-    rows = [_row(arm, [loss_at_tokens(run, at) for run in arm.runs]) for arm in arms]
+    rows = [_row(arm, [at_tokens(run, at) for run in arm.runs]) for arm in arms]
     return AtEqual(at=at, rows=_beside(rows, baseline))
 
 
@@ -49,10 +48,7 @@ def at_equal_seconds(arms: Sequence[ArmRuns], baseline: ArmRuns) -> AtEqual:
     at = min((float(run.evaluations.seconds[-1]) for run in there), default=None)
 
     def found(run: RunFiles) -> Found:
-        if at is None or run.mixed:
-            return None
-        tokens, loss = tokens_at_seconds(run, at), loss_at_seconds(run, at)
-        return None if tokens is None or loss is None else (tokens, loss)
+        return None if at is None or run.mixed else at_seconds(run, at)
 
     rows = [_row(arm, [found(run) for run in arm.runs]) for arm in arms]
     return AtEqual(at=at, rows=_beside(rows, baseline))
