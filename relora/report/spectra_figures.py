@@ -23,7 +23,7 @@ def draw_spectra(report: Report, style: Style) -> Any:
     """Singular values of W_end − W_start, one panel a kind of layer, all arms in each."""
     arms = report.spectra
     kinds = list(dict.fromkeys(kind for arm in arms for kind in arm.total_values))
-    figure, panels = _grid(len(kinds), min(4, max(1, len(kinds))), height=2.1)
+    figure, panels = _grid(len(kinds), min(3, max(1, len(kinds))), height=2.1)
     for axes, kind in zip(panels, kinds, strict=True):
         top = max(arm.total_values.get(kind, [0.0])[0] for arm in arms) or 1.0
         for number, arm in _numbered(report):
@@ -101,7 +101,7 @@ def draw_heat(report: Report, style: Style) -> Any:
 def draw_similarity(report: Report, style: Style) -> Any:
     """φ(i, j), how much of one update's leading directions lies in another's; 0 to 1."""
     pairs = report.similarity[:MAPS]
-    figure, panels = _grid(len(pairs), min(4, len(pairs)), height=2.5)
+    figure, panels = _grid(len(pairs), min(3, len(pairs)), height=2.5)
     picture = None
     for axes, pair in zip(panels, pairs, strict=True):
         table = np.array(pair.phi)

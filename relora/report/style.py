@@ -17,8 +17,8 @@ from matplotlib.lines import Line2D
 
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.6)), (0, (1.4, 1.4)), (0, (6, 1.5, 1.4, 1.5)))
 MARKERS = ("o", "s", "^", "D")  # in the order of the dashes
-WIDTH = 7.2  # of a picture in inches
-DPI = 200  # twice what a page shows it at
+WIDTH = 6.0  # of a picture in inches; a page shows it 720 pixels wide, a phone half of that
+DPI = 240  # twice what a page shows
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,6 @@ def legend(
         Line2D([], [], color=style.muted, linestyle=dash, label=meaning) for dash, meaning in marks
     ]
     longest = max(len(str(handle.get_label())) for handle in handles)
-    columns = max(1, min(4, len(handles), 96 // (longest + 6)))
+    columns = max(1, min(4, len(handles), 78 // (longest + 6)))
     figure.set_figheight(figure.get_figheight() + 0.2 * math.ceil(len(handles) / columns))
     figure.legend(handles=handles, loc="outside upper center", ncols=columns)
