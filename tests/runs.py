@@ -97,7 +97,7 @@ def workshop() -> Path:
         (text / f"{number}.txt").write_text("\n".join(rows), encoding="utf8")
     for name, values in MODELS.items():
         (directory / f"{name}.json").write_text(json.dumps(values))
-    with _undisturbed():
+    with undisturbed():
         assert main(["prepare", str(write_config(directory, directory / "none"))]) == 0
     import deepspeed  # noqa: F401  (with all that torch brings it is half a million objects)
 
@@ -150,7 +150,7 @@ def make_config(run_dir: Path, **changes: Any) -> Path:
 
 def relora(*arguments: object) -> int:
     """`relora …` in this process; returns the exit code, and leaves the process as it was."""
-    with _undisturbed():
+    with undisturbed():
         try:
             return main([str(argument) for argument in arguments])
         except SystemExit as leaving:  # argparse
@@ -171,7 +171,7 @@ def train(run_dir: Path, *overrides: str, update: Any = None, **changes: Any) ->
 
 
 @contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
+def undisturbed() -> Iterator[None]:
     """A run sets environment variables, signal handlers and threads for its process's life.
 
     ZeRO 3 also leaves a linear of its own in torch, which makes every later run slower. One thread,

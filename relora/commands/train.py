@@ -8,6 +8,8 @@ from pathlib import Path
 from relora.config import Config
 from relora.engine import deepspeed
 from relora.engine.distributed import is_lost_rank, read_rank, read_ranks, read_world
+from relora.engine.launcher import speaks_for_machine
+from relora.engine.signals import kept
 from relora.errors import LostRankError
 from relora.load import check_world
 from relora.record.standing import is_finished
@@ -21,21 +23,31 @@ from relora.training.preflight import (
 
 
 def train(config: Config, resume: str = "auto") -> int:
-    """Train, or go on with, the run that the config describes.
+    """Train, or go on with, the run that the config describes, in this process.
+
+    As one rank of as many as the launcher's environment says; alone without one.
 
     Args:
         resume: `auto` for the newest sound checkpoint, or the directory of one.
 
     Returns:
         0 when the run is finished, 75 when it was stopped and can go on.
+
+    Raises:
+        UserError: a config, data, checkpoint or numbers that a user can mend; see its `code`.
     """
+    with kept():  # who called from Python goes on, and hears its own signals
+        return _train(config, resume)
+
+
+def _train(config: Config, resume: str) -> int:
     check_world(config, read_world())
     wanted = None if resume == "auto" else checkpoint_to_resume(config.run_dir, Path(resume))
     if is_finished(config, wanted):
         if read_rank() == 0:
             print(f"{config.run_dir}: is finished ({config.total_steps} steps); nothing to do")
         return 0
-    model = check_model(config, thorough=read_rank() == 0)
+    model = check_model(config, thorough=speaks_for_machine())
     ranks, minutes = read_ranks(), config.deepspeed.timeout_minutes
     try:
         if ranks.world > 1:  # one rank's disk alone may be at fault, so all must hear of it
