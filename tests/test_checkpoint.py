@@ -220,7 +220,6 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_and_one_message(run_dir: Path
         [sys.executable, "-c", limited],
         capture_output=True,
         text=True,
-        timeout=120,
         check=False,
     )
     assert done.returncode == 4, done.stderr

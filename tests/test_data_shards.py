@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import sysconfig
-import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from relora.data.prepare import prepare
 from relora.data.shards import describe, open_shards, shard_directory
 from relora.data.tokenizer import load_tokenizer
 from relora.errors import ConfigError, DataError
+from runs import wait_for
 
 MADE = ("train.bin", "validation.bin", "index.json")
 
@@ -134,14 +134,15 @@ def test_one_worker_and_two_make_the_same_bytes(corpus, monkeypatch):
 
 
 SLOW_PREPARE = """
-import sys, time
+import pathlib, sys, time
 import relora.data.prepare as module
 from relora.data import units
 from relora.data.config import DataConfig
 
 def slowly(documents, cut=units.cut_units):
-    for unit in cut(documents):
-        time.sleep(0.1)
+    for number, unit in enumerate(cut(documents)):
+        while number == 6 and not pathlib.Path(sys.argv[3]).exists():
+            time.sleep(0.02)
         yield unit
 
 if __name__ == "__main__":
@@ -152,17 +153,26 @@ if __name__ == "__main__":
 
 
 def start_slowly(settings: DataConfig, tmp_path: Path, workers: int, parts: int):
-    """A prepare in a process of its own, returned as soon as it has made some parts."""
+    """A prepare in a process of its own, returned as soon as it has made some parts.
+
+    It hands out six units, and the others once there is a file `tmp_path / "go on"`.
+    """
     script = tmp_path / "slow.py"
     script.write_text(SLOW_PREPARE)
-    command = [sys.executable, str(script), settings.model_dump_json(exclude_unset=True)]
-    process = subprocess.Popen([*command, str(workers)], stdout=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
-    while len(list(shard_directory(settings).glob("parts/*.npz"))) < parts:
-        assert process.poll() is None, process.stdout.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    command = [sys.executable, script, settings.model_dump_json(exclude_unset=True), str(workers)]
+    process = subprocess.Popen([*command, tmp_path / "go on"], stdout=subprocess.PIPE, text=True)
+    found = shard_directory(settings) / "parts"
+    wait_for(
+        lambda: process.poll() is not None or len(list(found.glob("*.npz"))) >= parts, process.pid
+    )
+    assert process.poll() is None, process.stdout.read()
     return process
+
+
+def ended(process) -> int:
+    """Its exit code, however long it takes."""
+    wait_for(lambda: process.poll() is not None, process.pid)
+    return process.returncode
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -174,7 +184,7 @@ def test_a_killed_prepare_goes_on_to_the_same_bytes_and_leaves_no_process(
     children = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     process.wait()
-    assert not psutil.wait_procs(children, timeout=10)[1]
+    wait_for(lambda: not psutil.wait_procs(children, timeout=0)[1])
     assert not (shard_directory(settings) / "index.json").exists()
     with pytest.raises(ConfigError, match="relora prepare"):
         open_shards(settings)
@@ -459,8 +469,10 @@ def test_a_second_prepare_waits_for_the_first(corpus, tmp_path):
     first = start_slowly(settings, tmp_path, workers=1, parts=1)
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         second = pool.apply_async(prepare, (settings,), {"quiet": True, "workers": 1})
-        assert second.get(timeout=60) == shard_directory(settings)
-    assert first.wait(timeout=60) == 0
+        (tmp_path / "go on").touch()
+        wait_for(second.ready)
+        assert second.get() == shard_directory(settings)
+    assert ended(first) == 0
     assert "going on" not in first.stdout.read()
     open_shards(settings, verify=True)
 
@@ -471,7 +483,8 @@ def test_a_worker_that_is_killed_is_reported_and_its_work_can_go_on(corpus, tmp_
     children = psutil.Process(process.pid).children(recursive=True)
     workers = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
     workers[0].send_signal(signal.SIGKILL)
-    assert process.wait(timeout=60) == 1
+    (tmp_path / "go on").touch()
+    assert ended(process) == 1
     assert list(shard_directory(settings).glob("parts/*.npz"))
     prepare(settings, workers=1, quiet=True)
     open_shards(settings, verify=True)

@@ -96,7 +96,6 @@ class Tree:
             capture_output=True,
             text=True,
             check=False,
-            timeout=60,
         )
         return done, self.log.read_text().splitlines()
 
