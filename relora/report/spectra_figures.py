@@ -138,7 +138,7 @@ def _with_cycles(report: Report) -> list[ArmSpectra]:
 
 def _grid(count: int, columns: int, height: float) -> tuple[Any, list[Any]]:
     """Panels in rows, those that are too many taken away."""
-    rows = math.ceil(count / columns)
+    rows = max(1, math.ceil(count / columns))
     figure, axes = plt.subplots(
         rows, columns, figsize=(INCHES, height * rows), squeeze=False, layout="constrained"
     )
