@@ -6,6 +6,7 @@ import base64
 import json
 import re
 import shutil
+import tomllib
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -26,13 +27,14 @@ from relora.report.arms import (
     spread,
 )
 from relora.report.build import build_report
-from relora.report.cells import pm, signed
+from relora.report.cells import shown, signed
 from relora.report.page import draw_all, to_html, to_markdown, write_report
 from relora.report.questions import at_equal_memory
 from relora.report.read import Evaluations, RunFiles, read_lines, read_run
 from relora.report.records import AtEqual, EqualRow, Report, Spread
 from relora.report.style import DARK, LIGHT
-from relora.report.tables import tables, verdict_title, verdicts
+from relora.report.tables import tables
+from relora.report.verdict import verdict_title, verdicts
 from relora.words import format_bytes
 from runs import train
 
@@ -63,8 +65,8 @@ def test_spread_is_the_sample_standard_deviation() -> None:
     assert three.sd == pytest.approx(np.std([2, 4, 9], ddof=1))
     assert spread([1.0, None]) == Spread(mean=1.0, sd=None, n=1, values=[1.0, None])
     assert spread([float("nan")]).mean is None
-    assert pm(spread([1.0, 3.0]), lambda v: f"{v:.1f}") == "2.0 ± 1.4"
-    assert pm(spread([1.0, None]), lambda v: f"{v:.1f}") == "1.0 (1 of 2 seeds)"
+    assert shown(spread([1.0, 3.0]), lambda v: f"{v:.1f}") == "2.0 ± 1.4"
+    assert shown(spread([1.0, None]), lambda v: f"{v:.1f}") == "1.0 (1 of 2 seeds)"
     assert signed(2)(-0.001) == "0"
 
 
@@ -313,6 +315,13 @@ def test_each_picture_is_there_once_for_light_and_once_for_dark_pages(run: RunFi
     assert 'name="viewport" content="width=device-width' in page
 
 
+def test_the_page_s_template_is_installed_with_the_package() -> None:
+    root = Path(__file__).parent.parent
+    settings = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]
+    (pattern,) = settings["package-data"]["relora"]
+    assert (root / "relora" / "report" / "page.html.j2") in (root / "relora").glob(pattern)
+
+
 def test_a_report_is_read_as_it_was_written(run: RunFiles, tmp_path: Path) -> None:
     report = build_report([ArmRuns(HOSTILE, [run])])
     write_report(report, tmp_path)
@@ -326,9 +335,8 @@ def test_the_verdict_comes_first_and_says_what_each_arm_gives_and_costs(run: Run
     report = build_report(arms)
     lines = verdicts(report)
     title = verdict_title(report)
-    assert re.fullmatch(
-        r"At 300 tokens, and beside full \(\S+ FLOPs, \d+s, \S+B training state a rank\):", title
-    )
+    assert title.startswith("At 300 tokens; FLOPs and time a token, and training state, as shares ")
+    assert re.search(r"of full \(\S+ FLOPs in all, 30s in all, \S+B a rank\):$", title)
     assert lines["full"] == "perplexity 20.09, the baseline"
     assert lines["half"].replace("\u00a0", " ") == (
         "perplexity 33.12 (+64.9 %); 1.00 × FLOPs, 2.00 × time, 1.00 × training state; "

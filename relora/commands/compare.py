@@ -13,7 +13,7 @@ from relora.report.build import build_report
 from relora.report.page import to_markdown, write_report
 from relora.report.read import AT_WORK, read_run
 from relora.report.records import Report
-from relora.report.tables import verdicts
+from relora.report.verdict import verdicts
 
 
 def compare(

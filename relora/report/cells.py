@@ -10,18 +10,13 @@ from relora.words import format_duration
 Format = Callable[[float], str]
 
 
-def shown(value: float | None, form: Format) -> str:
-    """A number, or a dash."""
-    return "–" if value is None else form(value)
-
-
-def pm(spread: Spread, form: Format) -> str:
-    """mean ± sd, or the mean alone where there is no spread."""
-    text = shown(spread.mean, form)
-    if spread.sd:
-        text += f" ± {form(spread.sd)}"
-    seeds = len(spread.values)
-    return text if spread.n in (0, seeds) else f"{text} ({spread.n} of {seeds} seeds)"
+def shown(value: Spread | float | None, form: Format) -> str:
+    """A number or a dash; of seeds mean ± sd, or the mean alone where there is no spread."""
+    if not isinstance(value, Spread):
+        return "–" if value is None else form(value)
+    text = shown(value.mean, form) + (f" ± {form(value.sd)}" if value.sd else "")
+    seeds = len(value.values)
+    return text if value.n in (0, seeds) else f"{text} ({value.n} of {seeds} seeds)"
 
 
 def number(digits: int) -> Format:

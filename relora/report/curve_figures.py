@@ -16,7 +16,7 @@ import numpy as np
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from relora.report.records import Column, Curve, Curves, Report
-from relora.report.style import WIDTH, Style, legend
+from relora.report.style import INCHES, Style, legend
 from relora.words import format_bytes, format_count
 
 DRAWN = 240  # stretches of a curve, each with its lowest and its highest point
@@ -30,7 +30,7 @@ UNITS = ((86400 * 3, "days", 86400.0), (7200, "hours", 3600.0), (180, "minutes",
 def draw_curves(report: Report, style: Style, axis: str) -> Any:
     """Validation perplexity over `tokens` or `seconds` with merges and rewarms; the rate below."""
     figure, (top, bottom) = plt.subplots(
-        *(2, 1), figsize=(WIDTH, 4.6), sharex=True, height_ratios=(3.2, 1), layout="constrained"
+        *(2, 1), figsize=(INCHES, 4.6), sharex=True, height_ratios=(3.2, 1), layout="constrained"
     )
     arms = [(n, arm) for n, arm in enumerate(report.arms) if arm.evaluated]
     unit, scale = _axis(axis, [arm.curves.mean for _, arm in arms])
@@ -67,7 +67,7 @@ def draw_curves(report: Report, style: Style, axis: str) -> Any:
 
 def draw_training(report: Report, style: Style) -> Any:
     """Every logged training loss, pale, and its running mean."""
-    figure, axes = plt.subplots(figsize=(WIDTH, 3.0), layout="constrained")
+    figure, axes = plt.subplots(figsize=(INCHES, 3.0), layout="constrained")
     seeds = [(n, each) for n, arm in enumerate(report.arms) for each in arm.curves.training]
     unit, scale = _axis("tokens", [training for _, training in seeds])
     heights: list[float] = []
@@ -87,7 +87,7 @@ def draw_training(report: Report, style: Style) -> Any:
 
 def draw_memory(report: Report, style: Style) -> Any:
     """Perplexity at equal tokens beside memory; the line is the best that fits."""
-    figure, axes = plt.subplots(figsize=(WIDTH, 3.0), layout="constrained")
+    figure, axes = plt.subplots(figsize=(INCHES, 3.0), layout="constrained")
     answer, numbers = report.questions.memory, {a.name: n for n, a in enumerate(report.arms)}
     best: list[tuple[float, float]] = []
     for row in answer.rows:

@@ -21,7 +21,8 @@ from relora.report import curve_figures, spectra_figures
 from relora.report.records import Report
 from relora.report.spectra_figures import MAPS
 from relora.report.style import DARK, LIGHT, Style, to_png
-from relora.report.tables import Table, tables, verdict_title, verdicts
+from relora.report.tables import Table, tables
+from relora.report.verdict import verdict_title, verdicts
 
 
 class Picture(NamedTuple):
@@ -31,7 +32,7 @@ class Picture(NamedTuple):
     caption: str
 
 
-PICTURES = {
+DRAWINGS = {
     "curves_tokens": Picture(
         partial(curve_figures.draw_curves, axis="tokens"),
         "Validation perplexity over tokens. Points are evaluations, of every seed; the band is ± "
@@ -83,14 +84,14 @@ def pictures_of(report: Report) -> list[str]:
     found = {name for table in tables(report).values() for name in table.pictures}
     if report.spectra and not spectra_figures.has_heat(report):
         found.discard("layers")
-    return [name for name in PICTURES if name in found]
+    return [name for name in DRAWINGS if name in found]
 
 
 def draw_all(report: Report) -> dict[str, Drawn]:
     """Every picture, by name."""
     return {
         name: Drawn(
-            *(to_png(partial(PICTURES[name].draw, report, style), style) for style in (LIGHT, DARK))
+            *(to_png(partial(DRAWINGS[name].draw, report, style), style) for style in (LIGHT, DARK))
         )
         for name in pictures_of(report)
     }
@@ -134,7 +135,7 @@ def to_html(report: Report, drawn: Mapping[str, Drawn], refresh_s: float | None)
         verdicts=verdicts(report),
         tables=tables(report),
         drawn=drawn,
-        captions={name: picture.caption for name, picture in PICTURES.items()},
+        captions={name: picture.caption for name, picture in DRAWINGS.items()},
         numbers={arm.name: number for number, arm in enumerate(report.arms)},
         runs=[seed for arm in report.arms for seed in arm.seeds],
         light=LIGHT,

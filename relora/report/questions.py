@@ -62,14 +62,15 @@ def at_equal_memory(tokens: AtEqual, memory: Mapping[str, Spread], measured: boo
         memory: bytes a rank by arm.
         measured: whether that is the devices' own peak, and not the training state.
     """
-    there = [(row, memory[row.arm].mean) for row in tokens.rows]
-    there.sort(key=lambda pair: (pair[1] is None, pair[1] or 0))
+    means = {row.arm: memory[row.arm].mean for row in tokens.rows}
+    bytes_of = {arm: math.inf if mean is None else mean for arm, mean in means.items()}
     rows = []
-    for row, limit in there:
+    for row in sorted(tokens.rows, key=lambda row: bytes_of[row.arm]):
         fitting = [
             (other.perplexity.mean, other.arm)
-            for other, its in there
-            if None not in (limit, its) and its <= limit and other.perplexity.mean is not None  # type: ignore[operator]
+            for other in tokens.rows
+            if bytes_of[other.arm] <= bytes_of[row.arm] < math.inf
+            and other.perplexity.mean is not None
         ]
         perplexity, name = min(fitting, key=lambda pair: pair[0], default=(None, None))
         rows.append(

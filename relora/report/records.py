@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
-T = TypeVar("T")
+Value = TypeVar("Value")
 Figure = float | None
 Column = list[float | None]
 
@@ -56,21 +56,21 @@ class Curves(Record):
     lr: Curve
 
 
-class Figures(Record, Generic[T]):
+class Figures(Record, Generic[Value]):
     """What is known of a run at its end, or of all seeds of an arm."""
 
-    tokens: T
-    seconds: T
-    loss: T
-    perplexity: T
-    merges: T
-    tokens_per_s: T
-    step_ms: T
-    memory_gib: T  # peak of rank 0: of its device, or without a GPU of its process
-    checkpoint_bytes: T
-    merge_s: T
-    merges_s: T
-    flops: T
+    tokens: Value
+    seconds: Value
+    loss: Value
+    perplexity: Value
+    merges: Value
+    tokens_per_s: Value
+    step_ms: Value
+    memory_gib: Value  # peak of rank 0: of its device, or without a GPU of its process
+    checkpoint_bytes: Value
+    merge_s: Value
+    merges_s: Value
+    flops: Value
 
 
 class SeedReport(Figures[Figure]):
@@ -197,16 +197,16 @@ class Difference(Record):
     values: dict[str, Any]  # by arm
 
 
-class SpectraFigures(Record, Generic[T]):
+class SpectraFigures(Record, Generic[Value]):
     """What is measured of an update: of one cycle, and of all together."""
 
-    cycle_stable_rank: T
-    cycle_effective_rank: T
-    total_stable_rank: T
-    total_effective_rank: T
-    overlap: T
-    amplification: T
-    total_ratio: T
+    cycle_stable_rank: Value
+    cycle_effective_rank: Value
+    total_stable_rank: Value
+    total_effective_rank: Value
+    overlap: Value
+    amplification: Value
+    total_ratio: Value
 
 
 class Medians(SpectraFigures[Figure]):

@@ -12,7 +12,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 from relora.report.curve_figures import thin
 from relora.report.records import ArmSpectra, Report
 from relora.report.spectra import last_of_cycles
-from relora.report.style import WIDTH, Style, legend
+from relora.report.style import INCHES, Style, legend
 
 FLOOR = 1e-4  # of the largest value of a panel; what is below is rounding, and not drawn
 MAPS = 8  # heat maps of one kind in a picture
@@ -138,9 +138,9 @@ def _with_cycles(report: Report) -> list[ArmSpectra]:
 
 def _grid(count: int, columns: int, height: float) -> tuple[Any, list[Any]]:
     """Panels in rows, those that are too many taken away."""
-    rows = math.ceil(count / columns)
+    rows = max(1, math.ceil(count / columns))
     figure, axes = plt.subplots(
-        rows, columns, figsize=(WIDTH, height * rows), squeeze=False, layout="constrained"
+        rows, columns, figsize=(INCHES, height * rows), squeeze=False, layout="constrained"
     )
     panels = list(axes.flat)
     for spare in panels[count:]:

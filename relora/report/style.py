@@ -17,7 +17,7 @@ from matplotlib.lines import Line2D
 
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.6)), (0, (1.4, 1.4)), (0, (6, 1.5, 1.4, 1.5)))
 MARKERS = ("o", "s", "^", "D")  # in the order of the dashes
-WIDTH = 6.0  # of a picture in inches; a page shows it 720 pixels wide, a phone half of that
+INCHES = 6.0  # of a picture across; a page shows it 720 pixels wide, a phone half of that
 DPI = 240  # twice what a page shows
 
 
