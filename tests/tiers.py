@@ -1,0 +1,107 @@
+"""Which tier a test belongs to, by what it starts; and what keeps the unit tier what it is.
+
+A mark on a test or in its file says it. Without one a file that stands in TIERS has the tier named
+there; else a test is of the process tier if its code, its fixtures' or a helper's names something
+that starts a process or trains, and of the unit tier if not. A unit test that starts one fails.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import multiprocessing.process
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from types import CodeType, FunctionType, ModuleType
+from typing import Any, NoReturn
+from unittest import mock
+
+import pytest
+
+NAMES = ("unit", "process", "launch", "slow", "gpu")
+TIERS = {
+    # through a launcher: deepspeed's, `relora launch`, or a script of launch/
+    "test_hosts": "launch",
+    "test_launch_command": "launch",
+    "test_launch_scripts": "launch",
+}
+# Modules and functions that start processes, by their names. A whole run counts: it asks git for
+# the commit, and takes longer than a unit test may.
+STARTERS = {
+    "subprocess": {"run", "Popen", "check_output", "check_call"},
+    "multiprocessing": {"get_context", "Process", "Pool"},
+    "os": {"fork", "forkpty", "system"},
+    "runs": {"Process", "train"},
+    "ranks": {"run_ranks", "on_ranks", "rank_context"},
+}
+
+
+def tier_of(item: pytest.Function) -> str:
+    """The one tier of a test; slow and gpu are tiers too, whatever the test starts."""
+    marked = [name for name in reversed(NAMES) if item.get_closest_marker(name)]
+    if marked:
+        return marked[0]
+    if item.module.__name__ in TIERS:
+        return TIERS[item.module.__name__]
+    fixtures = item._fixtureinfo.name2fixturedefs.values()
+    functions = [item.function, *(definition[-1].func for definition in fixtures)]
+    return "process" if any(_starts(inspect.unwrap(one)) for one in functions) else "unit"
+
+
+@functools.cache
+def _starts(function: Any) -> bool:
+    """Whether a function of the tests, or one that it names, names a starter."""
+    return any(
+        getattr(one, "__name__", "") in STARTERS.get(getattr(one, "__module__", ""), ())
+        for one in _reached(function)
+    )
+
+
+def _reached(function: Any) -> list[Any]:
+    """What a function names among its module's globals, and so on through the tests' helpers."""
+    found, ahead = [], [function]
+    while ahead:
+        one = ahead.pop()
+        if any(one is other for other in found):
+            continue
+        found.append(one)
+        if isinstance(one, type):
+            ahead += [each for each in vars(one).values() if isinstance(each, FunctionType)]
+        one = getattr(one, "__wrapped__", one)
+        if not isinstance(one, FunctionType) or not _of_the_tests(one):
+            continue
+        for name in _names(one.__code__):
+            value = one.__globals__.get(name)
+            if isinstance(value, ModuleType):
+                names = _names(one.__code__)
+                ahead += [vars(value)[each] for each in names if callable(vars(value).get(each))]
+            elif callable(value):
+                ahead.append(value)
+    return found
+
+
+def _names(code: CodeType) -> set[str]:
+    inner = (each for each in code.co_consts if isinstance(each, CodeType))
+    return set(code.co_names).union(*map(_names, inner))
+
+
+def _of_the_tests(function: FunctionType) -> bool:
+    return Path(function.__code__.co_filename).parent == Path(__file__).parent
+
+
+@contextlib.contextmanager
+def no_processes() -> Iterator[None]:
+    """Whoever starts a process fails, also where code catches every Exception."""
+
+    def refuse(*args: Any, **kwargs: Any) -> NoReturn:
+        pytest.fail("a test of the unit tier starts a process: mark it with pytest.mark.process")
+
+    with (
+        mock.patch.object(subprocess.Popen, "__init__", refuse),
+        mock.patch.object(os, "fork", refuse),
+        mock.patch.object(multiprocessing.process.BaseProcess, "start", refuse),
+    ):
+        yield
