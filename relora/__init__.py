@@ -6,7 +6,7 @@
     optimizer = torch.optim.AdamW(relora.parameter_groups(model), lr=1e-3)
     state = relora.EngineState(model, optimizer)        # or of a DeepSpeed engine, any ZeRO stage
     …
-    relora.merge_and_restart(state, relora.ReLoRAConfig(cycle_steps=1000), seed=0, merge=1)
+    relora.merge_and_restart(state, merge=1)
     relora.merge_adapters(model)
 
 The names below are the library; whatever else the package holds serves its command line and may

@@ -4,7 +4,7 @@ import gc
 import sys
 
 from relora.cli import main
-from relora.engine.arguments import decode
+from relora.engine.launcher import decode
 
 if __name__ == "__main__":
     code = main(list(map(decode, sys.argv[1:])))  # what reached another host unharmed

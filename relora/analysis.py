@@ -89,32 +89,6 @@ def randomized_svd(
     return basis @ left[:, :rank], values[:rank], right[:rank].T
 
 
-def error_bound(
-    sigma: float,
-    shape: tuple[int, int],
-    rank: int,
-    oversampling: int = 10,
-    power_iterations: int = 2,
-) -> float:
-    """What the spectral-norm error of `randomized_svd` is at most, in expectation.
-
-    With σ = σ_{k+1}, k = rank, p = oversampling, q = power_iterations (arXiv 0909.4061):
-
-        σ + [1 + √(k/(p−1)) + e√(k+p)/p · √(min(m, n) − k)]^{1/(2q+1)} · σ
-
-    The bracket is corollary 10.10, the first σ theorem 9.3 (the basis has k + p vectors, of which
-    k are kept). No factorization of rank k has an error below σ.
-
-    Raises:
-        ValueError: unless k >= 2, p >= 2 and k + p <= min(m, n), as the theorem supposes.
-    """
-    k, p, size = rank, oversampling, min(shape)
-    if k < 2 or p < 2 or k + p > size:
-        raise ValueError(f"rank {k} and oversampling {p} must be at least 2, their sum <= {size}")
-    factor = 1 + math.sqrt(k / (p - 1)) + math.e * math.sqrt(k + p) / p * math.sqrt(size - k)
-    return sigma * (1 + factor ** (1 / (2 * power_iterations + 1)))
-
-
 def stable_rank(spectrum: Spectrum) -> float:
     """‖·‖_F² / σ₁² (Rudelson & Vershynin, arXiv math/0503442, §1); 0 for a zero matrix."""
     largest = float(spectrum.values[0])

@@ -12,44 +12,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from relora.engine.config import refusal
+from relora.engine.options import mistakes
+from relora.engine.precision import precision_of
 from relora.errors import ConfigError
 from relora.structure import check_context, read_model_json
 
 if TYPE_CHECKING:
     from relora.config import Config
     from relora.restart.config import ReLoRAConfig
-
-# Options of DeepSpeed's zero_optimization under which a merge would be wrong, and why.
-UNSAFE_ZERO = {
-    "round_robin_gradients": "DeepSpeed maps fp32 masters to the wrong parameters with it",
-    "offload_param": "merges do not reach weights that were moved off the device",
-    "zenflow": "its optimizer keeps moments of its own, which merges do not reset",
-    "mics_shard_size": "merges count on each entry having one owner among all ranks",
-    "zero_quantized_weights": "a merge into quantised weights loses most of the update",
-    "zero_quantized_nontrainable_weights": "a merge into quantised weights loses most of it",
-}
-
-
-REFUSED_EXTRA = {
-    "fp16": "DeepSpeed's fp16 engine never scales the loss under ZeRO 0, and 16 bits more do not "
-    "complete its fp16 weights to fp32, so merges would lose updates; take deepspeed.precision: "
-    "fp16",
-    "amp": "the model's arithmetic is chosen by deepspeed.precision; remove it",
-    "data_types": "DeepSpeed wraps Adam in another class for it, whose state merges do not reach; "
-    "remove it",
-    "checkpoint": "checkpoints are relora's own: those of DeepSpeed lose frozen weights when the "
-    "ranks change; remove it",
-    "autotuning": "it ends the process after a few steps, as if the run were done; remove it",
-    "compile": "would do nothing; remove it",
-    "data_efficiency": "would do nothing, since batches are relora's own; remove it",
-    "pipeline": "would do nothing, since the model is not cut into stages; remove it",
-    "tensor_parallel": "merges count on each weight being whole, or partitioned by ZeRO; remove it",
-    "expert_parallel": "merges count on each weight being whole, or partitioned by ZeRO; remove it",
-    "hybrid_engine": "it swaps the layers for its own, without their adapters; remove it",
-    "elasticity": "the global batch is fixed, and a run goes on with any number of ranks that "
-    "divides it; remove it",
-}
 
 
 def cross_checks(config: Config, read_model: bool) -> Iterator[str]:
@@ -62,7 +32,7 @@ def cross_checks(config: Config, read_model: bool) -> Iterator[str]:
     yield from _check_lengths(config)
     yield from _check_saving(config)
     yield from _check_spectra(config)
-    engine = list(_check_deepspeed(config))
+    engine = list(mistakes(config.deepspeed))
     yield from engine
     if read_model and config.deepspeed.extra and not engine:
         # Late, and only where there is something to ask it: the import takes seconds.
@@ -93,11 +63,14 @@ def _check_method(config: Config) -> Iterator[str]:
 
 
 def _check_relora(config: Config, relora: ReLoRAConfig) -> Iterator[str]:
-    if config.deepspeed.precision == "fp32":
+    if not precision_of(config.deepspeed.precision).has_remainder:
         for key in ("precision", "remainder"):
             if relora.changed(key):
                 value = getattr(relora, key)
-                yield f"relora.{key}: {value} would do nothing with deepspeed.precision: fp32"
+                yield (
+                    f"relora.{key}: {value} would do nothing with deepspeed.precision: "
+                    f"{config.deepspeed.precision}"
+                )
     if relora.precision == "rounded" and relora.changed("remainder"):
         yield f"relora.remainder: {relora.remainder} would do nothing with precision: rounded"
     if relora.lr and config.lora and config.lora.lr:
@@ -156,42 +129,6 @@ def _check_saving(config: Config) -> Iterator[str]:
             "train.background_save: would do nothing without train.save_every or keep_every: the "
             "last checkpoint is waited for"
         )
-
-
-def _check_deepspeed(config: Config) -> Iterator[str]:
-    section = config.deepspeed
-    refused = refusal(section.zero_stage, section.precision, section.offload_optimizer)
-    if refused:
-        why, way_out = refused
-        yield (
-            f"deepspeed: zero_stage {section.zero_stage}, precision {section.precision}, "
-            f"offload_optimizer {str(section.offload_optimizer).lower()}: {why}; take {way_out}"
-        )
-    ours = {
-        "train_batch_size": "batch.global_batch_size",
-        "train_micro_batch_size_per_gpu": "batch.micro_batch_size",
-        "gradient_accumulation_steps": "batch",
-        "gradient_clipping": "optimizer.grad_clip",
-        "optimizer": "optimizer",
-        "scheduler": "schedule",
-        "torch_autocast": "deepspeed.precision",
-        "bf16": "deepspeed.precision, where deepspeed_bf16 is DeepSpeed's own engine",
-    }
-    for key in section.extra:
-        if key in ours:
-            yield f"deepspeed.extra.{key}: is decided by {ours[key]}; set it there"
-        elif key in REFUSED_EXTRA:
-            yield f"deepspeed.extra.{key}: {REFUSED_EXTRA[key]}"
-    zero = section.extra.get("zero_optimization", {})
-    if not isinstance(zero, dict):
-        yield f"deepspeed.extra.zero_optimization: {zero!r}: is a mapping"
-        return
-    for key, where in {"stage": "zero_stage", "offload_optimizer": "offload_optimizer"}.items():
-        if key in zero:
-            yield f"deepspeed.extra.zero_optimization.{key}: is decided by deepspeed.{where}"
-    for key, why in UNSAFE_ZERO.items():
-        if zero.get(key):
-            yield f"deepspeed.extra.zero_optimization.{key}: {why}; remove it"
 
 
 def _check_model_json(config: Config, model: dict[str, Any]) -> Iterator[str]:

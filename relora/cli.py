@@ -6,7 +6,6 @@ A command's module is imported only when it runs, so that help and config errors
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from importlib import import_module
 from pathlib import Path
 
 from relora.cores import limit_spinning
+from relora.engine.launcher import speaks_for_machine
 from relora.errors import ConfigError
 from relora.files import as_user_error, mend_standard_streams
 from relora.version import __version__
@@ -149,7 +149,6 @@ def _add_reading_verbs(verbs: Verbs) -> None:
     )
     _subject(export)
     export.add_argument("--to", type=Path, required=True, metavar="DIR")
-    export.add_argument("--format", choices=("hf",), default="hf")
     export.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     export.add_argument("--force", action="store_true", help="replace an earlier export")
 
@@ -216,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         told = as_user_error(error)
         if told is None:
             raise
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # one message a machine, not one a rank
+        if speaks_for_machine():  # one message a machine, not one a rank
             print(f"relora: {told}", file=sys.stderr)
         return told.code
 

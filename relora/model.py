@@ -217,8 +217,8 @@ def load_model_config(config: ModelConfig) -> PretrainedConfig:
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(trainable, total) number of parameters, shared ones counted once, partitioned ones whole."""
-    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
+    """(trainable, total) number of parameters, shared ones counted once."""
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     return sum(n for n, trainable in sizes if trainable), sum(n for n, _ in sizes)
 
 

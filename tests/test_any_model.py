@@ -81,9 +81,7 @@ def check_counted(model_type: str, directory: Path) -> list[str]:
     config = full_rank_config(path)
     left_out = uncounted(config)
     planned, real = flops_per_token(config, False).total, counted_by_running(values)
-    if any("FLOPs hold a backward pass" in what for what in left_out):
-        assert 0.98 * real < planned < 1.5 * real  # a third of it at most, and it is said
-    elif not any("cannot be run without numbers" in what for what in left_out):
+    if not any("cannot be run without numbers" in what for what in left_out):
         assert planned == pytest.approx(real, rel=0.05 if left_out else 0.01), left_out
     assert peak_memory(config, 1) > 0
     return left_out

@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 
 from relora.cli import main
+from relora.errors import ConfigError
 from relora.load import differences, dump_config, load_config
 from relora.lora.inject import add_adapters
 from relora.model import build_meta_model, count_parameters
 from relora.structure import read_model_json
 from relora.training.arms import read_arms
+from runs import make_config
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -163,3 +165,12 @@ def test_the_quickstart_merges_at_least_four_times_after_a_warm_start() -> None:
 def test_special_tokens_are_those_of_our_tokenizers(path: Path) -> None:
     model = read_model_json(load_config(path).model.config)  # type: ignore[arg-type]
     assert [model[f"{name}_token_id"] for name in ("bos", "eos", "pad")] == [1, 2, 3]
+
+
+def test_a_config_from_before_names_the_one_optimizer(tmp_path: Path) -> None:
+    """So do run directories and checkpoints of earlier versions."""
+    path = make_config(tmp_path / "run")
+    now = load_config(path)
+    assert load_config(path, ["optimizer.name=adamw"]) == now
+    with pytest.raises(ConfigError, match=r"optimizer\.name"):
+        load_config(path, ["optimizer.name=sgd"])

@@ -20,7 +20,7 @@ import pytest
 import yaml
 
 from relora.engine import devices, hosts
-from relora.engine.arguments import decode, encode
+from relora.engine.launcher import decode, encode
 from relora.errors import ConfigError
 from relora.load import load_config
 from runs import (

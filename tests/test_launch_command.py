@@ -8,7 +8,6 @@ import functools
 import os
 import pty
 import signal
-import socket
 import subprocess
 import sys
 import termios
@@ -21,6 +20,7 @@ import yaml
 
 from relora.commands import launch as under_test
 from relora.engine import signals
+from relora.engine.distributed import free_port
 from relora.errors import CheckpointError
 from relora.load import load_config
 from runs import (
@@ -155,12 +155,6 @@ def test_ctrl_c_a_lost_rank_and_the_deepspeed_launcher_leave_no_trace(
 
     assert trajectory(run_dir) == trajectory(story["whole"])
     assert differing(checkpoint(run_dir, LAST), checkpoint(story["whole"], LAST)) == []
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def test_a_second_signal_ends_all_at_once(story: dict[str, Path], tmp_path: Path) -> None:
@@ -661,16 +655,11 @@ def test_config_errors_come_before_any_rank(
 
 
 def test_the_command_carries_config_and_overrides() -> None:
-    one = under_test.one_node_command(["0", "1"], ["train", "c.yaml", "seed=3"])
+    one = under_test.one_node_command(["0", "1"], 29512, ["train", "c.yaml", "seed=3"])
     assert one[-4:] == ["relora", "train", "c.yaml", "seed=3"]
     assert "deepspeed.launcher.launch" in one
-    ports = {
-        argument
-        for _ in range(20)
-        for argument in under_test.one_node_command(["0"], [])
-        if argument.startswith("--master_port=")
-    }
-    assert len(ports) > 1
+    assert "--master_port=29512" in one
+    assert len({free_port() for _ in range(20)}) > 1
 
 
 @pytest.mark.parametrize("code", [0, 1, 2, 3, 4, 5, 75])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -168,3 +169,39 @@ def test_lora_knows_neither_files_nor_processes() -> None:
             for found in imports_of(module):
                 assert found.target.split(".")[0] not in ("os", "pathlib", "json", "safetensors")
                 assert not is_in(found.target, "torch.distributed"), module
+
+
+def test_only_lora_knows_how_an_adapted_weight_lies_and_what_its_parameters_are_called() -> None:
+    """Of the rest, docstrings may say A and B by name; code asks the layer's kind."""
+    for module, path in MODULES.items():
+        if is_in(module, "relora.lora"):
+            continue
+        tree = ast.parse(path.read_text())
+        prose = {
+            id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)
+        }  # docstrings
+        for node in ast.walk(tree):
+            text = node.value if isinstance(node, ast.Constant) else getattr(node, "attr", "")
+            if isinstance(text, str) and id(node) not in prose:
+                assert "lora_" not in text, f"{module}: {text}"
+            assert getattr(node, "id", "") != "Conv1D", module
+            assert getattr(node, "attr", "") != "transposed", module
+
+
+# Names by which code would know DeepSpeed's insides, a launcher, or a number format.
+OF_ENGINES = re.compile(
+    r"ds_(id|tensor|status|numel|shape|process_group|secondary_tensor)|_hp_mapping"
+    r"|zero_optimization(_stage)?|bit16_groups|fp16_groups|fp32_partitioned_groups_flat"
+    r"|fp32|bf16|fp16|deepspeed_bf16|DS_\w+|CROSS_RANK|LOCAL_SIZE|deepspeed\.(launcher|runtime|comm|ops|zero|utils)\b\S*"
+)
+
+
+def test_only_engine_knows_deepspeed_and_number_formats() -> None:
+    """By whole words of code: attributes, and strings that are no prose."""
+    for module, path in MODULES.items():
+        if is_in(module, "relora.engine"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant | ast.Attribute):
+                text = node.value if isinstance(node, ast.Constant) else node.attr
+                assert not (isinstance(text, str) and OF_ENGINES.fullmatch(text)), (module, text)

@@ -84,7 +84,6 @@ def test_the_readmes_loop_is_relora_train_bit_for_bit(
         "model": build_model(config.model, config.seed),
         "batches": (next(stream)[0] for _ in range(60)),
         "lora": config.lora,
-        "restarts": config.relora,
         "clock": config.clock,
     }
     printed = io.StringIO()
@@ -163,7 +162,7 @@ def own_loop(ranks: Any, kind: str, model_json: str, run_dir: str) -> dict[str, 
         losses.append(ranks.sum([loss.item() / ranks.world])[0])
         if config.clock.is_merge(step + 1):
             number = config.clock.merges_before(step + 1)
-            report = relora.merge_and_restart(state, config.relora, config.seed, number)
+            report = relora.merge_and_restart(state, number, config.seed, config.relora.reset)
             assert report.layers == 14
     values = {view.name: state.gather([view], "value")[0].double().numpy() for view in state}
     return {"losses": losses, "values": values}
@@ -280,10 +279,10 @@ def test_moments_are_reset_alone_and_before_the_first_step() -> None:
     optimizer = torch.optim.AdamW(relora.parameter_groups(model), lr=1e-2)
     state = relora.EngineState(model, optimizer)
     zero = relora.ResetConfig(mode="zero")
-    assert relora.reset_moments(state, zero, seed=0, merge=1) == 1
+    assert relora.reset_moments(state, merge=1, reset=zero) == 1
     model(torch.arange(11)).square().mean().backward()
     optimizer.step()
-    assert relora.reset_moments(state, zero, seed=0, merge=1) == 1
+    assert relora.reset_moments(state, merge=1, reset=zero) == 1
     moments = {
         n: optimizer.state[p]["exp_avg_sq"]
         for n, p in model.named_parameters()
@@ -291,6 +290,27 @@ def test_moments_are_reset_alone_and_before_the_first_step() -> None:
     }
     assert not moments["first.lora_B"].any()
     assert moments["embedding.weight"].any()
+
+
+def test_merges_into_a_bf16_base_lose_nothing() -> None:
+    """Updates far below what bf16 resolves: a remainder keeps them, and plain rounding does not."""
+    model = Net()
+    relora.add_adapters(model, relora.LoRAConfig(rank=2, alpha=2))
+    layer: Any = model.first
+    layer.weight.data = layer.weight.data.bfloat16()
+    start = layer.weight.detach().double()
+    optimizer = torch.optim.AdamW(relora.parameter_groups(model))
+    exact = relora.EngineState(model, optimizer)
+    total = torch.zeros_like(start)
+    for merge in range(1, 21):
+        with torch.no_grad():
+            layer.lora_B.fill_(1e-4)
+        total += layer.lora_B.double() @ layer.lora_A.double()
+        relora.merge_and_restart(exact, merge, layers=["first"])
+    (held,) = exact.gather([exact["first.weight"]], "value")
+    error = (held.double() - start - total).norm() / total.norm()
+    lost = (layer.weight.double() - start - total).norm() / total.norm()
+    assert error < 1e-3 < 0.05 < lost
 
 
 # --- another kind of layer ------------------------------------------------------------------------
@@ -340,14 +360,13 @@ def test_another_kind_of_layer_is_merged_exported_and_measured(
     assert relora.add_adapters(model, relora.LoRAConfig(rank=2, alpha=3)) == ["first", "second"]
     optimizer = torch.optim.AdamW(relora.parameter_groups(model), lr=1e-2)
     state = relora.EngineState(model, optimizer)
-    config = relora.ReLoRAConfig(cycle_steps=3)
     for step in range(1, 8):
         nn.functional.cross_entropy(model(x), x.flip(0)).backward()
         optimizer.step()
         optimizer.zero_grad()
         if step % 3 == 0:
             before = model(x)
-            report = relora.merge_and_restart(state, config, seed=0, merge=step // 3)
+            report = relora.merge_and_restart(state, merge=step // 3)
             assert report.layers == 2
             assert report.update_ratio > 0
             assert not model.second.lora_B.any()

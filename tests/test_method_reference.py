@@ -43,7 +43,7 @@ from relora.engine.state import ParameterView
 from relora.load import build_config
 from relora.lora.choose import find_targets
 from relora.lora.draws import draw_a
-from relora.lora.layers import AdaptedLayer, adapted_layers
+from relora.lora.layers import AdaptedLayer, LoRALinear, adapted_layers
 from relora.model import ModelConfig, build_model, load_model_config
 from relora.restart import invariants
 
@@ -252,7 +252,7 @@ def _unscaled(layer: AdaptedLayer, *where: Any) -> Tensor:
     return real_delta(layer, *where) / layer.scale
 
 
-real_delta, WRITE = AdaptedLayer.delta, "write_pieces_"
+real_delta, WRITE = LoRALinear.delta, "write_pieces_"
 MUTANTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "writes miss the masters": lambda p: _while_restarting(
         p, ParameterView, "write_pieces_", _live_only
@@ -260,7 +260,7 @@ MUTANTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "writes miss the weights": lambda p: _while_restarting(
         p, ParameterView, "write_pieces_", _master_only
     ),
-    "merges forget the scale": lambda p: _while_restarting(p, AdaptedLayer, "delta", _unscaled),
+    "merges forget the scale": lambda p: _while_restarting(p, LoRALinear, "delta", _unscaled),
 }
 
 
@@ -316,8 +316,8 @@ def in_float64() -> None:
     torch.Tensor.float = torch.Tensor.double  # type: ignore[method-assign]
     real_model, real_adapters = under_test.build_model, under_test.add_adapters
 
-    def add_adapters(model: Any, config: Any) -> list[str]:
-        names = real_adapters(model, config)
+    def add_adapters(model: Any, config: Any, seed: int) -> list[str]:
+        names = real_adapters(model, config, seed)
         model.double()
         return names
 

@@ -147,7 +147,7 @@ def test_linear_and_constant_bases() -> None:
 
 
 def test_adapters_exist_from_birth_on_and_birth_is_an_event_only_after_a_warm_start() -> None:
-    warm, scratch, full = Clock(10, birth=4, cycle=3), Clock(10, birth=0, cycle=3), Clock(10)
+    warm, scratch, full = Clock(10, birth=4, cycle=3), Clock(10, cycle=3), Clock(10, birth=None)
     assert [warm.has_adapters(k) for k in (0, 3, 4, 10)] == [False, False, True, True]
     assert [k for k in range(11) if warm.is_birth(k)] == [4]
     assert scratch.has_adapters(0)

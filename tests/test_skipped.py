@@ -152,10 +152,10 @@ def test_a_merge_that_changes_the_function_ends_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The invariant is checked while training, and nothing broken is saved."""
-    from relora.lora.layers import AdaptedLayer
+    from relora.lora.layers import LoRALinear
 
-    real = AdaptedLayer.delta
-    monkeypatch.setattr(AdaptedLayer, "delta", lambda *args: real(*args) * 1.01)
+    real = LoRALinear.delta
+    monkeypatch.setattr(LoRALinear, "delta", lambda *args: real(*args) * 1.01)
     run_dir = tmp_path / "run"
     assert train(run_dir, train__save_every=6) == 5
     assert "merge 1 changed the model's function" in capsys.readouterr().err

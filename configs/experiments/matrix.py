@@ -35,9 +35,8 @@ import torch
 
 from conftest import TINY_LLAMA
 from ranks import Scenario, run_ranks
-from relora.engine import deepspeed
-from relora.engine.config import refusal
 from relora.engine.distributed import lone_rank
+from relora.engine.options import refusal
 from relora.errors import ConfigError, UserError
 from relora.record.rundir import describe_environment
 from test_method_reference import (
@@ -221,9 +220,11 @@ def undisturbed() -> Iterator[None]:
 @contextlib.contextmanager
 def initial_scale(value: float) -> Iterator[None]:
     """The loss scale that fp16 starts with."""
-    real = deepspeed.LossScale
+    from relora.training import run
+
+    real = run.LossScale
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(deepspeed, "LossScale", lambda start=value, calm=0: real(start, calm))
+        patch.setattr(run, "LossScale", lambda start=value, calm=0: real(start, calm))
         yield
 
 

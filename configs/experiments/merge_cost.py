@@ -127,9 +127,7 @@ def measure(ranks: Any, config: dict[str, Any], repeats: int) -> dict[str, Any]:
         deepspeed.train_step(run.engine, [batch], loss_of, 1e-4, 1.0)
 
     def restart(reset: ResetConfig) -> Callable[[], object]:
-        assert settings.relora is not None
-        relora = settings.relora.model_copy(update={"reset": reset})
-        return lambda: merge_and_restart(run.places, relora, 0, 1)
+        return lambda: merge_and_restart(run.places, 1, 0, reset)
 
     steps = [timed(step) for _ in range(3)]
     ways = {

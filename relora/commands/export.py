@@ -19,11 +19,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def export(subject: Path, to: Path, format: str, dtype: str, force: bool) -> int:
+def export(subject: Path, to: Path, dtype: str, force: bool) -> int:
     """Write model, tokenizer, generation config and model card to `to`.
 
     Args:
-        format: `hf`, the only one.
         dtype: of the written weights; merging happens in fp32 in any case.
         force: replace what is there.
     """

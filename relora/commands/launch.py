@@ -2,17 +2,15 @@
 
 The `deepspeed` front-end, on SIGTERM, ends itself and leaves its ranks training; its `launch.py`
 stops them one after the other, so that a save in which all take part would never end. Here every
-rank gets the signal at once, here and on other hosts (`runtime.hosts`). Killed outright, none of us
+rank gets the signal at once, here and on other hosts (`engine.hosts`). Killed outright, none of us
 can pass on anything: the kernel then ends the next in the chain on this machine, and tells the
-ranks (`runtime.signals`).
+ranks (`engine.signals`).
 """
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import functools
-import json
 import os
 import signal
 import subprocess
@@ -32,9 +30,9 @@ from relora.engine.hosts import (
     read_hostfile,
     signal_command,
 )
+from relora.engine.launcher import launcher_environment, one_node_command
 from relora.engine.signals import (
     EXIT_NOW,
-    FRONT,
     LAUNCHER_GONE,
     Wishes,
     caught,
@@ -73,37 +71,12 @@ def launch(
         chosen = choose_devices(devices)
         check_world(settings, len(chosen))
         # Ended so, `launch.py` cannot stop its ranks one by one; the kernel tells all of them.
-        command, parting = one_node_command(chosen, arguments), signal.SIGKILL
+        command, parting = one_node_command(chosen, free_port(), arguments), signal.SIGKILL
         pass_on = _pass_on
     from relora.record.rundir import read_run_state
 
     before = read_run_state(settings.run_dir) if settings.run_dir.is_dir() else {}
     return _keep_code(*_run(command, parting, pass_on), settings, before)
-
-
-def one_node_command(devices: Sequence[str], arguments: Sequence[str]) -> list[str]:
-    """The per-node launcher of deepspeed, which starts and watches the ranks.
-
-    Args:
-        devices: what the launcher makes CUDA_VISIBLE_DEVICES of its ranks, word for word; the
-            rank with local number k takes the k-th.
-    """
-    from relora.engine.distributed import free_port
-
-    world = base64.urlsafe_b64encode(json.dumps({"localhost": list(devices)}).encode())
-    return [
-        sys.executable,
-        "-u",
-        "-m",
-        "deepspeed.launcher.launch",
-        f"--world_info={world.decode()}",
-        "--master_addr=127.0.0.1",
-        f"--master_port={free_port()}",
-        "--quiet",
-        "--module",
-        "relora",
-        *arguments,
-    ]
 
 
 def _run(
@@ -131,9 +104,11 @@ def _run(
             pass_on(process.pid, number if meaning == "stop" else EXIT_NOW)
 
     with caught(forward):
-        environment = {**os.environ, "DS_BUILD_OPS": "0", FRONT: str(os.getpid())}
         process = subprocess.Popen(
-            command, env=environment, start_new_session=True, preexec_fn=following(parting)
+            command,
+            env=launcher_environment(),
+            start_new_session=True,
+            preexec_fn=following(parting),
         )
         if asked:  # while it was started
             pass_on(process.pid, asked[-1])

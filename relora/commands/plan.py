@@ -187,6 +187,7 @@ def _parameters(config: Config, model: nn.Module, shapes: dict[str, tuple[int, .
 
 def _memory(config: Config, devices: int) -> list[str]:
     """Memory per device by part, with adapters beside full rank."""
+    from relora.engine.precision import precision_of
     from relora.plan.estimate import PARTS, full_rank_twin, memory_by_part, peak_memory
     from relora.words import format_bytes
 
@@ -208,7 +209,8 @@ def _memory(config: Config, devices: int) -> list[str]:
     if devices == 1 and config.deepspeed.zero_stage in (1, 2):
         alone = config.deepspeed.model_copy(update={"zero_stage": 0, "offload_optimizer": False})
         least = peak_memory(config.model_copy(update={"deepspeed": alone}), 1)
-        if least < 0.98 * peak_memory(config, 1) and config.deepspeed.precision != "deepspeed_bf16":
+        casts = precision_of(config.deepspeed.precision).is_deepspeeds
+        if least < 0.98 * peak_memory(config, 1) and not casts:
             lines.append(
                 f"  one rank has nothing to share: with ZeRO 0 it is {format_bytes(least)}"
             )
@@ -308,12 +310,14 @@ def _merges(config: Config, shapes: dict[str, tuple[int, ...]]) -> list[str]:
 
 def _engines(config: Config) -> list[str]:
     """Which ZeRO stages go with which precision; this run's combination in brackets."""
-    from relora.engine.config import PRECISIONS, STAGES, refusal
+    from relora.engine.config import STAGES
+    from relora.engine.options import refusal
+    from relora.engine.precision import NAMES
 
     chosen = config.deepspeed
     lines = [f"{'engines':<18}" + "".join(f"ZeRO {stage:<11}" for stage in STAGES).rstrip()]
     reasons: dict[str, None] = {}
-    for precision in PRECISIONS:
+    for precision in NAMES:
         cells = []
         for stage in STAGES:
             refused = refusal(stage, precision, False)

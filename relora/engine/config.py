@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Literal, get_args
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
+from relora.engine.precision import Name
 from relora.section import Section
 
 
@@ -19,12 +20,19 @@ class BatchConfig(Section):
 class OptimizerConfig(Section):
     """AdamW with decoupled weight decay, none of it on norms and biases."""
 
-    name: Literal["adamw"] = "adamw"
     lr: float = Field(gt=0)
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
     grad_clip: float | None = Field(default=1.0, gt=0)  # global norm; null = off
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_name(cls, values: Any) -> Any:
+        """Configs from before, those of runs among them, name the one optimizer there is."""
+        if isinstance(values, dict) and values.get("name") == "adamw":
+            return {key: value for key, value in values.items() if key != "name"}
+        return values
 
     @field_validator("betas")
     @classmethod
@@ -35,9 +43,7 @@ class OptimizerConfig(Section):
 
 
 Stage = Literal[0, 1, 2, 3]
-Precision = Literal["fp32", "bf16", "fp16", "deepspeed_bf16"]
 STAGES: tuple[int, ...] = get_args(Stage)
-PRECISIONS: tuple[str, ...] = get_args(Precision)
 
 
 class DeepSpeedConfig(Section):
@@ -49,23 +55,7 @@ class DeepSpeedConfig(Section):
     """
 
     zero_stage: Stage = 2
-    precision: Precision = "bf16"
+    precision: Name = "bf16"
     offload_optimizer: bool = False
     timeout_minutes: float = Field(default=30.0, gt=0)  # of a collective, before a hang is an error
     extra: dict[str, Any] = Field(default_factory=dict)
-
-
-def refusal(zero_stage: int, precision: str, offload_optimizer: bool) -> tuple[str, str] | None:
-    """Why a combination is not offered, and the nearest one that is; None if it works."""
-    if offload_optimizer and zero_stage == 0:
-        other = "" if precision == "deepspeed_bf16" else ", or offload_optimizer: false"
-        return (
-            "ZeRO 0 has no partitioned optimizer to offload",
-            f"zero_stage 1, 2 or 3{other}",
-        )
-    if precision == "deepspeed_bf16" and zero_stage == 0:
-        return (
-            "DeepSpeed's wrapper of ZeRO 0 takes an optimizer step with zero gradients when built",
-            "precision: bf16, or zero_stage 1, 2 or 3",
-        )
-    return None

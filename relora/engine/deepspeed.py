@@ -1,11 +1,4 @@
-"""The door to DeepSpeed: its config, its engine, one optimizer step. Nobody else imports it.
-
-Precision: with `bf16` and `fp16` trainable parameters are fp32, the frozen base is bf16, and
-torch's autocast multiplies inside the model's forward; to DeepSpeed it is an fp32 run. That is the
-one arrangement that behaves the same on ZeRO 0–3. Loss scaling for fp16 is ours too, handed to
-DeepSpeed before each step. `deepspeed_bf16` is DeepSpeed's own engine, where all weights are bf16
-with fp32 masters.
-"""
+"""The door to DeepSpeed: its config, its engine, one optimizer step. Nobody else imports it."""
 
 from __future__ import annotations
 
@@ -17,7 +10,6 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -29,12 +21,12 @@ from torch import Tensor, nn
 from relora.engine.config import DeepSpeedConfig, OptimizerConfig
 from relora.engine.distributed import Ranks
 from relora.engine.evaluation import Loss
+from relora.engine.options import deepspeed_json
+from relora.engine.precision import dtype_of, precision_of
 from relora.errors import ConfigError
 from relora.lora.inject import parameter_groups
 
 Engine = Any  # deepspeed.DeepSpeedEngine; the import happens late
-
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 # Where the wrappers of ZeRO 1–3 keep whole groups of weights and fp32 masters.
 FLAT_TENSORS = (
@@ -43,27 +35,6 @@ FLAT_TENSORS = (
     "fp16_partitioned_groups_flat",
     "fp32_partitioned_groups_flat",
 )
-
-
-@dataclass
-class LossScale:
-    """The dynamic loss scale of fp16: halved when gradients overflow, doubled after long calm.
-
-    Powers of two, so that scaling itself rounds nothing (arXiv 1710.03740, section 3.2).
-    """
-
-    value: float = 2.0**16
-    calm: int = 0  # updates applied since it last changed
-
-    DOUBLE_AFTER = 1000
-
-    def update(self, applied: bool) -> None:
-        """Follow one update; `applied` is False if its gradients were not finite."""
-        self.calm = self.calm + 1 if applied else 0
-        if not applied:
-            self.value = max(1.0, self.value / 2)
-        elif self.calm == self.DOUBLE_AFTER:
-            self.value, self.calm = min(2.0**24, self.value * 2), 0
 
 
 class StepResult(NamedTuple):
@@ -102,9 +73,9 @@ def build_engine(
     """Wrap a model for training: AdamW over its trainable parameters, under the chosen stage."""
     deepspeed = _import_deepspeed()
     optimizer = build_optimizer(model, optimizer_config, merged_decay)
-    dtype = AUTOCAST.get(deepspeed_config.precision)
-    if dtype is not None:
-        model.forward = torch.autocast(ranks.device.type, dtype)(model.forward)
+    autocast = precision_of(deepspeed_config.precision).autocast
+    if autocast is not None:
+        model.forward = torch.autocast(ranks.device.type, dtype_of(autocast))(model.forward)
     try:
         engine, *_ = deepspeed.initialize(
             model=model.to(ranks.device),
@@ -120,32 +91,12 @@ def build_engine(
             f"deepspeed.extra: DeepSpeed builds no engine with {keys} as they are: "
             f"{str(error) or type(error).__name__}; mend or remove them"
         ) from error
-    if dtype is not None and deepspeed_config.zero_stage == 3:
+    if autocast is not None and deepspeed_config.zero_stage == 3:
         # Gathering is no arithmetic, and fp16's autocast refuses to put bf16 pieces together.
         coordinator = engine.optimizer.parameter_offload.get_param_coordinator()
         plain = torch.autocast(ranks.device.type, enabled=False)
         coordinator.fetch_sub_module = plain(coordinator.fetch_sub_module)
     return engine
-
-
-def deepspeed_json(
-    config: DeepSpeedConfig, optimizer: OptimizerConfig, micro_batch_size: int
-) -> dict[str, Any]:
-    """DeepSpeed's own config. Gradient accumulation is ours (see `train_step`), hence 1 here."""
-    clip = optimizer.grad_clip or 0.0
-    values: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": micro_batch_size,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": clip if config.zero_stage > 0 else 0.0,  # stage 0: `train_step` clips
-        "zero_optimization": {"stage": config.zero_stage},
-        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW everywhere: no compiled op
-        "steps_per_print": 10**9,
-    }
-    if config.offload_optimizer:
-        values["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
-    if config.precision == "deepspeed_bf16":
-        values["bf16"] = {"enabled": True}
-    return _merge(values, config.extra)
 
 
 def refusals(
@@ -326,14 +277,6 @@ def _step_unsharded(
         return math.inf, False
     engine.step()
     return norm, True
-
-
-def _merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in extra.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
 
 
 def _limit_waiting(timeout: timedelta) -> None:

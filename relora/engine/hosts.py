@@ -20,8 +20,8 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from relora.engine.arguments import encode
 from relora.engine.devices import listed
+from relora.engine.launcher import encode
 from relora.engine.signals import FRONT
 from relora.errors import ConfigError
 from relora.files import is_file, read_text

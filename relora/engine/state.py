@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from relora.engine.codec import REMAINDER, decode, encode_
 from relora.engine.sources import Source, Tensors
 from relora.errors import ConfigError
 
@@ -76,23 +77,18 @@ class ParameterView:
             return self.master.narrow(0, start - self.start, stop - start)
         start, count = start - self.live_start, stop - start
         live = self.live.narrow(0, start, count)
-        if self.remainder is not None:
-            return join_bf16(live, self.remainder.narrow(0, start, count).to(live.device))
-        return live.float()
+        return decode(
+            live, None if self.remainder is None else self.remainder.narrow(0, start, count)
+        )
 
     def write_live_(self, values: Tensor, start: int) -> None:
         """Replace entries of `live` (and the remainder) from `start` of the flattened parameter on.
 
         `drop_stale_copies_` must follow.
         """
-        start -= self.live_start
-        live = self.live.narrow(0, start, values.numel())
-        if self.remainder is not None:
-            high, low = split_fp32(values.to(live.device))
-            live.copy_(high)
-            self.remainder.narrow(0, start, values.numel()).copy_(low)
-        else:
-            live.copy_(values)
+        where = (0, start - self.live_start, values.numel())
+        remainder = None if self.remainder is None else self.remainder.narrow(*where)
+        encode_(values, self.live.narrow(*where), remainder)
 
     def write_(self, values: Tensor) -> None:
         """Replace the parameter by a whole fp32 tensor, which every rank has."""
@@ -167,7 +163,7 @@ class EngineState:
             )
             if remainder and not param.requires_grad and live.dtype == torch.bfloat16:
                 device = live.device if remainder == "device" else torch.device("cpu")
-                view.remainder = torch.zeros_like(live, dtype=torch.int16, device=device)
+                view.remainder = torch.zeros_like(live, dtype=REMAINDER, device=device)
             self.by_name[name] = view
 
     def __getitem__(self, name: str) -> ParameterView:
@@ -175,6 +171,11 @@ class EngineState:
 
     def __iter__(self) -> Any:
         return iter(self.by_name.values())
+
+    def count_parameters(self) -> tuple[int, int]:
+        """(trainable, total) number of entries, whole also where ranks share them."""
+        sizes = [(view.numel, view.param.requires_grad) for view in self]
+        return sum(n for n, trainable in sizes if trainable), sum(n for n, _ in sizes)
 
     def moment(self, view: ParameterView, kind: str) -> Tensor:
         """This rank's part of a moment of a trainable parameter, as a flat view."""
@@ -331,24 +332,6 @@ def _all_reduce(
             whole[start : start + piece.numel()] = piece
     dist.all_reduce(buffer)
     return list(buffer.split(sizes))
-
-
-def join_bf16(high: Tensor, low: Tensor) -> Tensor:
-    """fp32 from its bf16 rounding and the int16 difference of the bit patterns; exact."""
-    bits = (high.view(torch.int16).to(torch.int32) << 16) + low.to(torch.int32)
-    return bits.view(torch.float32)
-
-
-def split_fp32(values: Tensor) -> tuple[Tensor, Tensor]:
-    """fp32 → (bf16, int16) with join_bf16(bf16, int16) == fp32, bit for bit.
-
-    Rounds half away from zero, so that the difference always fits 16 bits; rounding half to even
-    would leave +0x8000 and −0x8000 for the same bf16.
-    """
-    bits = values.contiguous().view(torch.int32)
-    high = (bits + 0x8000) >> 16
-    low = (bits - (high << 16)).to(torch.int16)
-    return high.to(torch.int16).view(torch.bfloat16), low
 
 
 def _live(param: Any) -> tuple[Tensor, int, torch.Size]:

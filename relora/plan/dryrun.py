@@ -1,4 +1,4 @@
-"""A model without its memory: its matrices, what a forward pass multiplies, and what it would keep.
+"""A model without its memory: its matrices, what a step multiplies, and what it would keep.
 
 All come from the real modules, built and run on tensors that have shapes and no storage, so any
 architecture that trains here is counted here, in seconds, at any size. What cannot be run so, since
@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from contextlib import nullcontext
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from relora.config import Config
+from relora.engine.precision import Name, dtype_of, precision_of
 from relora.errors import ConfigError, UserError
 from relora.lora.config import LoRAConfig
 from relora.model import ModelConfig, build_meta_model, find_model_directory, load_model_config
@@ -28,7 +28,6 @@ RECURRENT = re.compile(
     r"(Mamba2?|Ssm|SSM|RgLru|xLSTM|mLSTM|GatedDeltaNet|KimiDelta|Lightning)\w*"
     r"(Mixer|Attention|Layer|Net|Cell)$|RgLru$|RwkvSelfAttention$|MambaMixer$|DeltaNet$"
 )
-ONE_TOO_MANY = "FLOPs hold a backward pass for them as for others"
 
 
 class Matrix(NamedTuple):
@@ -37,8 +36,6 @@ class Matrix(NamedTuple):
     inputs: int
     outputs: int
     adapted: bool  # has A and B beside it once adapters are born
-    checkpointed: bool  # inside a block that gradient checkpointing runs again
-    last: bool  # the last product of such a block
 
 
 class Shape(NamedTuple):
@@ -46,7 +43,6 @@ class Shape(NamedTuple):
 
     matrices: tuple[Matrix, ...]  # of linear layers, the output head among them
     parameters: tuple[tuple[int, bool], ...]  # (entries, whether adapters freeze it)
-    block_dropout: bool  # blocks end in dropout, which must be run again to its end
 
     def adapted(self) -> list[Matrix]:
         """The matrices with adapters."""
@@ -63,12 +59,13 @@ class Shape(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """Bytes that one micro-batch's forward pass keeps for its backward pass, logits apart."""
+    """What one micro-batch takes: bytes kept for its backward pass, logits apart, and products."""
 
     activations: float
     weight_copies: float  # in half precision, which autocast makes of fp32 weights
     logits: int  # number of them
-    flops: float  # of all products of matrices, for one token; without adapters
+    forward: float  # FLOPs of all products of matrices, for one token
+    backward: float
     uses: tuple[float, ...]  # rows that go through each of `Shape.matrices`, for one token
     uncounted: tuple[str, ...]  # what the figures leave out, in words
 
@@ -79,7 +76,7 @@ def shape_of(config: Config) -> Shape:
 
 
 def dry_run(config: Config, adapters: bool) -> Kept:
-    """What a forward pass of one micro-batch keeps, with or without adapters."""
+    """What one micro-batch keeps and multiplies, with or without adapters."""
     model, content, lora = _key(config)
     batch = (config.batch.micro_batch_size, config.data.sequence_length)
     return _dry_run(model, content, lora if adapters else "", config.deepspeed.precision, batch)
@@ -98,31 +95,23 @@ def _key(config: Config) -> tuple[ModelConfig, str, str]:
 
 @cache
 def _shape(model_config: ModelConfig, content: str, lora: str) -> Shape:
-    from torch import nn
-
     from relora.lora.choose import find_targets
     from relora.lora.layers import kind_of
 
     model = build_meta_model(model_config)
     targets = find_targets(model, LoRAConfig.model_validate_json(lora)) if lora else []
     adapted = {id(model.get_submodule(name)) for name in targets}
-    blocks = blocks_of(model)
-    inside = {id(m): index for index, block in enumerate(blocks) for m in block.modules()}
     linear = _linear(model)
-    last = {inside.get(id(m)): id(m) for m in linear}
     matrices = []
     for module in linear:
         kind = kind_of(module)
         assert kind is not None
         outputs, inputs = kind.matrix(module.weight).shape
-        block = inside.get(id(module))
-        is_last = block is not None and last[block] == id(module)
-        matrices.append(Matrix(inputs, outputs, id(module) in adapted, block is not None, is_last))
+        matrices.append(Matrix(inputs, outputs, id(module) in adapted))
     frozen = {id(m.weight) for m in linear if id(m) in adapted}
     return Shape(
         tuple(matrices),
         tuple((p.numel(), id(p) in frozen) for p in model.parameters()),
-        any(isinstance(m, nn.Dropout) and m.p > 0 for block in blocks for m in block.modules()),
     )
 
 
@@ -143,7 +132,7 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 
 @cache
 def _dry_run(
-    model_config: ModelConfig, content: str, lora: str, precision: str, batch: tuple[int, int]
+    model_config: ModelConfig, content: str, lora: str, precision: Name, batch: tuple[int, int]
 ) -> Kept:
     where = f"model: {model_config.config or model_config.pretrained}"
     problem: Exception | None = None
@@ -152,7 +141,7 @@ def _dry_run(
         try:
             return _run(model_config, lora, precision, batch, masks)
         except _depends_on_numbers() as error:
-            return _guess(model_config, batch, one_line(error))
+            return _guess(model_config, lora, batch, one_line(error))
         except UserError:
             raise
         except Exception as error:
@@ -163,41 +152,57 @@ def _dry_run(
 
 
 def _run(
-    model_config: ModelConfig, lora: str, precision: str, batch: tuple[int, int], masks: bool
+    model_config: ModelConfig, lora: str, precision: Name, batch: tuple[int, int], masks: bool
 ) -> Kept:
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils.flop_counter import FlopCounterMode
 
-    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    autocast = precision_of(precision).autocast
     with FakeTensorMode():
         model = _fake_model(model_config, lora, precision, masks)
         tally = _Tally(model, batch)
         if model_config.gradient_checkpointing:
             tally.watch_blocks(model)
         tokens = torch.zeros(batch, dtype=torch.long)
+        half = dtype_of(autocast) if autocast else None
         context = torch.autocast("cpu", half, enabled=half is not None)
         saved = torch.autograd.graph.saved_tensors_hooks(tally.pack, lambda tensor: tensor)
-        counter = FlopCounterMode(display=False, custom_mapping=_formulas())
-        with saved, context, nullcontext() if lora else counter:  # those with A and B follow
+        with saved, context:
             model(input_ids=tokens, labels=tokens)
-    left_out = _left_out(model, model_config)
-    if tally.idle:
-        left_out += (
-            f"that {tally.idle} calls of linear layers pass on no gradient: {ONE_TOO_MANY}",
-        )
-    return tally.kept(counter.get_total_flops(), left_out)
+        tally.done = True
+        if model_config.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+        passes = [FlopCounterMode(display=False, custom_mapping=_formulas()) for _ in range(2)]
+        with context, passes[0]:
+            loss = model(input_ids=tokens, labels=tokens).loss
+        with passes[1]:
+            loss.backward()
+    forward, backward = (counter.get_total_flops() for counter in passes)
+    return tally.kept(forward, backward, _left_out(model, model_config))
 
 
 def _formulas() -> dict[Any, Any]:
-    """FLOPs of products that torch's counter does not know."""
+    """FLOPs of products that torch's counter does not know, or takes for others."""
     import torch
-    from torch.utils.flop_counter import sdpa_flop_count
+    from torch.utils.flop_counter import conv_flop_count, sdpa_flop_count
 
-    def attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    def forward(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
         return sdpa_flop_count(query, key, value)
 
-    return {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}
+    def backward(_: Any, query: Any, key: Any, value: Any, *__: Any, **___: Any) -> int:
+        return 2 * sdpa_flop_count(query, key, value)  # scores that it computes again left out
+
+    def convolution(gradient: Any, x: Any, weight: Any, *arguments: Any, **_: Any) -> int:
+        # torch takes a backward pass through a grouped convolution for one through a full one.
+        return 2 * conv_flop_count(x, weight, gradient, transposed=arguments[4])
+
+    ops = torch.ops.aten
+    return {
+        ops._scaled_dot_product_flash_attention_for_cpu: forward,
+        ops._scaled_dot_product_flash_attention_for_cpu_backward: backward,
+        ops.convolution_backward: convolution,
+    }
 
 
 def _depends_on_numbers() -> tuple[type[Exception], ...]:
@@ -215,15 +220,26 @@ def _depends_on_numbers() -> tuple[type[Exception], ...]:
     )
 
 
-def _guess(model_config: ModelConfig, batch: tuple[int, int], why: str) -> Kept:
+def _guess(model_config: ModelConfig, lora: str, batch: tuple[int, int], why: str) -> Kept:
     """Every linear layer once a token, for a model that cannot be run without numbers."""
+    from relora.lora.inject import add_adapters
+    from relora.lora.layers import parameter_roles
+
     model = build_meta_model(model_config)
     linear = _linear(model)
+    matrices = sum(m.weight.numel() for m in linear)
+    if lora:
+        add_adapters(model, LoRAConfig.model_validate_json(lora), seed=None)
+    roles, frozen, factors = parameter_roles(model), 0, 0
+    for name, param in model.named_parameters():
+        frozen += param.numel() if roles[name] == "base" else 0
+        factors += param.numel() if roles[name] in ("A", "B") else 0
     return Kept(
         0.0,
         0.0,
         batch[0] * batch[1] * _vocabulary(model),
-        2.0 * sum(m.weight.numel() for m in linear),
+        2.0 * (matrices + factors),
+        4.0 * (matrices + factors) - 2.0 * frozen,
         (1.0,) * len(linear),
         (
             "activations, attention and all products outside linear layers (each of which counts "
@@ -240,9 +256,6 @@ def _left_out(model: nn.Module, model_config: ModelConfig) -> tuple[str, ...]:
     if mixers:
         names = ", ".join(f"{n} {kind}" for kind, n in mixers.items())
         left.append(f"FLOPs of recurrences that are no products of matrices ({names})")
-    indexers = Counter(kind for kind in kinds if kind.endswith("Indexer"))
-    for kind, n in indexers.items():
-        left.append(f"that {n} {kind} pick keys and pass on no gradient: {ONE_TOO_MANY}")
     if model_config.gradient_checkpointing and not blocks_of(model):
         left.append("what gradient checkpointing saves, since this model's blocks are not known")
     return tuple(left)
@@ -256,8 +269,7 @@ def _vocabulary(model: Any) -> int:
     return int(model.config.get_text_config(decoder=True).vocab_size)
 
 
-def _fake_model(model_config: ModelConfig, lora: str, precision: str, masks: bool) -> Any:
-    import torch
+def _fake_model(model_config: ModelConfig, lora: str, precision: Name, masks: bool) -> Any:
     from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
     from transformers.integrations.moe import ExpertsInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -278,12 +290,12 @@ def _fake_model(model_config: ModelConfig, lora: str, precision: str, masks: boo
         model.set_experts_implementation("by_shape")
     if lora:
         add_adapters(model, LoRAConfig.model_validate_json(lora), seed=None)
+    formats = precision_of(precision)
     for _, layer in adapted_layers(model):
-        if precision != "fp32":
-            layer.weight.data = layer.weight.data.to(torch.bfloat16)
-    if precision == "deepspeed_bf16":
+        layer.weight.data = layer.weight.data.to(dtype_of(formats.base))
+    if formats.is_deepspeeds:
         for param in model.parameters():
-            param.data = param.data.to(torch.bfloat16)
+            param.data = param.data.to(dtype_of(formats.trained))
     return model.train()
 
 
@@ -313,12 +325,10 @@ class _Tally:
         self.tokens = batch[0] * batch[1]
         self.logits = self.tokens * _vocabulary(model)
         self.rows: list[int] = []
-        self.idle = 0  # calls of linear layers that no gradient comes back from
+        self.done = False  # with its forward pass; others follow
         for number, module in enumerate(_linear(model)):
             self.rows.append(0)
-            module.register_forward_hook(
-                lambda _, inputs, output, n=number: self._count(n, inputs, output)
-            )
+            module.register_forward_hook(lambda _, __, output, n=number: self._count(n, output))
         self.outside = self.copies = self.inputs = 0.0
         self.block: int | None = None  # inside which one we are
         self.blocks: dict[int, float] = {}
@@ -347,21 +357,22 @@ class _Tally:
             self.blocks[self.block] += storage.nbytes()
         return tensor
 
-    def kept(self, flops: float, uncounted: tuple[str, ...]) -> Kept:
+    def kept(self, forward: float, backward: float, uncounted: tuple[str, ...]) -> Kept:
         """The sums; of checkpointed blocks their inputs, and all of one at a time."""
         inside = self.inputs + max(self.blocks.values(), default=0.0)
         uses = tuple(rows / self.tokens for rows in self.rows)
         kept = self.outside + inside
-        return Kept(kept, self.copies, self.logits, flops / self.tokens, uses, uncounted)
+        flops = forward / self.tokens, backward / self.tokens
+        return Kept(kept, self.copies, self.logits, *flops, uses, uncounted)
 
-    def _count(
-        self, number: int, inputs: tuple[Tensor, ...], output: Tensor | tuple[Tensor, ...]
-    ) -> None:
-        first = output[0] if isinstance(output, tuple) else output  # a router gives scores too
-        self.rows[number] += first.numel() // first.shape[-1]
-        self.idle += not all(tensor.requires_grad for tensor in (*inputs[:1], first))
+    def _count(self, number: int, output: Tensor | tuple[Tensor, ...]) -> None:
+        if not self.done:
+            first = output[0] if isinstance(output, tuple) else output  # a router gives scores too
+            self.rows[number] += first.numel() // first.shape[-1]
 
     def _enter(self, block: int, inputs: tuple[Any, ...]) -> None:
+        if self.done:
+            return
         self.block = block
         self.inputs += inputs[0].untyped_storage().nbytes()
 

@@ -1,9 +1,9 @@
 """What a run will cost, from its config alone: arithmetic, traffic, memory. Needs no GPU, no data.
 
 A product of matrices counts 2 FLOPs a multiplication and addition; all else (norms, softmax, the
-optimizer) is left out. Products are those of a forward pass, run without numbers: attention counts
-every score, also those a causal mask throws away. What is no linear layer (attention, experts,
-convolutions) costs twice as much in the backward pass, though fused kernels compute scores again.
+optimizer) is left out. Products are those that torch counts in a step run without numbers:
+attention counts every score, also those a causal mask throws away, and none that fused kernels
+compute again.
 """
 
 from __future__ import annotations
@@ -11,13 +11,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from relora.config import Config
-from relora.plan.dryrun import Matrix, dry_run, shape_of
+from relora.engine.options import reduces_twice_at_once, zero_option
+from relora.engine.precision import REMAINDER_BYTES, precision_of
+from relora.plan.dryrun import dry_run, shape_of
 
-# DeepSpeed's defaults, in entries, where `deepspeed.extra` says nothing else.
-REDUCE_BUCKET = 5e8
-REUSE_DISTANCE = 1e9
-PREFETCH_BUCKET = 5e7
-PERSISTENT = 1e5  # under ZeRO 3, smaller parameters are whole on every rank
 # At the peak of the loss, in bytes a logit: log-probabilities, their gradient, that of the logits,
 # all fp32, when transformers' copies of the logits are gone again.
 LOGIT_BYTES = 12
@@ -62,18 +59,10 @@ def full_rank_twin(config: Config) -> Config:
 
 
 def flops_per_token(config: Config, adapters: bool) -> Flops:
-    """FLOPs of a trained token in the full-rank phase or with adapters, as the layers compute them.
-
-    Every layer passes a gradient on to its input, the first ones too, since embeddings train. A
-    frozen weight gets no gradient of its own.
-    """
-    rank, layers = _rank(config, adapters), _layers(config)
-    forward = sum(uses * _forward(matrix, rank) for matrix, uses in layers)
-    backward = sum(uses * _backward(matrix, rank) for matrix, uses in layers)
-    others = dry_run(config, False).flops - sum(n * _forward(m, None) for m, n in layers)
-    if config.model.gradient_checkpointing:
-        backward += _recomputed(config, rank) + others
-    return Flops(forward + others, backward + 2 * others)
+    """FLOPs of a trained token in the full-rank phase or with adapters, as the layers compute
+    them; with what gradient checkpointing runs again."""
+    kept = dry_run(config, adapters and config.lora is not None)
+    return Flops(kept.forward, kept.backward)
 
 
 def uncounted(config: Config) -> list[str]:
@@ -92,7 +81,9 @@ def speedup_ceiling(config: Config) -> float:
     rank = _rank(config, True)
     if rank is None:
         return 1.0
-    adapted = [(m, uses) for m, uses in _layers(config) if m.adapted]
+    # Fewer uses than one a token where it goes through few experts, two of a layer that is shared.
+    layers = zip(shape_of(config).matrices, dry_run(config, False).uses, strict=True)
+    adapted = [(m, uses) for m, uses in layers if m.adapted]
     full = flops_per_token(config, False).total
     saved = sum(
         uses * (2 * m.inputs * m.outputs - 4 * rank * (m.inputs + m.outputs)) for m, uses in adapted
@@ -152,7 +143,10 @@ def bytes_per_step(config: Config, world: int, adapters: bool) -> float:
     if section.zero_stage < 3:
         return 3 * share * trained
     bytes_of = [size * (width if trainable else frozen_width) for size, trainable in sizes]
-    whole = [size <= _option(config, "stage3_param_persistence_threshold") for size, _ in sizes]
+    whole = [
+        size <= zero_option(config.deepspeed, "stage3_param_persistence_threshold")
+        for size, _ in sizes
+    ]
     kept = sum(b for b, w in zip(bytes_of, whole, strict=True) if w)
     gathers = 1 + _released(config)
     micro_batches = config.batch.global_batch_size // (config.batch.micro_batch_size * world)
@@ -189,53 +183,10 @@ def _rank(config: Config, adapters: bool) -> int | None:
     return config.lora.rank if adapters and config.lora else None
 
 
-def _forward(matrix: Matrix, rank: int | None) -> float:
-    m, n = matrix.inputs, matrix.outputs
-    return 2.0 * m * n + (2 * rank * (m + n) if rank and matrix.adapted else 0)
-
-
-def _backward(matrix: Matrix, rank: int | None) -> float:
-    m, n = matrix.inputs, matrix.outputs
-    if rank and matrix.adapted:
-        return 2.0 * m * n + 4 * rank * (m + n)
-    return 4.0 * m * n
-
-
-def _layers(config: Config) -> list[tuple[Matrix, float]]:
-    """The linear layers, and how many rows go through each for a token: fewer than one through an
-    expert that few tokens choose, two through a layer that is shared."""
-    return list(zip(shape_of(config).matrices, dry_run(config, False).uses, strict=True))
-
-
-def _recomputed(config: Config, rank: int | None) -> float:
-    """Linear layers that gradient checkpointing runs again: it stops before a block's last product,
-    which nothing is saved after, unless dropout follows."""
-    again = 0.0
-    for matrix, uses in _layers(config):
-        if matrix.checkpointed:
-            again += uses * _forward(matrix, rank)
-            if matrix.last and not shape_of(config).block_dropout:
-                factor = rank if rank and matrix.adapted else matrix.inputs
-                again -= uses * 2 * factor * matrix.outputs
-    return again
-
-
 def _widths(config: Config) -> tuple[int, int]:
     """Bytes of an entry that trains, and of a frozen one, as the forward pass reads it."""
-    precision = config.deepspeed.precision
-    return 2 if precision == "deepspeed_bf16" else 4, 4 if precision == "fp32" else 2
-
-
-def _option(config: Config, name: str) -> float:
-    """One of DeepSpeed's options of zero_optimization."""
-    defaults = {
-        "reduce_bucket_size": REDUCE_BUCKET,
-        "stage3_prefetch_bucket_size": PREFETCH_BUCKET,
-        "stage3_max_reuse_distance": REUSE_DISTANCE,
-        "stage3_param_persistence_threshold": PERSISTENT,
-    }
-    given = config.deepspeed.extra.get("zero_optimization", {})
-    return float(given.get(name, defaults[name]))
+    precision = precision_of(config.deepspeed.precision)
+    return precision.trained_bytes, precision.base_bytes
 
 
 def _released(config: Config) -> float:
@@ -245,7 +196,7 @@ def _released(config: Config) -> float:
     layers behind it, there and back.
     """
     sizes = [size for size, _ in shape_of(config).parameters]
-    reach, behind, released = _option(config, "stage3_max_reuse_distance"), 0, 0
+    reach, behind, released = zero_option(config.deepspeed, "stage3_max_reuse_distance"), 0, 0
     for size in reversed(sizes):
         if 2 * behind >= reach:
             released += size
@@ -270,8 +221,9 @@ def _held(config: Config, world: int, adapters: bool) -> dict[str, float]:
     weights = width * trained + frozen_width * frozen
     if stage == 3:
         weights /= world
-    completes = 2 * frozen / (world if stage == 3 else 1) if frozen_width == 2 else 0.0
-    if relora and relora.precision == "rounded":
+    completes = REMAINDER_BYTES * frozen / (world if stage == 3 else 1)
+    exact = precision_of(section.precision).has_remainder
+    if not exact or (relora and relora.precision == "rounded"):
         completes = 0.0
     on_device = relora is not None and relora.remainder == "device"
     parts = {
@@ -294,9 +246,10 @@ def _beside(config: Config, world: int, adapters: bool) -> dict[str, float]:
     section, width = config.deepspeed, _widths(config)[0]
     sizes = shape_of(config).sizes(_rank(config, adapters))
     trained = float(width * sum(size for size, trainable in sizes if trainable))
-    zero = section.extra.get("zero_optimization", {})
-    bucket = width * _option(config, "reduce_bucket_size") if section.zero_stage else 0.0
-    flat = min(trained, width * _option(config, "reduce_bucket_size"))
+    bucket = (
+        width * zero_option(config.deepspeed, "reduce_bucket_size") if section.zero_stage else 0.0
+    )
+    flat = min(trained, width * zero_option(config.deepspeed, "reduce_bucket_size"))
     copies = dry_run(config, adapters).weight_copies
     micro_batches = config.batch.global_batch_size // (config.batch.micro_batch_size * world)
     carried = trained if micro_batches > 1 else 0.0
@@ -306,7 +259,7 @@ def _beside(config: Config, world: int, adapters: bool) -> dict[str, float]:
         return {"loss": always + copies, "backward": always + copies, "end": always}
     if section.zero_stage == 0:
         return {"loss": carried + copies, "backward": carried + copies, "end": flat}
-    twice = 2 if zero.get("overlap_comm") else 1
+    twice = 2 if reduces_twice_at_once(section) else 1
     backward = carried if micro_batches > 1 else twice * bucket
     local = trained if micro_batches > 1 or section.zero_stage == 1 else 0.0
     end = twice * bucket + max(local, flat if world > 1 else 0.0)
@@ -318,7 +271,7 @@ def _gathered(config: Config, sizes: list[tuple[int, bool]]) -> float:
     width, frozen_width = _widths(config)
     total = sum(size for size, _ in sizes)
     whole = sum(size * (width if trainable else frozen_width) for size, trainable in sizes)
-    ahead = _option(config, "stage3_prefetch_bucket_size") / total
+    ahead = zero_option(config.deepspeed, "stage3_prefetch_bucket_size") / total
     return whole * min(1.0, 1 - _released(config) + ahead)
 
 
@@ -329,9 +282,9 @@ def _peaks(config: Config, world: int, adapters: bool) -> dict[str, float]:
     stays = sum(held[part] for part in ("weights", "remainder", "masters", "moments"))
     stage, beside = config.deepspeed.zero_stage, _beside(config, world, adapters)
     flat = waiting if stage == 3 else 0.0  # lies there all the time
-    half = 4 if config.deepspeed.precision == "fp32" else 2
+    width = precision_of(config.deepspeed.precision).product_bytes
     return {
         "loss": stays + flat + beside["loss"] + kept.activations + LOGIT_BYTES * kept.logits,
-        "backward": stays + flat + beside["backward"] + kept.activations + half * kept.logits,
+        "backward": stays + flat + beside["backward"] + kept.activations + width * kept.logits,
         "end": stays + waiting + beside["end"],
     }

@@ -19,6 +19,7 @@ from relora.lora.draws import seeded_generator
 from relora.lora.layers import parameter_roles
 from relora.restart.config import ResetConfig
 
+DEFAULT_RESET = ResetConfig()
 Reduce = Callable[[Tensor], Tensor]
 
 
@@ -41,18 +42,19 @@ class Edge(NamedTuple):
 @torch.no_grad()
 def reset_moments(
     state: EngineState,
-    config: ResetConfig,
-    seed: int,
     merge: int,
+    seed: int = 0,
+    reset: ResetConfig = DEFAULT_RESET,
     names: Sequence[str] | None = None,
 ) -> float:
     """Zero the moments of adapters' A and B where the masks say so, on this rank's parts.
 
-    Collective. `config.adam_step` also restarts their bias correction (under ZeRO that of all
+    Collective. `reset.adam_step` also restarts their bias correction (under ZeRO that of all
     parameters in their groups of the optimizer: adapters need groups of their own).
 
     Args:
-        seed, merge: key the masks of `random`.
+        merge, seed: key the masks of `random`.
+        reset: which entries, and whether the bias correction starts anew.
         names: of the parameters; None for A and B of every adapter.
 
     Returns:
@@ -62,8 +64,8 @@ def reset_moments(
         roles = parameter_roles(state.model)
         names = [name for name, role in roles.items() if role in ("A", "B")]
     chosen = [state[name] for name in names]
-    zeroed = _reset(state, chosen, config, seed, merge) if config.mode != "none" else 0
-    if config.adam_step:
+    zeroed = _reset(state, chosen, reset, seed, merge) if reset.mode != "none" else 0
+    if reset.adam_step:
         for view in chosen:
             state.set_adam_step_(view, 0)
     return zeroed / max(1, 2 * sum(view.numel for view in chosen))

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from relora.engine.state import MOMENTS, EngineState, ParameterView
 from relora.lora.layers import AdaptedLayer, adapted_layers, names_of
-from relora.restart.config import ReLoRAConfig
-from relora.restart.moments import Moments, reset_moments
+from relora.restart.config import ResetConfig
+from relora.restart.moments import DEFAULT_RESET, Moments, reset_moments
 from relora.restart.reinit import Context, Reinit, kaiming
 
 # From whole moments in the old basis, the layer as it was merged and its new A: those in the new.
@@ -49,9 +49,9 @@ class Adapter(NamedTuple):
 @torch.no_grad()
 def merge_and_restart(
     state: EngineState,
-    config: ReLoRAConfig,
-    seed: int,
     merge: int,
+    seed: int = 0,
+    reset: ResetConfig = DEFAULT_RESET,
     layers: Sequence[str] | None = None,
     reinit: Reinit = kaiming,
     transport: Transport | None = None,
@@ -61,11 +61,12 @@ def merge_and_restart(
 
     Args:
         state: of the engine, or of the model and its optimizer.
-        seed: with the merge's number and a parameter's name it keys A's draw and random masks.
         merge: number of this merge, from 1.
+        seed: with the merge's number and a parameter's name it keys A's draw and random masks.
+        reset: of the moments of A and B.
         layers: names of those that restart now, such as `clock.restarting` gives; None for all.
         reinit: the new A and B of a layer.
-        transport: the moments of a layer in its new basis; None for `config.reset` of them.
+        transport: the moments of a layer in its new basis; None for `reset` of them.
         directions: of the gradient of W, by layer, for rules that follow it.
     """
     chosen = dict(adapted_layers(state.model))
@@ -90,7 +91,7 @@ def merge_and_restart(
     share = 0.0
     if transport is None:
         factors_of = [view.name for adapter in adapters for view in (adapter.a, adapter.b)]
-        share = reset_moments(state, config.reset, seed, merge, factors_of)
+        share = reset_moments(state, merge, seed, reset, factors_of)
     update, weight, lost = state.total(squares, "value").sqrt().tolist()
     loss = lost / max(update, 1e-30)
     return RestartReport(len(adapters), share, update / max(weight, 1e-30), loss)

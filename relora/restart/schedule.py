@@ -32,14 +32,21 @@ class ScheduleConfig(Section):
 class Clock(NamedTuple):
     """All that decides when something happens in a run.
 
-    `cycle` is None without restarts (full rank, plain LoRA); `birth` is None without adapters.
+    Attributes:
+        total: optimizer updates of the whole run.
+        warmup: updates of linear warm-up at its start.
+        base: the curve without restarts: cosine, linear or constant.
+        min_ratio: its last factor.
+        birth: the update after which there are adapters; 0 for all of the run, None for never.
+        cycle: updates between merges; None without restarts (full rank, plain LoRA).
+        rewarm: updates of linear warm-up after each restart.
     """
 
     total: int
     warmup: int = 0
     base: str = "cosine"
     min_ratio: float = 0.1
-    birth: int | None = None
+    birth: int | None = 0
     cycle: int | None = None
     rewarm: int = 0
 

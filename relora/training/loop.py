@@ -20,6 +20,7 @@ from relora.engine.evaluation import (
     loss_of,
     perplexity,
 )
+from relora.engine.precision import precision_of
 from relora.engine.signals import StopRequest
 from relora.errors import NumericsError
 from relora.restart import invariants
@@ -191,9 +192,9 @@ def _restart(run: Run, batch: Tensor) -> None:
     began = time.perf_counter()
     rows = batch[:1, :PROBE_TOKENS]
     before = invariants.probe(run.engine, rows)
-    report = merge_and_restart(run.places, config.relora, config.seed, number)
+    report = merge_and_restart(run.places, number, config.seed, config.relora.reset)
     after = invariants.probe(run.engine, rows)
-    tolerance = config.relora.tolerance or invariants.TOLERANCE[config.deepspeed.precision]
+    tolerance = config.relora.tolerance or precision_of(config.deepspeed.precision).tolerance
     deviation = invariants.check_function(before, after, tolerance, number)
     invariants.check_copies(run.places, number)
     values = {

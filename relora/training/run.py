@@ -9,19 +9,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from relora.config import Config
 from relora.data.shards import TokenShards
 from relora.engine import deepspeed
 from relora.engine.distributed import Ranks
+from relora.engine.precision import LossScale, dtype_of, precision_of
 from relora.engine.sources import Layered, Source, weights_of
 from relora.engine.state import EngineState, capture
 from relora.errors import DataError, UserError
 from relora.lora.choose import describe_left, find_targets, linear_layers
 from relora.lora.inject import add_adapters
 from relora.lora.layers import adapted_layers, names_of
-from relora.model import build_meta_model, build_model, count_parameters, make_trainable
+from relora.model import build_meta_model, build_model, make_trainable
 from relora.plan.advice import idle_settings
 from relora.record.checkpoint import (
     Checkpoint,
@@ -60,7 +59,7 @@ class Run:
     abandoned: list[Path] = field(default_factory=list)  # later ones than the run went on from
     started: float = 0.0  # perf_counter at step 0, as if the run had never stopped
     interval: list[float] = field(default_factory=list)  # seconds of each step since the last log
-    loss_scale: deepspeed.LossScale | None = None  # with precision fp16
+    loss_scale: LossScale | None = None  # where precision needs one
     losses: list[float] = field(default_factory=list)  # of the last steps, for train.spike
     rollbacks: list[Rollback] = field(default_factory=list)  # what the run has gone back from
     files: dict[str, str] = field(default_factory=dict)  # hashes of the run's own; on rank 0
@@ -99,8 +98,8 @@ def start_run(
     engine, places = _build_engine(config, ranks, step, checkpoint)
     run = Run(config, ranks, shards, metrics, engine, places, step, started=time.perf_counter())
     run.wanted, run.files = wanted, files
-    if config.deepspeed.precision == "fp16":
-        run.loss_scale = deepspeed.LossScale()
+    if precision_of(config.deepspeed.precision).scales_loss:
+        run.loss_scale = LossScale()
     run.rollbacks = read_rollbacks(config.run_dir, ranks)
     for line in _header(run) if ranks.is_main else ():
         metrics.say(line)
@@ -113,7 +112,7 @@ def start_run(
 def _header(run: Run) -> Iterator[str]:
     """What is said before the first step: the run, what trains in full, what does nothing."""
     config, shards = run.config, run.shards
-    yield from log_lines.header(config, count_parameters(run.engine.module), shards, run.ranks)
+    yield from log_lines.header(config, run.places.count_parameters(), shards, run.ranks)
     if config.lora is not None:
         for line in describe_left(build_meta_model(structure_of(config)), config.lora):
             yield f"{'in full':9} {line}"
@@ -130,7 +129,7 @@ def _take_up(run: Run, checkpoint: Checkpoint) -> None:
     run.started -= checkpoint.state["elapsed_s"]
     run.saved_at = step
     if run.loss_scale:
-        run.loss_scale = deepspeed.LossScale(*checkpoint.state["loss_scale"])
+        run.loss_scale = LossScale(*checkpoint.state["loss_scale"])
     shrink_(run.engine.module, checkpoint.state["shrink"])
     run.losses = checkpoint.state["losses"] if config.train.spike else []
     run.metrics.say(f"going on from step {step} ({checkpoint.directory})")
@@ -181,9 +180,10 @@ def _build_engine(
     if isinstance(source, Checkpoint):
         source.check_fits(model)
     start = weights_of(model)
-    if config.deepspeed.precision in deepspeed.AUTOCAST:
-        for _, layer in adapted_layers(model):
-            layer.weight.data = layer.weight.data.to(torch.bfloat16)
+    formats = precision_of(config.deepspeed.precision)
+    for _, layer in adapted_layers(model):
+        if not formats.is_deepspeeds:  # which casts by itself, from fp32
+            layer.weight.data = layer.weight.data.to(dtype_of(formats.base))
     engine = deepspeed.build_engine(
         model,
         config.deepspeed,
@@ -232,7 +232,7 @@ def give_birth(run: Run) -> None:
     run.places.release_()
     deepspeed.destroy(run.engine)
     run.engine, run.places = _build_engine(run.config, run.ranks, run.step, state)
-    trainable, total = count_parameters(run.engine.module)
+    trainable, total = run.places.count_parameters()
     seconds = time.perf_counter() - began
     run.metrics.write(run.step, {"relora/birth": 1, "time/birth_s": seconds})
     run.metrics.say(log_lines.birth_line(run.step, len(frozen), trainable, total, seconds))

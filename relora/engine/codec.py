@@ -1,0 +1,52 @@
+"""How frozen base weights are stored: what the forward pass reads, and what completes it to fp32.
+
+A merge adds small updates to a large weight; what it adds must not be lost to rounding. A codec is
+a pair of functions: `encode` fp32 values into (live, remainder), `decode` them, bit for bit.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+REMAINDER = torch.int16  # beside a bf16 weight
+
+
+def decode(live: Tensor, remainder: Tensor | None) -> Tensor:
+    """fp32 values of stored weights: the very tensor where that is fp32, else a copy.
+
+    Args:
+        live: fp32 or bf16.
+        remainder: int16 of the same shape, wherever it lies; None where bf16 is all there is.
+    """
+    if remainder is None:
+        return live.float()
+    return join_bf16(live, remainder.to(live.device))
+
+
+def encode_(values: Tensor, live: Tensor, remainder: Tensor | None) -> None:
+    """Store fp32 values, in place; without a remainder they are rounded to what `live` holds."""
+    if remainder is None:
+        live.copy_(values)
+        return
+    high, low = split_fp32(values.to(live.device))
+    live.copy_(high)
+    remainder.copy_(low)
+
+
+def join_bf16(high: Tensor, low: Tensor) -> Tensor:
+    """fp32 from its bf16 rounding and the int16 difference of the bit patterns; exact."""
+    bits = (high.view(torch.int16).to(torch.int32) << 16) + low.to(torch.int32)
+    return bits.view(torch.float32)
+
+
+def split_fp32(values: Tensor) -> tuple[Tensor, Tensor]:
+    """fp32 → (bf16, int16) with join_bf16(bf16, int16) == fp32, bit for bit.
+
+    Rounds half away from zero, so that the difference always fits 16 bits; rounding half to even
+    would leave +0x8000 and −0x8000 for the same bf16.
+    """
+    bits = values.contiguous().view(torch.int32)
+    high = (bits + 0x8000) >> 16
+    low = (bits - (high << 16)).to(torch.int16)
+    return high.to(torch.int16).view(torch.bfloat16), low

@@ -1,0 +1,139 @@
+"""What is known of DeepSpeed's own config: how ours becomes it, what is refused, its defaults.
+
+No torch and no DeepSpeed are imported here, for config errors answer at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from relora.engine.config import DeepSpeedConfig, OptimizerConfig
+from relora.engine.precision import Name, precision_of
+
+# Of zero_optimization, in entries, where `deepspeed.extra` says nothing else.
+DEFAULTS = {
+    "reduce_bucket_size": 5e8,
+    "stage3_max_reuse_distance": 1e9,
+    "stage3_prefetch_bucket_size": 5e7,
+    "stage3_param_persistence_threshold": 1e5,  # smaller parameters are whole on every rank
+}
+
+# Options of DeepSpeed's zero_optimization under which a merge would be wrong, and why.
+UNSAFE_ZERO = {
+    "round_robin_gradients": "DeepSpeed maps fp32 masters to the wrong parameters with it",
+    "offload_param": "merges do not reach weights that were moved off the device",
+    "zenflow": "its optimizer keeps moments of its own, which merges do not reset",
+    "mics_shard_size": "merges count on each entry having one owner among all ranks",
+    "zero_quantized_weights": "a merge into quantised weights loses most of the update",
+    "zero_quantized_nontrainable_weights": "a merge into quantised weights loses most of it",
+}
+REFUSED_EXTRA = {
+    "fp16": "DeepSpeed's fp16 engine never scales the loss under ZeRO 0, and 16 bits more do not "
+    "complete its fp16 weights to fp32, so merges would lose updates; take deepspeed.precision: "
+    "fp16",
+    "amp": "the model's arithmetic is chosen by deepspeed.precision; remove it",
+    "data_types": "DeepSpeed wraps Adam in another class for it, whose state merges do not reach; "
+    "remove it",
+    "checkpoint": "checkpoints are relora's own: those of DeepSpeed lose frozen weights when the "
+    "ranks change; remove it",
+    "autotuning": "it ends the process after a few steps, as if the run were done; remove it",
+    "compile": "would do nothing; remove it",
+    "data_efficiency": "would do nothing, since batches are relora's own; remove it",
+    "pipeline": "would do nothing, since the model is not cut into stages; remove it",
+    "tensor_parallel": "merges count on each weight being whole, or partitioned by ZeRO; remove it",
+    "expert_parallel": "merges count on each weight being whole, or partitioned by ZeRO; remove it",
+    "hybrid_engine": "it swaps the layers for its own, without their adapters; remove it",
+    "elasticity": "the global batch is fixed, and a run goes on with any number of ranks that "
+    "divides it; remove it",
+}
+
+
+def deepspeed_json(
+    config: DeepSpeedConfig, optimizer: OptimizerConfig, micro_batch_size: int
+) -> dict[str, Any]:
+    """DeepSpeed's own config. Gradient accumulation is ours (see `train_step`), hence 1 here."""
+    clip = optimizer.grad_clip or 0.0
+    values: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": clip if config.zero_stage > 0 else 0.0,  # stage 0: `train_step` clips
+        "zero_optimization": {"stage": config.zero_stage},
+        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW everywhere: no compiled op
+        "steps_per_print": 10**9,
+    }
+    if config.offload_optimizer:
+        values["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+    if precision_of(config.precision).is_deepspeeds:
+        values["bf16"] = {"enabled": True}
+    return _merge(values, config.extra)
+
+
+def zero_option(section: DeepSpeedConfig, name: str) -> float:
+    """One of the options of zero_optimization that are numbers of entries."""
+    return float(section.extra.get("zero_optimization", {}).get(name, DEFAULTS[name]))
+
+
+def reduces_twice_at_once(section: DeepSpeedConfig) -> bool:
+    """Whether gradients are reduced beside the backward pass, from a second bucket."""
+    return bool(section.extra.get("zero_optimization", {}).get("overlap_comm"))
+
+
+def mistakes(section: DeepSpeedConfig) -> Iterator[str]:
+    """What a `deepspeed` section asks for that is not offered, or would break merges."""
+    refused = refusal(section.zero_stage, section.precision, section.offload_optimizer)
+    if refused:
+        why, way_out = refused
+        yield (
+            f"deepspeed: zero_stage {section.zero_stage}, precision {section.precision}, "
+            f"offload_optimizer {str(section.offload_optimizer).lower()}: {why}; take {way_out}"
+        )
+    ours = {
+        "train_batch_size": "batch.global_batch_size",
+        "train_micro_batch_size_per_gpu": "batch.micro_batch_size",
+        "gradient_accumulation_steps": "batch",
+        "gradient_clipping": "optimizer.grad_clip",
+        "optimizer": "optimizer",
+        "scheduler": "schedule",
+        "torch_autocast": "deepspeed.precision",
+        "bf16": "deepspeed.precision, where deepspeed_bf16 is DeepSpeed's own engine",
+    }
+    for key in section.extra:
+        if key in ours:
+            yield f"deepspeed.extra.{key}: is decided by {ours[key]}; set it there"
+        elif key in REFUSED_EXTRA:
+            yield f"deepspeed.extra.{key}: {REFUSED_EXTRA[key]}"
+    zero = section.extra.get("zero_optimization", {})
+    if not isinstance(zero, dict):
+        yield f"deepspeed.extra.zero_optimization: {zero!r}: is a mapping"
+        return
+    for key, where in {"stage": "zero_stage", "offload_optimizer": "offload_optimizer"}.items():
+        if key in zero:
+            yield f"deepspeed.extra.zero_optimization.{key}: is decided by deepspeed.{where}"
+    for key, why in UNSAFE_ZERO.items():
+        if zero.get(key):
+            yield f"deepspeed.extra.zero_optimization.{key}: {why}; remove it"
+
+
+def refusal(zero_stage: int, precision: Name, offload_optimizer: bool) -> tuple[str, str] | None:
+    """Why a combination is not offered, and the nearest one that is; None if it works."""
+    if offload_optimizer and zero_stage == 0:
+        other = "" if precision_of(precision).is_deepspeeds else ", or offload_optimizer: false"
+        return (
+            "ZeRO 0 has no partitioned optimizer to offload",
+            f"zero_stage 1, 2 or 3{other}",
+        )
+    if precision_of(precision).is_deepspeeds and zero_stage == 0:
+        return (
+            "DeepSpeed's wrapper of ZeRO 0 takes an optimizer step with zero gradients when built",
+            "precision: bf16, or zero_stage 1, 2 or 3",
+        )
+    return None
+
+
+def _merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in extra.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
