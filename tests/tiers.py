@@ -27,6 +27,32 @@ TIERS = {
     "test_hosts": "launch",
     "test_launch_command": "launch",
     "test_launch_scripts": "launch",
+    # in a way that the names do not show
+    "test_data_corpus::test_a_config_is_read_without_importing_torch_or_datasets": "process",
+    "test_data_globs::test_a_file_or_folder_without_the_right_to_read_is_named": "process",
+    "test_data_loader::test_loader_processes_give_the_same_batches": "process",
+    "test_data_reuse::test_a_full_disk_while_parts_and_shards_are_written": "process",
+    "test_data_shards::test_one_worker_and_two_make_the_same_bytes": "process",
+    "test_devices::test_the_driver_counts_whatever_is_hidden": "process",
+    "test_hostile_input::test_every_path_on_the_command_line_is_a_message_if_it_is_no_good": (
+        "process"
+    ),
+    "test_method_reference::test_fp32_equals_the_reference": "process",
+    "test_plan::test_the_config_is_planned_whatever_its_run_directory_holds": "process",
+    # nothing, but they take seconds
+    "test_configs::test_a_shipped_config_can_be_planned": "process",
+    "test_any_model": "process",
+    "test_data_damage": "process",
+    "test_data_shards::test_a_crash_at_any_commit_leaves_nothing_that_looks_finished": "process",
+    "test_data_text::test_a_long_document_has_the_ids_of_the_whole_by_any_tokenizer": "process",
+    "test_data_text::test_a_long_document_has_the_ids_of_the_whole_by_ours": "process",
+    "test_data_text::test_text_without_words_is_kept_to_the_letter": "process",
+    "test_data_tokenizer": "process",
+    "test_estimate::test_the_ceiling_is_that_of_the_design": "process",
+    "test_hostile_input::test_a_mutated_config_is_planned_or_refused": "process",
+    "test_model_json::test_a_mutated_model_is_planned_or_refused_in_one_message": "process",
+    "test_plan::test_the_size_of_checkpoints_is_that_of_the_paper_model": "process",
+    "test_tokenizer_agreement": "process",
 }
 # Modules and functions that start processes, by their names. A whole run counts: it asks git for
 # the commit, and takes longer than a unit test may.
@@ -44,8 +70,10 @@ def tier_of(item: pytest.Function) -> str:
     marked = [name for name in reversed(NAMES) if item.get_closest_marker(name)]
     if marked:
         return marked[0]
-    if item.module.__name__ in TIERS:
-        return TIERS[item.module.__name__]
+    file = item.module.__name__
+    for name in (f"{file}::{item.originalname}", file):
+        if name in TIERS:
+            return TIERS[name]
     fixtures = item._fixtureinfo.name2fixturedefs.values()
     functions = [item.function, *(definition[-1].func for definition in fixtures)]
     return "process" if any(_starts(inspect.unwrap(one)) for one in functions) else "unit"
@@ -56,8 +84,14 @@ def _starts(function: Any) -> bool:
     """Whether a function of the tests, or one that it names, names a starter."""
     return any(
         getattr(one, "__name__", "") in STARTERS.get(getattr(one, "__module__", ""), ())
+        or (isinstance(one, FunctionType) and _of_the_tests(one) and _runs(one.__code__))
         for one in _reached(function)
     )
+
+
+def _runs(code: CodeType) -> bool:
+    """Whether code says `relora("train", …)` or the like."""
+    return "relora" in code.co_names and not {"train", "arms"}.isdisjoint(code.co_consts)
 
 
 def _reached(function: Any) -> list[Any]:
