@@ -26,19 +26,14 @@ def cross_checks(config: Config, read_model: bool) -> Iterator[str]:
     """Every problem of a config whose sections are each sound.
 
     Args:
-        read_model: look into the model's file too.
+        read_model: look into the model's file too, and ask DeepSpeed about what is its own.
     """
     yield from _check_method(config)
     yield from _check_lengths(config)
     yield from _check_saving(config)
     yield from _check_spectra(config)
-    engine = list(mistakes(config.deepspeed))
-    yield from engine
-    if read_model and config.deepspeed.extra and not engine:
-        # Late, and only where there is something to ask it: the import takes seconds.
-        from relora.engine.deepspeed import refusals
-
-        yield from refusals(config.deepspeed, config.optimizer, config.batch.micro_batch_size)
+    micro_batch_size = config.batch.micro_batch_size
+    yield from mistakes(config.deepspeed, config.optimizer, micro_batch_size, ask=read_model)
     if read_model and config.model.config is not None:
         try:
             model = read_model_json(config.model.config)
@@ -63,7 +58,7 @@ def _check_method(config: Config) -> Iterator[str]:
 
 
 def _check_relora(config: Config, relora: ReLoRAConfig) -> Iterator[str]:
-    if not precision_of(config.deepspeed.precision).has_remainder:
+    if not precision_of(config.deepspeed.precision).remainder_bytes:
         for key in ("precision", "remainder"):
             if relora.changed(key):
                 value = getattr(relora, key)

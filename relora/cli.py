@@ -1,6 +1,7 @@
-"""The verbs of the command line. This file parses arguments; the work is in `relora.commands`.
+"""The verbs of the command line: arguments → a checked config → one module of `relora.commands`.
 
-A command's module is imported only when it runs, so that help and config errors answer at once.
+A command is imported once its config is known to be sound, so that help and config errors answer
+at once. Its module imports what it likes.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from relora.cores import limit_spinning
 from relora.engine.launcher import speaks_for_machine
+from relora.engine.signals import follow_launcher, ignore
 from relora.errors import ConfigError
 from relora.files import as_user_error, mend_standard_streams
 from relora.version import __version__
@@ -205,6 +208,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     verb = arguments.pop("verb")
     arguments.pop("local_rank")
     try:
+        if "config" in arguments:
+            arguments = _with_config(verb, arguments)
         code = getattr(import_module(f"relora.commands.{verb}"), verb)(**arguments) or 0
         sys.stdout.flush()  # here, where a full disk behind it is still one message
         return code
@@ -212,12 +217,38 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"relora: {verb} was stopped by Ctrl-C", file=sys.stderr)
         return 128 + signal.SIGINT
     except Exception as error:
+        ignore()  # the launcher stops a rank when another fails, in the middle of its message
         told = as_user_error(error)
         if told is None:
             raise
         if speaks_for_machine():  # one message a machine, not one a rank
             print(f"relora: {told}", file=sys.stderr)
         return told.code
+
+
+def _with_config(verb: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """A verb's arguments with the config it names read and checked, as far as that needs no torch.
+
+    Verbs that name the config to others get it as it was `given` too: its path and overrides.
+
+    Raises:
+        ConfigError: the config is wrong in itself or does not fit the other arguments.
+    """
+    if verb == "train":
+        follow_launcher()  # before anything that takes its time
+    from relora.load import check_world, load_config  # pydantic, which `--help` can do without
+
+    path, overrides = arguments["config"], arguments["overrides"]
+    checked = {name: value for name, value in arguments.items() if name != "overrides"}
+    checked["config"] = config = load_config(path, overrides)
+    if verb in ("plan", "launch", "arms"):
+        checked["given"] = [str(path), *overrides]
+    if verb == "plan":
+        check_world(config, arguments["devices"])
+        png = arguments["png"]
+        if png is not None and (not png.parent.is_dir() or png.is_dir()):
+            raise ConfigError(f"--png {png}: {png.parent} is no directory, or {png.name} is one")
+    return checked
 
 
 def _whole(text: str, least: int = -(2**63), most: int = 2**63 - 1) -> int:

@@ -1,4 +1,4 @@
-"""The root config: compose the sections, load YAML and overrides, check what crosses sections.
+"""The root config, composed of the sections beside the code that reads them (see `load`, `checks`).
 
 A config file is complete and includes nothing, so that `diff` of two files is the experiment. All
 problems are reported at once, each with its path, the value and what is allowed.
@@ -14,10 +14,10 @@ from pydantic import Field
 from relora.data.config import DataConfig
 from relora.engine.config import BatchConfig, DeepSpeedConfig, OptimizerConfig
 from relora.lora.config import LoRAConfig
-from relora.model import ModelConfig
 from relora.restart.config import ReLoRAConfig, WarmStartConfig
 from relora.restart.schedule import Clock, ScheduleConfig
 from relora.section import Section
+from relora.structure import ModelConfig
 from relora.training.config import SpectraConfig, TrainConfig
 
 

@@ -7,14 +7,16 @@ import copy
 import math
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from pydantic import model_validator
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from relora.errors import ConfigError
 from relora.files import read_json
-from relora.section import Section
 from relora.structure import (
+    ModelConfig,
     check_pretrained,
     find_model_directory,
     one_line,
@@ -22,30 +24,7 @@ from relora.structure import (
     refuse_failures,
 )
 
-if TYPE_CHECKING:
-    from torch import nn
-    from transformers import PretrainedConfig, PreTrainedModel
-
-
 GENERATION_CONFIG = "generation_config.json"
-
-
-class ModelConfig(Section):
-    """Exactly one of `config` (a transformers config JSON: from scratch) and `pretrained`.
-
-    `pretrained` is a directory that transformers can load (an export, say), a run directory or
-    one of its checkpoints: continued pretraining.
-    """
-
-    config: Path | None = None
-    pretrained: Path | None = None
-    gradient_checkpointing: bool = False
-
-    @model_validator(mode="after")
-    def _exactly_one(self) -> ModelConfig:
-        if (self.config is None) == (self.pretrained is None):
-            raise ValueError("give either config (a JSON file) or pretrained (a directory)")
-        return self
 
 
 def layer_kind(name: str) -> str:
@@ -63,8 +42,6 @@ def build_model(config: ModelConfig, seed: int) -> PreTrainedModel:
         ConfigError: a `pretrained` directory lacks weights, some or all. (Those of a run are in
             its checkpoints: see `subject.merged_model`.)
     """
-    import torch
-
     torch.manual_seed(seed)
     model = _load_pretrained(config.pretrained) if config.pretrained else _from_config(config)
     free_padding_rows(model, draw=config.pretrained is None)
@@ -80,8 +57,6 @@ def free_padding_rows(model: nn.Module, draw: bool) -> None:
     Args:
         draw: give a row of zeros values like the others', by a generator of its own.
     """
-    import torch
-
     for module in model.modules():
         if not isinstance(module, torch.nn.Embedding) or module.padding_idx is None:
             continue
@@ -105,8 +80,6 @@ def make_trainable(model: PreTrainedModel, gradient_checkpointing: bool) -> PreT
 
 def build_meta_model(config: ModelConfig) -> PreTrainedModel:
     """The model's structure alone: parameters without memory, for counting and checking."""
-    import torch
-
     with torch.device("meta"):
         model = _from_config(config)
     free_padding_rows(model, draw=False)
@@ -122,8 +95,6 @@ def check_causal(config: ModelConfig) -> None:
     Raises:
         ConfigError: it looks ahead, or cannot be run on tokens alone.
     """
-    import torch
-
     structure = load_model_config(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -165,8 +136,6 @@ def check_causal(config: ModelConfig) -> None:
 
 def _shallow(structure: PretrainedConfig) -> PreTrainedModel:
     """The model with two layers, or whole where its config lists things for each layer."""
-    from transformers import AutoModelForCausalLM
-
     small = copy.deepcopy(structure)
     if getattr(small, "num_hidden_layers", 0) > 2:
         try:
@@ -223,9 +192,6 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 
 def _load_pretrained(directory: Path) -> PreTrainedModel:
-    import torch
-    from transformers import AutoModelForCausalLM
-
     check_pretrained(directory)
     structure = load_model_config(ModelConfig(pretrained=directory))
     try:
@@ -249,8 +215,6 @@ def _load_pretrained(directory: Path) -> PreTrainedModel:
 
 
 def _from_config(config: ModelConfig) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
-
     structure = load_model_config(config)
     where = f"model: {config.config or config.pretrained}"
     return refuse_failures(lambda: AutoModelForCausalLM.from_config(structure), where)

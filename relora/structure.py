@@ -1,7 +1,8 @@
-"""What a transformers model directory or config JSON holds, read as something others have supplied.
+"""The `model` section, and the transformers directory or config JSON that it names.
 
-Nothing in it is executed: no code that it names (`auto_map`), no pickle, no kernel from elsewhere.
-What transformers cannot build from it is one message that names the file.
+Those are read as something that others have supplied. Nothing in them is executed: no code that
+they name (`auto_map`), no pickle, no kernel from elsewhere. What transformers cannot build from
+them is one message that names the file.
 """
 
 from __future__ import annotations
@@ -12,8 +13,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from pydantic import model_validator
+
 from relora.errors import ConfigError, UserError
 from relora.files import explain, is_file, read_json, read_text, supplied
+from relora.section import Section
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -40,6 +44,24 @@ MOST_LISTED = 1 << 20
 ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 
 T = TypeVar("T")
+
+
+class ModelConfig(Section):
+    """Exactly one of `config` (a transformers config JSON: from scratch) and `pretrained`.
+
+    `pretrained` is a directory that transformers can load (an export, say), a run directory or
+    one of its checkpoints: continued pretraining.
+    """
+
+    config: Path | None = None
+    pretrained: Path | None = None
+    gradient_checkpointing: bool = False
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> ModelConfig:
+        if (self.config is None) == (self.pretrained is None):
+            raise ValueError("give either config (a JSON file) or pretrained (a directory)")
+        return self
 
 
 def read_model_json(path: Path, key: str = "model.config") -> dict[str, Any]:

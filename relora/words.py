@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 
 def format_duration(seconds: float) -> str:
@@ -27,3 +28,17 @@ def format_count(count: float) -> str:
 def format_bytes(count: float) -> str:
     """1.50GB, 24.6KB, 310B; powers of a thousand."""
     return f"{format_count(count).replace('B', 'G')}B"
+
+
+def format_table(rows: Sequence[Sequence[str]], align: str) -> list[str]:
+    """Rows of equally many cells as lines, each column as wide as its widest cell.
+
+    Args:
+        align: `<` or `>` for each column.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = zip(row, align, widths, strict=True)
+        lines.append("   ".join(f"{cell:{side}{width}}" for cell, side, width in cells).rstrip())
+    return lines

@@ -28,7 +28,9 @@ import yaml
 from safetensors.torch import load_file
 
 from relora.cli import main
+from relora.commands import train as command
 from relora.engine.signals import LAUNCHER_GONE, SIGNALS
+from relora.training.guard import guarded
 
 VOCABULARY = 320
 SEQUENCE = 32
@@ -95,7 +97,7 @@ def workshop() -> Path:
         (text / f"{number}.txt").write_text("\n".join(rows), encoding="utf8")
     for name, values in MODELS.items():
         (directory / f"{name}.json").write_text(json.dumps(values))
-    with _undisturbed():
+    with undisturbed():
         assert main(["prepare", str(write_config(directory, directory / "none"))]) == 0
     import deepspeed  # noqa: F401  (with all that torch brings it is half a million objects)
 
@@ -148,20 +150,28 @@ def make_config(run_dir: Path, **changes: Any) -> Path:
 
 def relora(*arguments: object) -> int:
     """`relora …` in this process; returns the exit code, and leaves the process as it was."""
-    with _undisturbed():
+    with undisturbed():
         try:
             return main([str(argument) for argument in arguments])
         except SystemExit as leaving:  # argparse
             return int(leaving.code or 0)
 
 
-def train(run_dir: Path, *overrides: str, **changes: Any) -> int:
-    """Train the tiny run in this process, as one rank."""
-    return relora("train", make_config(run_dir, **changes), *overrides)
+def train(run_dir: Path, *overrides: str, update: Any = None, **changes: Any) -> int:
+    """Train the tiny run in this process, as one rank.
+
+    Args:
+        update: takes its optimizer steps in place of `training.loop.update`.
+    """
+    config = make_config(run_dir, **changes)
+    if update is None:
+        return relora("train", config, *overrides)
+    with mock.patch.object(command, "guarded", functools.partial(guarded, update=update)):
+        return relora("train", config, *overrides)
 
 
 @contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
+def undisturbed() -> Iterator[None]:
     """A run sets environment variables, signal handlers and threads for its process's life.
 
     ZeRO 3 also leaves a linear of its own in torch, which makes every later run slower. One thread,

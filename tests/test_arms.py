@@ -36,7 +36,7 @@ def test_the_standard_arms_are_the_papers(model: str, tmp_path: Path) -> None:
     config = make_config(tmp_path / "run")
     path = json.loads(json.dumps(yaml.safe_load(config.read_text())["model"]["config"]))
     config = make_config(tmp_path / "run", model={"config": path.replace("llama", model)})
-    arms = standard_arms(config, [], tmp_path / "arms")
+    arms = standard_arms(load_config(config), tmp_path / "arms")
     found = {a.name: settings(a.run(tmp_path / a.slug, 7), config) for a in arms}
     assert {n: (c.method, bool(c.warm_start)) for n, c in found.items()} == {
         "full rank": ("full rank", False),
@@ -65,7 +65,7 @@ def test_the_standard_arms_are_the_papers(model: str, tmp_path: Path) -> None:
 
 def test_the_control_of_a_real_model_is_as_large_as_what_relora_trains(tmp_path: Path) -> None:
     config = Path("configs/llama_60m_relora.yaml")
-    control = next(a for a in standard_arms(config, [], tmp_path) if a.name == "control")
+    control = next(a for a in standard_arms(load_config(config), tmp_path) if a.name == "control")
     size, _ = count_parameters(build_meta_model(settings(list(control.overrides), config).model))
     run = load_config(config)
     model = build_meta_model(run.model)
@@ -83,7 +83,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
     asked: list[Config] = []
 
     def launch(work: Any, arm: Arm, directory: Path, seed: int) -> int:
-        config = load_config(work.config, [*work.overrides, *arm.run(directory, seed)])
+        config = load_config(Path(work.given[0]), [*work.given[1:], *arm.run(directory, seed)])
         asked.append(config)
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "config.yaml").write_text(dump_config(config))
@@ -229,7 +229,9 @@ def test_an_arm_that_diverges_at_every_rate_is_not_trained_with_one_of_them(
 def test_the_control_keeps_what_is_no_matter_of_its_size(tmp_path: Path) -> None:
     config = make_config(tmp_path / "run")
     overrides = ["model.gradient_checkpointing=true"]
-    control = next(a for a in standard_arms(config, overrides, tmp_path) if a.name == "control")
+    control = next(
+        a for a in standard_arms(load_config(config, overrides), tmp_path) if a.name == "control"
+    )
     assert settings([*overrides, *control.overrides], config).model.gradient_checkpointing
 
 
@@ -307,7 +309,7 @@ def test_arms_of_a_seed_see_the_same_batches_from_the_same_weights(
     tmp_path: Path, write_arms: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def launch(work: Any, arm: Arm, directory: Path, seed: int) -> int:
-        return relora("train", work.config, *work.overrides, *arm.run(directory, seed))
+        return relora("train", *work.given, *arm.run(directory, seed))
 
     monkeypatch.setattr(command._Work, "_launch", launch)
     config = make_config(tmp_path / "run", train__steps=14)

@@ -483,6 +483,8 @@ def test_help_and_config_errors_answer_at_once_and_without_torch(config: Path) -
         ["plan", str(config), "lora.rank=0"],
         ["launch", str(config), "lora=1"],
         ["prepare", str(config), "lora=1"],
+        ["arms", str(config), "--to", "arms", "lora=1"],
+        ["plan", str(config), "--devices", "3"],
     ):
         before = _child_seconds()
         done = subprocess.run(

@@ -13,10 +13,12 @@ import pytest
 
 from relora.commands import compare as command
 from relora.commands.compare import read_report
+from relora.report.page import to_markdown
+from relora.report.records import Report
 from relora.report.spectra import last_of_cycles
 from relora.report.spectra_figures import draw_heat
-from relora.report.svg import PAPER, drawing
-from relora.report.text import tables, to_markdown
+from relora.report.style import LIGHT
+from relora.report.tables import tables
 from runs import metric_lines, relora, series, train
 from spectra_files import low_rank, write_spectra
 
@@ -34,7 +36,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def table(report: dict[str, Any], name: str) -> list[dict[str, str]]:
+def table(report: Report, name: str) -> list[dict[str, str]]:
     """The rows of one of the report's tables, by column."""
     found = tables(report)[name]
     return [dict(zip(found.columns, row, strict=True)) for row in found.rows]
@@ -73,15 +75,16 @@ def test_the_tables_are_what_the_metrics_say(runs: Path) -> None:
         median = np.median([line["perf/step_ms"] for line in log])
         assert float(speed["ms/step"]) == pytest.approx(median, abs=0.06)
         peak = max(line["perf/memory_gib"] for line in log)
-        assert float(speed["peak GiB per rank"]) == pytest.approx(peak, abs=0.006)
+        (arm,) = (arm for arm in report.arms if arm.name == row["arm"])
+        assert arm.figures.memory_gib.mean == peak
     cost = table(report, "cost")
     merges = list(series(runs / "relora", "time/merge_s").values())
     assert cost[0]["one merge"] == f"{np.median(merges):.2f} s"
     assert cost[1]["one merge"] == "–"
     assert cost[0]["of it warm start"].endswith(" for 1.54K tokens")
     size = sum(p.stat().st_size for p in (runs / "full/checkpoints/step_00000024").iterdir())
-    assert report["arms"][1]["figures"]["checkpoint_bytes"]["mean"] == size
-    assert report["warnings"] == []  # this pair is a fair one
+    assert report.arms[1].figures.checkpoint_bytes.mean == size
+    assert report.warnings == []  # this pair is a fair one
 
 
 def test_one_command_writes_a_page_a_text_and_every_figure(
@@ -102,35 +105,35 @@ def test_one_command_writes_a_page_a_text_and_every_figure(
     def refuse(word: str) -> None:
         raise AssertionError(f"{word} is not JSON")
 
-    report = json.loads((to / "report.json").read_text(), parse_constant=refuse)
-    assert report["format"] == 1
-    assert report["baseline"] == "full"
-    mean = report["arms"][0]["curves"]["mean"]
+    json.loads((to / "report.json").read_text(), parse_constant=refuse)
+    report = Report.model_validate_json((to / "report.json").read_text())
+    assert report.format == 2
+    assert report.baseline == "full"
+    mean = report.arms[0].curves.mean
     evaluations = series(runs / "relora", "eval/loss")
-    assert mean["step"] == list(evaluations)
-    assert mean["loss"] == list(evaluations.values())
-    training = report["arms"][0]["curves"]["seeds"][0]["training"]
-    assert training["loss"] == list(series(runs / "relora", "train/loss").values())
-    marks = report["arms"][0]["curves"]["marks"]
-    assert [mark["step"] for mark in marks["merges"]] == [12, 18]
-    assert [mark["tokens"] for mark in marks["births"]] == [6 * 256]
-    assert [mark["step"] for mark in marks["rewarm_from"]] == [6, 12, 18]
-    assert [mark["step"] for mark in marks["rewarm_to"]] == [8, 14, 20]
+    assert mean.step == list(evaluations)
+    assert mean.loss == list(evaluations.values())
+    curves = report.arms[0].curves
+    assert curves.training[0].loss == list(series(runs / "relora", "train/loss").values())
+    assert curves.merges.step == [12, 18]
+    assert curves.births.tokens == [6 * 256]
+    assert curves.rewarm_from.step == [6, 12, 18]
+    assert curves.rewarm_to.step == [8, 14, 20]
     assert to_markdown(report, {}).startswith("# Comparison")  # the JSON alone makes the pages
 
 
 def test_a_run_against_itself_differs_in_nothing(runs: Path) -> None:
     report = read_report([str(runs / "full"), str(runs / "full")])
-    assert [arm["name"] for arm in report["arms"]] == ["full", "full′"]
+    assert [arm.name for arm in report.arms] == ["full", "full′"]
     for question in ("tokens", "seconds"):
-        rows = report["questions"][question]["rows"]
-        assert [row["difference"] for row in rows] == [0, 0]
-        assert [row["ratio"] for row in rows] == [1, 1]
-    target = report["questions"]["target"]["rows"]
-    assert [row["tokens_ratio"] for row in target] == [1, 1]
-    assert {**target[0], "arm": 0} == {**target[1], "arm": 0}
-    assert report["differences"] == {"config": [], "environment": []}
-    assert report["warnings"] == []
+        rows = getattr(report.questions, question).rows
+        assert [row.difference for row in rows] == [0, 0]
+        assert [row.ratio for row in rows] == [1, 1]
+    target = report.questions.target.rows
+    assert [row.tokens_ratio for row in target] == [1, 1]
+    assert target[0] == target[1].model_copy(update={"arm": target[0].arm})
+    assert report.differences == {"config": [], "environment": []}
+    assert report.warnings == []
     first, second = table(report, "arms")
     assert {**first, "arm": ""} == {**second, "arm": ""}
 
@@ -149,18 +152,18 @@ def test_unfair_comparisons_are_named(
 ) -> None:
     other = altered(runs / "full", tmp_path / "other", **changes)
     report = read_report([str(runs / "full"), str(other)])
-    (note,) = report["warnings"]
+    (note,) = report.warnings
     assert note.startswith(f"{word}: ")
     assert "in full" in note
     assert "in other" in note
     assert note.endswith(why)
-    assert [row["path"] for row in report["differences"]["config"]] == [word]
+    assert [row.path for row in report.differences["config"]] == [word]
 
 
 def test_another_seed_of_another_arm_is_another_order(runs: Path, tmp_path: Path) -> None:
     other = altered(runs / "relora", tmp_path / "other", seed="2")
     report = read_report([str(runs / "full"), str(other)])
-    assert report["warnings"] == [
+    assert report.warnings == [
         "seed: 1 in full, 2 in other: other data order and other initial weights"
     ]
 
@@ -173,12 +176,12 @@ def test_other_machines_versions_and_models_are_named(runs: Path, tmp_path: Path
     model = json.loads((other / "model" / "config.json").read_text())
     (other / "model" / "config.json").write_text(json.dumps({**model, "rms_norm_eps": 0.5}))
     report = read_report([str(runs / "full"), str(other)])
-    notes = "\n".join(report["warnings"])
+    notes = "\n".join(report.warnings)
     assert "model.config.rms_norm_eps: " in notes
     assert "Abacus 9 in other: times do not compare" in notes
     assert "0123456789ab in other: other code" in notes
-    assert len(report["warnings"]) == 3
-    paths = {row["path"] for row in report["differences"]["environment"]}
+    assert len(report.warnings) == 3
+    paths = {row.path for row in report.differences["environment"]}
     assert paths == {"device", "commit"}
 
 
@@ -189,15 +192,15 @@ def test_a_stopped_run_is_compared_as_far_as_it_is(runs: Path) -> None:
     assert row["step"] == "14/24"
     assert row["merges"] == "1"
     assert row["validation loss"] == f"{series(runs / 'stopped', 'eval/loss')[12]:.4f}"
-    assert report["warnings"] == ["stopped is preempted: unfinished, 14 of 24 steps"]
-    assert report["unfinished"]
+    assert report.warnings == ["stopped is preempted: unfinished, 14 of 24 steps"]
+    assert report.unfinished
     # Equal tokens: where the shorter one was evaluated last.
-    rows = report["questions"]["tokens"]
-    assert rows["at"] == 12 * 256
-    assert rows["rows"][0]["loss"]["mean"] == series(runs / "full", "eval/loss")[12]
+    rows = report.questions.tokens
+    assert rows.at == 12 * 256
+    assert rows.rows[0].loss.mean == series(runs / "full", "eval/loss")[12]
     # It has not come as far as full rank's end.
     assert table(report, "target")[1]["tokens"] == "not reached"
-    assert report["questions"]["target"]["rows"][1]["tokens"] is None
+    assert report.questions.target.rows[1].tokens is None
 
 
 def test_a_running_run_is_compared_while_it_writes(runs: Path, tmp_path: Path) -> None:
@@ -209,15 +212,15 @@ def test_a_running_run_is_compared_while_it_writes(runs: Path, tmp_path: Path) -
     (run / "run_state.json").write_text('{"status": "running", "reason": "", "step": 5, "code": 0}')
     report = read_report([str(run)])
     assert table(report, "arms")[0]["status"] == "running"
-    assert report["arms"][0]["curves"]["mean"]["step"] == [4]
+    assert report.arms[0].curves.mean.step == [4]
 
 
 def test_an_evaluation_before_the_first_log_line_is_enough(tmp_path: Path) -> None:
     changes = {"train__log_every": 20, "train__eval_every": 2}
     assert train(tmp_path / "run", "train.stop_after=4", **changes) == 75
     assert relora("compare", tmp_path / "run", "--to", tmp_path / "report") == 0
-    report = json.loads((tmp_path / "report" / "report.json").read_text())
-    loss = report["arms"][0]["figures"]["loss"]["mean"]
+    report = Report.model_validate_json((tmp_path / "report" / "report.json").read_text())
+    loss = report.arms[0].figures.loss.mean
     assert loss == series(tmp_path / "run", "eval/loss")[4]
 
 
@@ -227,11 +230,11 @@ def test_a_run_without_an_evaluation_is_listed_beside_others(runs: Path, tmp_pat
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (run / "run_state.json").write_text('{"status": "running", "reason": "", "step": 3, "code": 0}')
     assert relora("compare", runs / "full", run, "--to", tmp_path / "report") == 0
-    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    report = Report.model_validate_json((tmp_path / "report" / "report.json").read_text())
     assert table(report, "arms")[1]["perplexity"] == "no evaluation yet"
-    assert [row["arm"] for row in report["questions"]["tokens"]["rows"]] == ["full"]
+    assert [row.arm for row in report.questions.tokens.rows] == ["full"]
     (run / "metrics.jsonl").unlink()  # it has only just begun
-    assert read_report([str(runs / "full"), str(run)])["arms"][1]["progress"] == "0/24"
+    assert read_report([str(runs / "full"), str(run)]).arms[1].progress == "0/24"
 
 
 def test_a_diverged_run_is_compared_too(runs: Path, tmp_path: Path) -> None:
@@ -245,10 +248,10 @@ def test_a_diverged_run_is_compared_too(runs: Path, tmp_path: Path) -> None:
             line.update({"eval/loss": 900.0, "eval/perplexity": None})
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert relora("compare", runs / "relora", run, "--to", tmp_path / "report") == 0
-    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    report = Report.model_validate_json((tmp_path / "report" / "report.json").read_text())
     assert table(report, "arms")[1]["validation loss"] == "900.0000"
     assert table(report, "arms")[1]["perplexity"] == "–"
-    assert "diverged has diverged: its last 4 evaluations are not finite" in report["warnings"]
+    assert "diverged has diverged: its last 4 evaluations are not finite" in report.warnings
 
 
 @pytest.mark.parametrize(
@@ -289,7 +292,7 @@ def test_runs_of_one_name_can_be_told_apart(runs: Path, tmp_path: Path) -> None:
         shutil.copytree(runs / "relora", tmp_path / place / "run")
     arguments = [str(tmp_path / place / "run") for place in ("here", "there")]
     report = read_report(arguments)
-    assert [arm["name"] for arm in report["arms"]] == ["here/run", "there/run"]
+    assert [arm.name for arm in report.arms] == ["here/run", "there/run"]
 
 
 def test_arms_are_named_and_chosen_as_baseline(
@@ -297,8 +300,8 @@ def test_arms_are_named_and_chosen_as_baseline(
 ) -> None:
     arguments = [f"ours={runs / 'relora'}", f"mine={runs / 'full'}"]
     report = read_report(arguments, baseline="ours")
-    assert [arm["name"] for arm in report["arms"]] == ["ours", "mine"]
-    assert report["baseline"] == "ours"
+    assert [arm.name for arm in report.arms] == ["ours", "mine"]
+    assert report.baseline == "ours"
     capsys.readouterr()
     assert relora("compare", *arguments, "--to", tmp_path / "r", "--baseline", "theirs") == 2
     assert "take one of ours, mine" in capsys.readouterr().err
@@ -396,20 +399,20 @@ def test_spectra_of_arms_stand_beside_each_other(runs: Path, tmp_path: Path) -> 
         total = total + update
         write_spectra(ours, step, number, dict.fromkeys(names, (update, total)))
     assert relora("compare", full, ours, "--to", tmp_path / "report") == 0
-    report = json.loads((tmp_path / "report" / "report.json").read_text())
-    arms = {arm["arm"]: arm for arm in report["spectra"]["arms"]}
-    ranks = [m["cycle_effective_rank"] for m in arms["ours"]["seeds"][0]["measurements"]]
+    report = Report.model_validate_json((tmp_path / "report" / "report.json").read_text())
+    arms = {arm.arm: arm for arm in report.spectra}
+    ranks = [m.cycle_effective_rank for m in arms["ours"].seeds[0]]
     assert ranks == pytest.approx([2, 2, 2], abs=1e-3)
-    assert [m["cycles"] for m in arms["ours"]["seeds"][0]["measurements"]] == [1, 2, 3]
-    assert arms["full"]["last"]["total_effective_rank"]["mean"] == pytest.approx(16, abs=1e-3)
-    values = arms["ours"]["total_values"]["self_attn.q_proj"]
+    assert [m.cycles for m in arms["ours"].seeds[0]] == [1, 2, 3]
+    assert arms["full"].last.total_effective_rank.mean == pytest.approx(16, abs=1e-3)
+    values = arms["ours"].total_values["self_attn.q_proj"]
     assert len(values) == 32  # two layers
     assert sum(value > 1e-4 for value in values) == 12  # of rank 6 each
     assert values == sorted(values, reverse=True)
-    between = {pair["what"]: pair for pair in report["spectra"]["similarity"]}
-    assert between["arms"]["of"] == ["full", "ours"]
-    assert between["cycles"]["layers"] == 4
-    assert np.shape(between["arms"]["phi"]) == (8, 8)
+    between = {pair.what: pair for pair in report.similarity}
+    assert between["arms"].of == ("full", "ours")
+    assert between["cycles"].layers == 4
+    assert np.shape(between["arms"].phi) == (8, 8)
     rows = {row["arm"]: row for row in table(report, "spectra")}
     assert rows["full"]["‖ΔW‖ / ‖W₀‖"] == "4.00"  # 16 singular values of 1
     assert (rows["full"]["lost to rounding"], rows["ours"]["lost to rounding"]) == ("–", "0")
@@ -422,7 +425,7 @@ def test_spectra_of_arms_stand_beside_each_other(runs: Path, tmp_path: Path) -> 
     assert table(again, "spectra")[1]["lost to rounding"] == "2.1 %"
     (ours / "spectra" / "step_00000018.safetensors").write_bytes(b"mine")
     again = read_report([str(full), str(ours)])
-    assert "step_00000018.safetensors: is left out" in again["warnings"][0]
+    assert "step_00000018.safetensors: is left out" in again.warnings[0]
 
 
 def test_cycles_are_counted_and_not_measurements(runs: Path, tmp_path: Path) -> None:
@@ -435,15 +438,14 @@ def test_cycles_are_counted_and_not_measurements(runs: Path, tmp_path: Path) -> 
         updates = {name: low_rank(2, shape, seed) for name, shape in names.items()}
         write_spectra(ours, step, number, {name: (x, x) for name, x in updates.items()})
     report = read_report([str(ours)])
-    (arm,) = report["spectra"]["arms"]
-    assert arm["layers"]["cycles"] == [1, 1, 2, 2, 3, 3]
-    assert last_of_cycles(arm["layers"]["cycles"]) == {1: 1, 2: 3, 3: 5}
+    (arm,) = report.spectra
+    assert arm.layers.cycles == [1, 1, 2, 2, 3, 3]
+    assert last_of_cycles(arm.layers.cycles) == {1: 1, 2: 3, 3: 5}
     assert last_of_cycles([0, 0]) == {}  # a run without cycles
-    (pair,) = report["spectra"]["similarity"]
-    assert pair["of"] == ["ours, step 18", "ours, step 24"]  # of two cycles, not of one
-    assert pair["layers"] == 2
-    assert np.shape(pair["phi"]) == (4, 4)
-    with drawing(PAPER):
-        heat = draw_heat(report, PAPER)
+    (pair,) = report.similarity
+    assert pair.of == ("ours, step 18", "ours, step 24")  # of two cycles, not of one
+    assert pair.layers == 2
+    assert np.shape(pair.phi) == (4, 4)
+    heat = draw_heat(report, LIGHT)
     assert [label.get_text() for label in heat.axes[0].get_xticklabels()] == ["1", "2", "3"]
     assert heat.axes[0].images[0].get_array().shape == (2, 3)

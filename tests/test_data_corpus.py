@@ -13,7 +13,7 @@ import zstandard
 
 from relora.data.config import SourceConfig
 from relora.data.corpus import iter_documents
-from relora.data.identity import describe_source
+from relora.data.reuse import describe_source
 from relora.errors import DataError
 
 TRICKY = [

@@ -187,7 +187,7 @@ def test_a_file_that_vanishes_between_listing_and_reading_is_named(tree):
 def test_linked_packages_and_data_sets_count_as_what_they_link_to(tree, monkeypatch):
     import sys
 
-    from relora.data.identity import describe_source
+    from relora.data.reuse import describe_source
 
     make("packages/site-packages/a.py", "project/mine/b.py", "set/data/x.arrow")
     link("packages/site-packages/mine", "../../project/mine")

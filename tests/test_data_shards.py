@@ -181,9 +181,9 @@ def test_a_killed_prepare_goes_on_to_the_same_bytes_and_leaves_no_process(
 
     monkeypatch.setattr(relora.data.units, "UNIT_CHARACTERS", 5000)
     encoded = []
-    encode = relora.data.units.encode_documents
+    encode = relora.data.units.ids_of
     monkeypatch.setattr(
-        relora.data.units, "encode_documents", lambda *args: encoded.append(1) or encode(*args)
+        relora.data.units, "ids_of", lambda *args: encoded.append(1) or encode(*args)
     )
     prepare(settings, workers=1)
     assert "going on" in capsys.readouterr().out

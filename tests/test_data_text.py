@@ -13,16 +13,16 @@ import numpy as np
 import pytest
 import zstandard
 
-import relora.data.files
-import relora.data.stretches
+import relora.data.readers
 import relora.data.text
+import relora.data.units
 from relora.data.config import CutConfig, DataConfig, SourceConfig
-from relora.data.corpus import iter_documents, iter_sample
+from relora.data.corpus import iter_documents
 from relora.data.prepare import prepare
 from relora.data.shards import open_shards
-from relora.data.stretches import ids_of, pieces_of
-from relora.data.text import Document, LongDocument, cut_documents, digest_of
+from relora.data.text import Document, LongDocument, cut_documents, digest_of, stretches
 from relora.data.tokenizer import load_fast
+from relora.data.units import ids_of, pieces_of
 from relora.errors import DataError
 
 
@@ -132,17 +132,17 @@ def test_a_text_file_that_is_not_held_is_the_same_document(tmp_path, monkeypatch
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(text.encode()))
     source = SourceConfig(files=[f"{tmp_path}/a.txt.gz"])
     (held,) = iter_documents(source)
-    sample = list(iter_sample(source))
-    monkeypatch.setattr(relora.data.files, "_HELD_BYTES", 1000)
+    monkeypatch.setattr(relora.data.readers, "_HELD_BYTES", 1000)
     monkeypatch.setattr(relora.data.text, "_BLOCK", 777)  # within characters
     (streamed,) = iter_documents(source)
     assert isinstance(streamed, LongDocument)
     assert "".join(streamed.blocks()) == held.text == text
     assert digest_of(streamed, 8) == digest_of(held, 8)
     # What a tokenizer is trained on does not depend on it either.
-    from relora.data.tokenizer import _stretches
-
-    assert list(_stretches(iter_sample(source))) == list(_stretches(iter(sample)))
+    learned = list(stretches(iter([streamed])))
+    assert learned == list(stretches(iter([held])))
+    assert "".join(learned) == text
+    assert max(map(len, learned)) == 4096
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(text.encode()[:-3000] + b"\xff"))
     with pytest.raises(DataError, match=r"a\.txt\.gz: not UTF-8 \(byte 0xff at 52002"):
         list(next(iter_documents(source)).blocks())
@@ -220,7 +220,7 @@ def shortened(monkeypatch) -> None:
         ("CONTEXT", 600),
         ("_SEAM_SEARCH", 300),
     ):
-        monkeypatch.setattr(relora.data.stretches, name, value)
+        monkeypatch.setattr(relora.data.units, name, value)
 
 
 def in_stretches(text: str, fast) -> tuple[str, list[int]]:
@@ -287,7 +287,7 @@ def test_long_documents_are_one_document_in_one_split_with_one_end(tmp_path, pro
     whole = DataConfig(**settings, dir=tmp_path / "whole")
     prepare(whole, workers=1, quiet=True)
     shortened(monkeypatch)
-    monkeypatch.setattr(relora.data.files, "_HELD_BYTES", 1000)
+    monkeypatch.setattr(relora.data.readers, "_HELD_BYTES", 1000)
     monkeypatch.setattr(relora.data.units, "UNIT_CHARACTERS", 5000)
     cut_up = DataConfig(**settings, dir=tmp_path / "stretches")
     prepare(cut_up, workers=1, quiet=True)

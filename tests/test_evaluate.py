@@ -35,14 +35,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def evaluated(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> tuple[float, int]:
     """(loss, tokens) of `relora evaluate`, unrounded."""
-    from relora.engine import evaluation
+    from relora.commands import evaluate as command
 
     found: list[tuple[float, int]] = []
-    real = evaluation.evaluate_loss
+    real = command.evaluate_loss
     with monkeypatch.context() as patch:
-        patch.setattr(
-            evaluation, "evaluate_loss", lambda *args: found.append(real(*args)) or found[0]
-        )
+        patch.setattr(command, "evaluate_loss", lambda *args: found.append(real(*args)) or found[0])
         assert relora("evaluate", *arguments) == 0
     return found[0]
 

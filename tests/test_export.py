@@ -43,7 +43,7 @@ def logits_of_the_training_model(run_dir: Path, step: int, ids: torch.Tensor) ->
 
     captured: list[torch.Tensor] = []
 
-    def capture(run: Any, stop: Any) -> bool:
+    def capture(run: Any, *_: Any) -> bool:
         assert run.step == step
         run.engine.eval()
         with torch.no_grad():

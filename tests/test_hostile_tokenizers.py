@@ -15,7 +15,7 @@ import pytest
 
 from relora.data.beginning import begin_ids
 from relora.data.config import TokenizerConfig
-from relora.data.corpus import Document
+from relora.data.text import Document
 from relora.data.tokenizer import build_tokenizer, describe_tokenizer, load_tokenizer
 from relora.errors import CheckpointError, DataError
 from test_tokenizer_agreement import begins

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,10 +19,10 @@ import relora
 from ranks import Outcomes, Scenario, run_ranks
 from relora.data.loader import train_batches
 from relora.data.shards import open_shards
-from relora.errors import ConfigError
+from relora.errors import ConfigError, NumericsError
 from relora.load import load_config
 from relora.model import build_model
-from runs import make_config, metric_lines, series, train
+from runs import make_config, metric_lines, series, train, undisturbed
 from test_method_reference import SEQUENCE, run_reference, settings, shards
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
@@ -39,6 +40,24 @@ def test_it_is_imported_in_no_time_and_its_names_are_there_and_explained() -> No
     with pytest.raises(AttributeError, match="no attribute 'merge'"):
         relora.merge  # noqa: B018
     assert (Path(relora.__file__).parent / "py.typed").is_file()
+
+
+def test_training_from_python_leaves_the_process_as_it_was(tmp_path: Path) -> None:
+    """Whether it comes to a good end or not: a notebook goes on, and Ctrl-C is its own again."""
+    full = {"lora": None, "relora": None, "warm_start": None}
+    good = load_config(make_config(tmp_path / "good", **full), ["train.stop_after=1"])
+    bad = load_config(
+        make_config(tmp_path / "bad", **full),
+        ["optimizer.lr=1e30", "schedule.warmup_steps=0", "train.max_skipped=1"],
+    )
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+    with undisturbed():
+        assert relora.train(good) == 75
+        assert {number: signal.getsignal(number) for number in numbers} == before
+        with pytest.raises(NumericsError, match="not finite"):
+            relora.train(bad)
+        assert {number: signal.getsignal(number) for number in numbers} == before
 
 
 # --- the example of the README --------------------------------------------------------------------

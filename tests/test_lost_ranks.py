@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import sys
@@ -43,8 +44,11 @@ class Ended(NamedTuple):
 def rank_main(config: str, case: Case, rank: int, port: int, output: str) -> None:
     """`relora train` as one rank, which may be the victim."""
     from relora.cli import main
+    from relora.commands import train
+    from relora.engine import deepspeed
     from relora.record import lost
-    from relora.training import loop
+    from relora.training.guard import guarded
+    from relora.training.loop import update
 
     os.environ |= {
         "RANK": str(rank),
@@ -57,7 +61,7 @@ def rank_main(config: str, case: Case, rank: int, port: int, output: str) -> Non
     for stream in (1, 2):
         os.dup2(descriptor, stream)
     lost.ANSWER_S = ANSWER_S
-    real_step, real_build = loop.zero.train_step, loop.zero.build_optimizer
+    real_build = deepspeed.build_optimizer
     steps = iter(range(1, 10**6))
 
     def happens() -> None:
@@ -65,17 +69,18 @@ def rank_main(config: str, case: Case, rank: int, port: int, output: str) -> Non
             Path(output).with_suffix(".at").write_text(str(time.time()))
             befall(case.how)
 
-    def train_step(*arguments: Any) -> Any:
+    def disturbed(*arguments: Any) -> Any:
         if case.how != "hang early" and next(steps) == AT:
             happens()
-        return real_step(*arguments)
+        return update(*arguments)
 
     def build_optimizer(*arguments: Any) -> Any:
         if case.how == "hang early":
             happens()
         return real_build(*arguments)
 
-    loop.zero.train_step, loop.zero.build_optimizer = train_step, build_optimizer
+    deepspeed.build_optimizer = build_optimizer
+    train.guarded = functools.partial(guarded, update=disturbed)
     code = main(["train", config])
     sys.stdout.flush()
     os._exit(code)

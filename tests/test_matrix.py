@@ -16,7 +16,7 @@ import matrix
 from matrix import Cell
 from ranks import Outcomes, Scenario, run_ranks
 from test_method_reference import train_recorded
-from test_skipped import spoil
+from test_skipped import spoilt
 
 CELLS = [
     Cell(0, "fp16", False, 1, False, 2),
@@ -45,10 +45,12 @@ def overflowing(ranks: Any, model: str, directory: str, stage: int) -> dict[str,
         "warm_start": None,
     }
     root = Path(directory) / f"overflow_{stage}"
-    with matrix.undisturbed(), matrix.initial_scale(FIRST_SCALE), pytest.MonkeyPatch.context() as p:
-        spoil(p, {LATER}, rank=1, value=float("inf"))
-        whole = train_recorded(ranks, model, str(root / "whole"), changes, recorded=())
-        cut = train_recorded(ranks, model, str(root / "cut"), changes, recorded=(), stops=(STOP,))
+    bad = spoilt({LATER}, rank=1, value=float("inf"))
+    with matrix.undisturbed(), matrix.initial_scale(FIRST_SCALE):
+        whole = train_recorded(ranks, model, str(root / "whole"), changes, recorded=(), update=bad)
+        cut = train_recorded(
+            ranks, model, str(root / "cut"), changes, recorded=(), stops=(STOP,), update=bad
+        )
     counts = ranks.gather((whole["replicas"], len(whole["norms"]), whole["scale"]))
     return {"whole": whole, "cut": cut, "counts": counts} if ranks.is_main else None
 

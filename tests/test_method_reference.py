@@ -46,6 +46,9 @@ from relora.lora.draws import draw_a
 from relora.lora.layers import AdaptedLayer, LoRALinear, adapted_layers
 from relora.model import ModelConfig, build_model, load_model_config
 from relora.restart import invariants
+from relora.training import loop
+from relora.training.loop import Update, train_run, update
+from relora.training.run import Run, start_run
 
 SEQUENCE = 12
 GLOBAL_BATCH = 4
@@ -117,28 +120,27 @@ def train_recorded(
     mutant: str | None = None,
     recorded: Collection[int] = range(1000),
     stops: Sequence[int] = (),
+    update: Update = update,
 ) -> dict[str, Any]:
     """Train through `relora.training.loop`, and record what every update left where.
 
     Args:
         recorded: steps whose states are kept (of the last leg of the run; see `stops`).
         stops: steps after which the run is stopped and goes on from its checkpoint.
+        update: takes the optimizer steps.
     """
-    import relora.training.loop as under_test
-    from relora.training.run import start_run
-
     make_run_dir(settings(model, run_dir, changes), ranks)
     record: dict[str, Any] = {"losses": [], "norms": [], "rates": [], "unmerged": {}}
     record |= {"steps": [], "states": [], "replicas": [], "adam_steps": {}, "scale": None}
     with pytest.MonkeyPatch.context() as patch:
         if mutant is not None:
             MUTANTS[mutant](patch)
-        real_step, real_restart = deepspeed.train_step, under_test.merge_and_restart
+        real_restart = loop.merge_and_restart
 
-        def step(engine: Any, batches: Any, loss_of: Any, rate: float, *rest: Any) -> Any:
+        def recording(run: Run, batches: list[Tensor], rate: float) -> Any:
             if run.step in recorded:
                 remember(run, record)
-            result = real_step(engine, batches, loss_of, rate, *rest)
+            result = update(run, batches, rate)
             record["losses"].append(ranks.sum([result.loss / ranks.world])[0])
             record["norms"].append(result.grad_norm)
             record["rates"].append(rate)
@@ -149,12 +151,12 @@ def train_recorded(
             record["unmerged"][run.step] = {name: t.double().cpu().numpy() for name, t in pairs}
             return real_restart(*args)
 
-        patch.setattr(deepspeed, "train_step", step)
-        patch.setattr(under_test, "merge_and_restart", restart)
+        patch.setattr(loop, "merge_and_restart", restart)
         for stop in (*stops, None):
             config = settings(model, run_dir, {**changes, "train.stop_after": stop})
             run = start_run(config, shards(), ranks)  # type: ignore[arg-type]
-            assert under_test.train_run(run, Unasked()) == (stop is None)  # type: ignore[arg-type]
+            finished = train_run(run, Unasked(), recording)  # type: ignore[arg-type]
+            assert finished == (stop is None)
             if stop is None:
                 remember(run, record)
             run.metrics.close()
@@ -193,7 +195,8 @@ def remember(run: Any, record: dict[str, Any]) -> None:
     record["steps"].append(run.step)
     record["replicas"].append(replica.hexdigest())
     record["adam_steps"] = {place.name: run.places.adam_step(place) for place in trainable}
-    record["scale"] = run.loss_scale and (run.loss_scale.value, run.loss_scale.calm)
+    scale = run.progress.loss_scale
+    record["scale"] = scale and (scale.value, scale.calm)
 
 
 def copies(param: Any) -> dict[str, Tensor]:
@@ -224,16 +227,14 @@ def whole(param: Any) -> Tensor:
 
 def _while_restarting(patch: pytest.MonkeyPatch, owner: Any, name: str, broken: Any) -> None:
     """Break something for the duration of each restart, and look away."""
-    import relora.training.loop as under_test
-
-    real = under_test.merge_and_restart
+    real = loop.merge_and_restart
 
     def restart(*args: Any) -> Any:
         with pytest.MonkeyPatch.context() as inner:
             inner.setattr(owner, name, broken)
             return real(*args)
 
-    patch.setattr(under_test, "merge_and_restart", restart)
+    patch.setattr(loop, "merge_and_restart", restart)
     patch.setattr(invariants, "check_copies", lambda *_: None)
     patch.setattr(invariants, "check_function", lambda *_: 0.0)
 
@@ -282,25 +283,20 @@ def count_reductions(
     ranks: Any, model: str, run_dir: str, changes: dict[str, Any]
 ) -> list[list[tuple[str, int]]]:
     """The reductions of each update of a run."""
-    import relora.training.loop as under_test
-    from relora.training.run import start_run
-
     config = settings(model, run_dir, changes)
     make_run_dir(config, ranks)
-    counts, real_step = [], deepspeed.train_step
+    counts = []
 
-    def step(*args: Any) -> Any:
+    def counting(*args: Any) -> Any:
         with CountReductions() as counter:
-            result = real_step(*args)
+            result = update(*args)
         counts.append(counter.entries)
         return result
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(deepspeed, "train_step", step)
-        run = start_run(config, shards(), ranks)  # type: ignore[arg-type]
-        under_test.train_run(run, Unasked())  # type: ignore[arg-type]
-        run.metrics.close()
-        deepspeed.destroy(run.engine)
+    run = start_run(config, shards(), ranks)  # type: ignore[arg-type]
+    train_run(run, Unasked(), counting)  # type: ignore[arg-type]
+    run.metrics.close()
+    deepspeed.destroy(run.engine)
     return counts
 
 

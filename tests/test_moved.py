@@ -132,9 +132,9 @@ def test_text_that_moved_is_the_same_once_it_was_prepared(
     assert trajectory(run_dir) == trajectory(whole)
     # Nor does a report take them for other data, or for more than one arm's.
     report = read_report([str(whole), str(run_dir)])
-    assert not [line for line in report["warnings"] if "data" in line]
-    (arm,) = read_report([f"same={whole}", f"same={run_dir}"])["arms"]
-    assert len(arm["seeds"]) == 2
+    assert not [line for line in report.warnings if "data" in line]
+    (arm,) = read_report([f"same={whole}", f"same={run_dir}"]).arms
+    assert len(arm.seeds) == 2
 
 
 def test_another_model_under_another_name_is_refused(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import shutil
@@ -15,16 +16,24 @@ import pytest
 
 from relora.commands.compare import read_report
 from relora.errors import CheckpointError, ConfigError
-from relora.report import figures
-from relora.report.arms import Arm, group, loss_at_seconds, loss_at_tokens, reached, spread
+from relora.report import curve_figures as figures
+from relora.report.arms import (
+    ArmRuns,
+    at_seconds,
+    at_tokens,
+    group_runs,
+    reached,
+    spread,
+)
 from relora.report.build import build_report
 from relora.report.cells import pm, signed
-from relora.report.page import to_html
+from relora.report.page import draw_all, to_html, to_markdown, write_report
 from relora.report.questions import at_equal_memory
-from relora.report.read import BLOCK, Evaluations, RunFiles, read_lines, read_run
-from relora.report.svg import LIGHT, Look, drawing, to_svg
-from relora.report.text import tables, to_markdown
-from relora.report.write import write_report
+from relora.report.read import Evaluations, RunFiles, read_lines, read_run
+from relora.report.records import AtEqual, EqualRow, Report, Spread
+from relora.report.style import DARK, LIGHT
+from relora.report.tables import tables, verdict_title, verdicts
+from relora.words import format_bytes
 from runs import train
 
 HOSTILE = '<script>alert(1)</script> a|b $x_1$ & "q" _u_'
@@ -49,14 +58,11 @@ def like(run: RunFiles, losses: list[float], seed: int = 1, path: str = "x") -> 
 
 
 def test_spread_is_the_sample_standard_deviation() -> None:
-    assert spread([2.0, 4.0, 9.0]) == {
-        "mean": 5.0,
-        "sd": pytest.approx(np.std([2, 4, 9], ddof=1)),
-        "n": 3,
-        "values": [2.0, 4.0, 9.0],
-    }
-    assert spread([1.0, None]) == {"mean": 1.0, "sd": None, "n": 1, "values": [1.0, None]}
-    assert spread([float("nan")])["mean"] is None
+    three = spread([2.0, 4.0, 9.0])
+    assert (three.mean, three.n, three.values) == (5.0, 3, [2.0, 4.0, 9.0])
+    assert three.sd == pytest.approx(np.std([2, 4, 9], ddof=1))
+    assert spread([1.0, None]) == Spread(mean=1.0, sd=None, n=1, values=[1.0, None])
+    assert spread([float("nan")]).mean is None
     assert pm(spread([1.0, 3.0]), lambda v: f"{v:.1f}") == "2.0 ± 1.4"
     assert pm(spread([1.0, None]), lambda v: f"{v:.1f}") == "1.0 (1 of 2 seeds)"
     assert signed(2)(-0.001) == "0"
@@ -64,13 +70,13 @@ def test_spread_is_the_sample_standard_deviation() -> None:
 
 def test_questions_are_answered_between_and_at_evaluations(run: RunFiles) -> None:
     ours = like(run, [5.0, 4.0, 3.0])
-    assert loss_at_tokens(ours, 250) == (200, 4.0)  # the last at or before, not between
-    assert loss_at_tokens(ours, 99) is None
-    assert loss_at_seconds(ours, 25) == pytest.approx(3.5)  # between
-    assert loss_at_seconds(ours, 5) is None
+    assert at_tokens(ours, 250) == (200, 4.0)  # the last at or before, not between
+    assert at_tokens(ours, 99) is None
+    assert at_seconds(ours, 25) == pytest.approx((250, 3.5))  # between
+    assert at_seconds(ours, 5) is None
     crossing = reached(ours.evaluations, 3.25)
-    assert crossing == {"step": 2.75, "tokens": 275, "seconds": 27.5}
-    assert reached(ours.evaluations, 5.5) == {"step": 1, "tokens": 100, "seconds": 10}
+    assert crossing == (2.75, 275, 27.5)
+    assert reached(ours.evaluations, 5.5) == (1, 100, 10)
     assert reached(ours.evaluations, 2.9) is None
 
 
@@ -84,22 +90,22 @@ def test_seeds_are_one_arm_and_the_baseline_is_their_mean(run: RunFiles) -> None
         update={"optimizer": run.config.optimizer.model_copy(update={"lr": 0.5})}
     )
     runs[2] = replace(runs[2], config=fast)
-    arms = group(runs, [None, None, None])
+    arms = group_runs(runs, [None, None, None])
     assert [arm.name for arm in arms] == ["full", "other"]
     assert len(arms[0].runs) == 2
     report = build_report(arms)
-    figures_of_full = report["arms"][0]["figures"]
-    assert figures_of_full["loss"]["mean"] == pytest.approx(3.0)
-    assert figures_of_full["loss"]["sd"] == pytest.approx(np.std([3.2, 2.8], ddof=1))
-    tokens = report["questions"]["tokens"]
-    assert tokens["at"] == 200  # as far as the other one is
-    assert tokens["rows"][1]["difference"] == pytest.approx(np.exp(3) - np.exp(4))
-    target = report["questions"]["target"]
-    assert target["loss"] == pytest.approx(3.0)
-    assert [row["tokens"] for row in target["rows"]] == [300, 200]
-    assert [row["seeds_that_reach_it"] for row in target["rows"]] == [1, 1]
-    assert target["rows"][1]["tokens_ratio"] == pytest.approx(2 / 3)
-    assert any(w.startswith("seed: 1, 2 in full, 1 in other") for w in report["warnings"])
+    figures_of_full = report.arms[0].figures
+    assert figures_of_full.loss.mean == pytest.approx(3.0)
+    assert figures_of_full.loss.sd == pytest.approx(np.std([3.2, 2.8], ddof=1))
+    tokens = report.questions.tokens
+    assert tokens.at == 200  # as far as the other one is
+    assert tokens.rows[1].difference == pytest.approx(np.exp(3) - np.exp(4))
+    target = report.questions.target
+    assert target.loss == pytest.approx(3.0)
+    assert [row.tokens for row in target.rows] == [300, 200]
+    assert [row.seeds_that_reach_it for row in target.rows] == [1, 1]
+    assert target.rows[1].tokens_ratio == pytest.approx(2 / 3)
+    assert any(w.startswith("seed: 1, 2 in full, 1 in other") for w in report.warnings)
     assert "seeds" in tables(report)
 
 
@@ -109,44 +115,46 @@ def gave_up(run: RunFiles) -> RunFiles:
 
 def test_a_seed_that_gave_up_neither_ends_the_comparison_nor_counts_in_it(run: RunFiles) -> None:
     arms = [
-        Arm("full", [like(run, [5.0, 4.0, 3.0], 1), like(run, [5.0, 4.0, 3.2], 2)]),
-        Arm("wild", [like(run, [5.0, 3.9, 2.9], 1), gave_up(like(run, [5.0], 2))]),
-        Arm("lost", [gave_up(like(run, [5.0, 4.5], 1)), gave_up(like(run, [5.0], 2))]),
+        ArmRuns("full", [like(run, [5.0, 4.0, 3.0], 1), like(run, [5.0, 4.0, 3.2], 2)]),
+        ArmRuns("wild", [like(run, [5.0, 3.9, 2.9], 1), gave_up(like(run, [5.0], 2))]),
+        ArmRuns("lost", [gave_up(like(run, [5.0, 4.5], 1)), gave_up(like(run, [5.0], 2))]),
     ]
     report = build_report(arms)
     for question in ("tokens", "seconds"):
-        answer = report["questions"][question]
-        assert answer["at"] == {"tokens": 300, "seconds": 30}[question]
-        rows = {row["arm"]: row for row in answer["rows"]}
-        assert rows["wild"]["loss"]["values"] == [2.9, None]
-        assert rows["lost"]["loss"]["mean"] is None
-        assert rows["lost"]["difference"] is None
-    figures_of = {arm["name"]: arm["figures"] for arm in report["arms"]}
-    assert figures_of["wild"]["loss"]["mean"] == 2.9
-    assert figures_of["lost"]["loss"]["values"] == [4.5, None]  # its last, of those of that step
+        answer = getattr(report.questions, question)
+        assert answer.at == {"tokens": 300, "seconds": 30}[question]
+        rows = {row.arm: row for row in answer.rows}
+        assert rows["wild"].loss.values == [2.9, None]
+        assert rows["lost"].loss.mean is None
+        assert rows["lost"].difference is None
+    figures_of = {arm.name: arm.figures for arm in report.arms}
+    assert figures_of["wild"].loss.mean == 2.9
+    assert figures_of["lost"].loss.values == [4.5, None]  # its last, of those of that step
     shown = {row[0]: row for row in tables(report)["arms"].rows}
     assert shown["wild"][1].endswith("(1 of 2 seeds)")
-    target = {row["arm"]: row for row in report["questions"]["target"]["rows"]}
-    assert target["wild"]["reached"]
-    assert target["wild"]["seeds_that_reach_it"] == 1
+    target = {row.arm: row for row in report.questions.target.rows}
+    assert target["wild"].reached
+    assert target["wild"].seeds_that_reach_it == 1
     # Its curve goes on where one of its seeds does, and is of that seed all the way.
-    assert report["arms"][1]["curves"]["mean"]["loss"] == [5.0, 3.9, 2.9]
+    assert report.arms[1].curves.mean.loss == [5.0, 3.9, 2.9]
     to_html(report, {}, None)
 
 
 def test_the_baseline_s_perplexity_is_that_of_its_furthest_seeds(run: RunFiles) -> None:
     """As while another seed of it is trained."""
     full = [like(run, [5.0, 4.0, 3.0], 1), replace(like(run, [5.0], 2), status="running")]
-    report = build_report([Arm("full", full), Arm("other", [like(run, [5.0, 3.0, 2.0], 1)])])
-    assert report["questions"]["target"]["loss"] == 3.0
-    assert report["questions"]["tokens"]["at"] == 100  # so far one can compare all
+    report = build_report(
+        [ArmRuns("full", full), ArmRuns("other", [like(run, [5.0, 3.0, 2.0], 1)])]
+    )
+    assert report.questions.target.loss == 3.0
+    assert report.questions.tokens.at == 100  # so far one can compare all
 
 
 def test_a_loss_beyond_all_measure_has_no_perplexity_and_stops_nothing(run: RunFiles) -> None:
-    arm = Arm("wild", [like(run, [5.0, 400.0], 1), like(run, [5.0, 500.0], 2)])
+    arm = ArmRuns("wild", [like(run, [5.0, 400.0], 1), like(run, [5.0, 500.0], 2)])
     report = build_report([arm])
-    assert report["arms"][0]["figures"]["perplexity"]["mean"] is None
-    assert report["arms"][0]["figures"]["loss"]["mean"] == 450
+    assert report.arms[0].figures.perplexity.mean is None
+    assert report.arms[0].figures.loss.mean == 450
 
 
 def test_a_length_in_steps_is_that_in_tokens(run: RunFiles) -> None:
@@ -154,45 +162,44 @@ def test_a_length_in_steps_is_that_in_tokens(run: RunFiles) -> None:
     tokens = run.config.total_steps * run.config.tokens_per_step
     in_tokens = train.model_copy(update={"steps": None, "tokens": tokens})
     other = replace(run, config=run.config.model_copy(update={"train": in_tokens}))
-    assert build_report([Arm("steps", [run]), Arm("tokens", [other])])["warnings"] == []
+    assert build_report([ArmRuns("steps", [run]), ArmRuns("tokens", [other])]).warnings == []
     section = run.config.model.model_copy(update={"gradient_checkpointing": True})
     other = replace(run, config=run.config.model_copy(update={"model": section}))
-    (warning,) = build_report([Arm("a", [run]), Arm("b", [other])])["warnings"]
+    (warning,) = build_report([ArmRuns("a", [run]), ArmRuns("b", [other])]).warnings
     assert warning.endswith("in b: times and memory do not compare")
 
 
 def test_one_name_holds_one_experiment(run: RunFiles) -> None:
     other = replace(run, config=run.config.model_copy(update={"lora": None, "seed": 9}))
-    assert [arm.name for arm in group([run, other], ["a", "a"])] == ["a"]
+    assert [arm.name for arm in group_runs([run, other], ["a", "a"])] == ["a"]
     section = run.config.batch.model_copy(update={"global_batch_size": 4})
     other = replace(run, config=run.config.model_copy(update={"batch": section}))
     with pytest.raises(ConfigError, match=r"a: .* \(batch.global_batch_size\)"):
-        group([run, other], ["a", "a"])
-    assert [arm.name for arm in group([run, run], [None, None])] == ["full", "full′"]
-    assert [arm.name for arm in group([run, run], ["full", None])] == ["full", "full′"]
-    assert group([run], ["a\nb\x1b"])[0].name == "a?b?"
+        group_runs([run, other], ["a", "a"])
+    assert [arm.name for arm in group_runs([run, run], [None, None])] == ["full", "full′"]
+    assert [arm.name for arm in group_runs([run, run], ["full", None])] == ["full", "full′"]
+    assert group_runs([run], ["a\nb\x1b"])[0].name == "a?b?"
 
 
 def test_within_a_memory_the_best_that_fits_is_named() -> None:
-    def row(name: str, perplexity: float) -> dict[str, Any]:
-        return {"arm": name, "perplexity": spread([perplexity])}
+    def row(name: str, perplexity: float) -> EqualRow:
+        nothing = spread([None])
+        return EqualRow(arm=name, loss=nothing, perplexity=spread([perplexity]), tokens=nothing)
 
     rows = [row("large", 10.0), row("small", 12.0), row("wasteful", 11.0)]
     memory = {"large": spread([8.0]), "small": spread([4.0]), "wasteful": spread([16.0])}
-    answer = at_equal_memory([], {"at": 100, "rows": rows}, memory)["rows"]
-    assert [(r["arm"], r["best_within"], r["best_perplexity"]) for r in answer] == [
+    answer = at_equal_memory(AtEqual(at=100, rows=rows), memory, measured=True).rows
+    assert [(r.arm, r.best_within, r.best_perplexity) for r in answer] == [
         ("small", "small", 12.0),
         ("large", "large", 10.0),
         ("wasteful", "large", 10.0),
     ]
 
 
-def test_lines_are_read_in_blocks_without_losing_any(tmp_path: Path) -> None:
+def test_lines_are_read_without_losing_any(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    count = 2 * BLOCK + 5
-    path.write_text("".join(f'{{"step": {n}}}\n' for n in range(count)) + '{"step": 99')
-    steps = [line["step"] for block in read_lines(path) for line in block]
-    assert steps == list(range(count))
+    path.write_text("".join(f'{{"step": {n}}}\n' for n in range(5000)) + '{"step": 99')
+    assert [line["step"] for line in read_lines(path)] == list(range(5000))
     # Two broken lines that would make one good one when joined.
     path.write_text('{"step": 1}\n{"step": 2\n"a": 3}\n')
     with pytest.raises(CheckpointError, match="line 2 is not valid JSON"):
@@ -212,10 +219,10 @@ def test_what_a_start_had_cost_is_counted(run: RunFiles, tmp_path: Path) -> None
     assert again.start.tokens == 6 * 256
     assert again.start.seconds > 0
     assert list(again.evaluations.tokens) == [6 * 256 + t for t in run.evaluations.tokens]
-    report = build_report(group([run, again], ["one", "two"]))
-    one, two = (arm["figures"] for arm in report["arms"])
-    assert two["flops"]["mean"] == pytest.approx(2 * one["flops"]["mean"])
-    assert report["arms"][1]["warm_start"]["mean"] == 6 * 256
+    report = build_report(group_runs([run, again], ["one", "two"]))
+    one, two = (arm.figures for arm in report.arms)
+    assert two.flops.mean == pytest.approx(2 * one.flops.mean)
+    assert report.arms[1].warm_start.mean == 6 * 256
     (path / "config.yaml").write_text(text.replace(str(checkpoint), str(tmp_path / "gone")))
     (complaint,) = read_run(path).complaints
     assert "is unknown and not counted" in complaint
@@ -249,14 +256,13 @@ def test_a_log_axis_has_some_round_ticks(limits: tuple[float, float]) -> None:
 
 
 class Reader(HTMLParser):
-    """Tags, ids and addresses of a page."""
+    """Tags, ids, addresses and inline pictures of a page."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
         self.tags: list[str] = []
         self.ids: list[str] = []
         self.asked: list[str] = []
-        self.open: list[str] = []
         self.feed(page)
 
     def handle_starttag(self, tag: str, attrs: Any) -> None:
@@ -264,35 +270,107 @@ class Reader(HTMLParser):
         values = dict(attrs)
         assert not [key for key in values if key.startswith("on")]
         self.ids += [values["id"]] if "id" in values else []
-        for key in ("href", "src", "xlink:href"):
+        for key in ("href", "src", "srcset", "xlink:href"):
             self.asked += [values[key]] if key in values else []
 
 
 def test_a_page_needs_nothing_and_runs_nothing_whatever_a_run_is_called(run: RunFiles) -> None:
-    arms = [Arm(HOSTILE, [run]), Arm("_hidden", [run])]
+    arms = [ArmRuns(HOSTILE, [run]), ArmRuns("_hidden", [run])]
     report = build_report(arms)
-    svgs = {}
-    for room in ("wide", "narrow"):
-        look = Look(narrow=room == "narrow")
-        with drawing(look):
-            picture = figures.draw_curves(report, look, "tokens")
-            svgs[f"curves_tokens.log.{room}"] = to_svg(picture, f"tokens-{room}", HOSTILE)
-    page = to_html(report, svgs, refresh_s=None)
+    drawn = draw_all(report)
+    page = to_html(report, drawn, refresh_s=None)
     reader = Reader(page)
     assert "script" not in reader.tags
-    assert {"svg", "table"} <= set(reader.tags)
+    assert {"img", "table"} <= set(reader.tags)
     assert len(reader.ids) == len(set(reader.ids))
-    own = {f"#{name}" for name in reader.ids}
-    assert all(asked in own or asked.startswith("data:") for asked in reader.asked)
+    assert all(asked.startswith("data:") for asked in reader.asked)
+    assert "default-src 'none'" in page
     assert "&lt;script&gt;alert(1)&lt;/script&gt; a|b $x_1$ &amp;" in page
-    assert not re.findall(r"#0a0[bc]\w\w", page)  # every marker colour became a variable
-    assert "var(--fg)" in svgs["curves_tokens.log.wide"]
     assert 'http-equiv="refresh"' not in page
-    assert '<meta http-equiv="refresh" content="30">' in to_html(report, svgs, refresh_s=30)
+    assert '<meta http-equiv="refresh" content="30">' in to_html(report, drawn, refresh_s=30)
+
+
+def size_of(png: bytes) -> tuple[int, int]:
+    """Width and height, from the header."""
+    assert png.startswith(b"\x89PNG")
+    return int.from_bytes(png[16:20], "big"), int.from_bytes(png[20:24], "big")
+
+
+def test_each_picture_is_there_once_for_light_and_once_for_dark_pages(run: RunFiles) -> None:
+    report = build_report([ArmRuns("a", [run])])
+    drawn = draw_all(report)
+    page = to_html(report, drawn, None)
+    assert [*drawn] == ["curves_tokens", "curves_time", "memory", "training_loss"]
+    for light, dark in drawn.values():
+        for png, before in ((light, 'src="'), (dark, '(prefers-color-scheme: dark)" srcset="')):
+            text = f"{before}data:image/png;base64,{base64.b64encode(png).decode()}"
+            assert page.count(text) == 1
+        assert size_of(light) == size_of(dark)
+        assert size_of(light)[0] == 2 * 720  # twice what the page shows it at
+        assert light != dark
+    assert "img{display:block;width:720px;max-width:100%" in page
+    assert "prefers-color-scheme:dark){:root{--bg:#0f1318" in page
+    assert 'name="viewport" content="width=device-width' in page
+
+
+def test_a_report_is_read_as_it_was_written(run: RunFiles, tmp_path: Path) -> None:
+    report = build_report([ArmRuns(HOSTILE, [run])])
+    write_report(report, tmp_path)
+    assert Report.model_validate_json((tmp_path / "report.json").read_text()) == report
+
+
+def test_the_verdict_comes_first_and_says_what_each_arm_gives_and_costs(run: RunFiles) -> None:
+    half = replace(like(run, [5.0, 4.0, 3.5]), log={k: v / 2 for k, v in run.log.items()})
+    arms = [ArmRuns("full", [like(run, [5.0, 4.0, 3.0])]), ArmRuns("half", [half])]
+    arms.append(ArmRuns("late", [replace(like(run, []), status="running")]))
+    report = build_report(arms)
+    lines = verdicts(report)
+    title = verdict_title(report)
+    assert re.fullmatch(
+        r"At 300 tokens, and beside full \(\S+ FLOPs, \d+s, \S+B training state a rank\):", title
+    )
+    assert lines["full"] == "perplexity 20.09, the baseline"
+    assert lines["half"].replace("\u00a0", " ") == (
+        "perplexity 33.12 (+64.9 %); 1.00 × FLOPs, 2.00 × time, 1.00 × training state; "
+        "never as good"
+    )
+    assert lines["late"] == "no evaluation yet (running, 6/6)"
+    page, text = to_html(report, {}, None), to_markdown(report, {})
+    assert page.index(title) < page.index("perplexity 20.09")
+    assert title in text
+    for name, line in lines.items():
+        assert f"<b>{name}</b>: {line}" in page
+        assert page.index(f"<b>{name}</b>: {line}") < page.index("Read this first")
+        assert f"- **{name}**: {line}" in text
+
+
+def test_training_state_heads_memory_and_a_process_s_memory_is_not_in_it(run: RunFiles) -> None:
+    """Without a GPU; on one its peak stands beside, with what was predicted, and decides."""
+    report = build_report([ArmRuns("a", [run])])
+    (arm,) = report.arms
+    table = tables(report)["memory"]
+    row = dict(zip(table.columns, table.rows[0], strict=True))
+    parts = arm.predicted.memory_by_part
+    held = sum(size for part, size in parts.items() if part not in ("buffers", "host"))
+    assert table.columns[1] == "training state per rank"
+    assert row["training state per rank"] == format_bytes(held)
+    assert row["moments"] == format_bytes(8 * arm.predicted.parameters)
+    assert report.questions.memory.rows[0].memory.mean == held
+    assert not [column for column in table.columns if "peak" in column]
+    on_gpu = replace(run, stretches=[replace(run.main, environment={"device": "H100"})])
+    report = build_report([ArmRuns("a", [on_gpu])])
+    table = tables(report)["memory"]
+    row = dict(zip(table.columns, table.rows[0], strict=True))
+    peak = run.log["perf/memory_gib"].max()
+    assert float(row["peak GiB on the GPU"]) == pytest.approx(peak, abs=0.006)
+    assert float(row["predicted"]) == pytest.approx(arm.predicted.memory / 2**30, abs=0.006)
+    assert report.questions.memory.rows[0].memory.mean == pytest.approx(peak * 2**30)
+    assert report.questions.memory.measured
+    assert draw_all(report)["memory"]
 
 
 def test_a_bar_in_a_name_does_not_break_a_table(run: RunFiles) -> None:
-    text = to_markdown(build_report([Arm(HOSTILE, [run])]), {})
+    text = to_markdown(build_report([ArmRuns(HOSTILE, [run])]), {})
     for line in text.splitlines():
         if line.startswith("| ---"):
             columns = line.count("|")
@@ -300,35 +378,25 @@ def test_a_bar_in_a_name_does_not_break_a_table(run: RunFiles) -> None:
             assert len(re.findall(r"(?<!\\)\|", line)) == columns
 
 
-def test_points_of_evaluations_are_dots_in_one_path(run: RunFiles) -> None:
-    report = build_report([Arm("a", [like(run, list(np.linspace(5, 3, 200)))])])
-    look = Look()
-    with drawing(look):
-        text = to_svg(figures.draw_curves(report, look, "tokens"), "p", "title")
-    (dots,) = re.findall(r'<path d="([^"]*h0)" style="fill: none; stroke: var\(--c0\)', text)
-    assert dots.count("h0") == 200
-
-
 def test_colours_can_be_read_on_both_grounds() -> None:
     """Contrast of 3 : 1 (WCAG 2.1, 1.4.11) in the dark; 2.3 : 1 on white, where sky blue is."""
-    from relora.report.svg import DARK
 
     def light(colour: str) -> float:
         parts = [int(colour[n : n + 2], 16) / 255 for n in (1, 3, 5)]
         linear = [p / 12.92 if p <= 0.03928 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
         return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
-    for colours, ground, least in ((LIGHT, "#ffffff", 2.3), (DARK, "#0f1318", 3)):
-        for colour in colours:
-            one, other = sorted((light(colour), light(ground)), reverse=True)
+    for style, least in ((LIGHT, 2.3), (DARK, 3)):
+        for colour in style.arms:
+            one, other = sorted((light(colour), light(style.ground)), reverse=True)
             assert (one + 0.05) / (other + 0.05) >= least, colour
 
 
 def test_other_shards_under_equal_settings_are_named(run: RunFiles) -> None:
     other = replace(run, data="another")
-    assert build_report(group([run, run], ["a", "b"]))["warnings"] == []
-    report = build_report(group([run, other], ["a", "b"]))
-    assert report["warnings"] == ["data: b was trained on other token shards than a"]
+    assert build_report(group_runs([run, run], ["a", "b"])).warnings == []
+    report = build_report(group_runs([run, other], ["a", "b"]))
+    assert report.warnings == ["data: b was trained on other token shards than a"]
 
 
 # --- runs that went on elsewhere ------------------------------------------------------------------
@@ -355,25 +423,25 @@ def test_a_run_on_two_machines_has_no_time_to_compare_and_says_what_changed(
     (mixed / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     plain = shutil.copytree(run.path, tmp_path / "plain")
     report = read_report([str(plain), str(mixed)])
-    first, second = report["arms"]
-    assert first["name"] == "plain"
-    notes = "\n".join(report["warnings"])
+    first, second = report.arms
+    assert first.name == "plain"
+    notes = "\n".join(report.warnings)
     assert "mixed went on from step 2 with device" in notes
     assert "world_size 1 → 2" in notes
     assert "its time is a mixture and is not compared" in notes
-    times = report["questions"]["seconds"]["rows"]
-    assert [row["loss"]["mean"] is None for row in times] == [False, True]
-    assert all(row["loss"]["mean"] for row in report["questions"]["tokens"]["rows"])
-    assert [row["seconds"] is None for row in report["questions"]["target"]["rows"]] == [
+    times = report.questions.seconds.rows
+    assert [row.loss.mean is None for row in times] == [False, True]
+    assert all(row.loss.mean for row in report.questions.tokens.rows)
+    assert [row.seconds is None for row in report.questions.target.rows] == [
         False,
         True,
     ]
-    (seed,) = second["seeds"]
-    assert seed["world_size"] == 2
-    assert seed["step_ms"] == pytest.approx(2.5, abs=0.51)
-    assert second["predicted"]["bytes_per_step"] > 0
-    assert first["predicted"]["bytes_per_step"] == 0
-    assert read_report([str(mixed)])["questions"]["seconds"]["at"] is None
+    (seed,) = second.seeds
+    assert seed.world_size == 2
+    assert seed.step_ms == pytest.approx(2.5, abs=0.51)
+    assert second.predicted.bytes_per_step > 0
+    assert first.predicted.bytes_per_step == 0
+    assert read_report([str(mixed)]).questions.seconds.at is None
     assert write_report(report, tmp_path / "report")
 
 

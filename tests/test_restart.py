@@ -15,7 +15,7 @@ from torch import Tensor
 
 from merge_cost import Meter
 from ranks import Outcomes, Scenario, Unasked, run_ranks
-from relora.engine.state import join_bf16, split_fp32
+from relora.engine.codec import join_bf16, split_fp32
 from relora.errors import NumericsError
 from relora.lora.draws import draw_a
 from relora.restart.config import ResetConfig

@@ -409,8 +409,12 @@ def read_board(directory: Path) -> dict[str, dict[int, float]]:
 # --- two ranks ------------------------------------------------------------------------------------
 
 
-def legs(ranks: Any, config: str, *stops: int | None) -> list[int]:
-    """Exit codes of `relora train`, once for each stop, on ranks that have a group already."""
+def legs(ranks: Any, config: str, *stops: int | None, **seams: Any) -> list[int]:
+    """Exit codes of `relora train`, once for each stop, on ranks that have a group already.
+
+    Args:
+        seams: `update`, as for `guarded`.
+    """
     from pathlib import Path
 
     from relora.data.shards import open_shards
@@ -420,7 +424,7 @@ def legs(ranks: Any, config: str, *stops: int | None) -> list[int]:
     codes = []
     for stop in stops:
         settings = load_config(Path(config), [f"train.stop_after={stop}"] if stop else [])
-        codes.append(guarded(settings, open_shards(settings.data), ranks))
+        codes.append(guarded(settings, open_shards(settings.data), ranks, **seams))
     return codes
 
 

@@ -287,10 +287,8 @@ def test_a_boundary_at_the_former_end_is_made_up_for(tmp_path: Path) -> None:
         assert series(tmp_path / "longer", key) == series(tmp_path / "whole", key), key
     # Killed before the next checkpoint, it makes up for it again, and says so once.
     assert train(tmp_path / "killed", **changes) == 0
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("relora.training.loop._train", kill)
-        with pytest.raises(Killed):
-            train(tmp_path / "killed", train__steps=31, **changes)
+    with pytest.raises(Killed):
+        train(tmp_path / "killed", update=kill, train__steps=31, **changes)
     assert series(tmp_path / "killed", "relora/merge") == {12: 1, 18: 2, 24: 3}
     assert train(tmp_path / "killed", train__steps=31, **changes) == 0
     assert trajectory(tmp_path / "killed") == trajectory(tmp_path / "longer")
@@ -451,13 +449,14 @@ def train_apart(ranks: Any, config: str, data: list[str]) -> tuple[int, str]:
     from relora.commands.train import train as command
     from relora.engine import deepspeed
     from relora.errors import UserError
+    from relora.load import load_config
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(deepspeed, "init_distributed", lambda *_: None)  # this group is there already
         patch.setattr(deepspeed, "leave", lambda **_: None)
         patch.setenv("LOCAL_RANK", "0")  # each on a machine of its own
         try:
-            return command(Path(config), [f"data.dir={data[ranks.rank]}"]), ""
+            return command(load_config(Path(config), [f"data.dir={data[ranks.rank]}"])), ""
         except UserError as error:
             return error.code, str(error)
 

@@ -190,7 +190,7 @@ def test_a_newest_checkpoint_that_is_none_is_named_by_all_who_pass_over_it(
     for subject in (run_dir, newest):
         assert relora("verify", subject) == 4
         assert str(newest) in only_line(capsys)
-    warnings = read_report([str(run_dir)])["warnings"]
+    warnings = read_report([str(run_dir)]).warnings
     assert any(f"passed over {newest}" in line for line in warnings)
     assert train(run_dir, train__save_every=5) == 0
     output = capsys.readouterr().out
@@ -362,7 +362,7 @@ def test_an_environment_that_cannot_be_read_is_made_anew(
 ) -> None:
     path = run_dir / "environment.json"
     path.write_text(content)
-    assert any(str(path) in line for line in read_report([str(run_dir)])["warnings"])
+    assert any(str(path) in line for line in read_report([str(run_dir)]).warnings)
     assert train(run_dir, train__save_every=5) == 0
     assert f"{path}: " in capsys.readouterr().out
     assert json.loads(path.read_text())["from_step"] == 14

@@ -148,13 +148,12 @@ def test_a_stop_completes_what_is_under_way(
 def test_numbers_that_end_the_run_leave_the_save_before_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from test_skipped import spoil
+    from test_skipped import spoilt
 
     slow_writer(monkeypatch, until=6)
-    spoil(monkeypatch, {6}, 0)
     run_dir = tmp_path / "run"
     changes = {"train__save_every": 5, "train__background_save": True, "train__max_skipped": 1}
-    assert train(run_dir, **changes) == 5
+    assert train(run_dir, update=spoilt({6}), **changes) == 5
     assert checkpoints(run_dir) == ["step_00000005"]
     assert relora("verify", run_dir) == 0
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ import torch
 
 from ranks import Scenario, run_ranks
 from reference import lr_factor
+from relora.engine.evaluation import loss_of
+from relora.training.loop import update
 from runs import (
     checkpoint,
     checkpoints,
@@ -29,37 +33,35 @@ LAST = 24
 BATCH = 8
 
 
-def spoil(patch: Any, steps_of_data: set[int], rank: int = 0, value: float = float("nan")) -> None:
-    """Make the loss of some global batches, counted from 0, not finite on one rank."""
-    from relora.training import loop
+def spoilt(bad: Iterable[int], rank: int = 0, value: float = math.nan, good: Any = update) -> Any:
+    """An update that multiplies the losses of some global batches, counted from 0, on one rank.
 
-    real_loss, real_seed = loop.loss_of, loop.seed_dropout
-    now = {}
+    Args:
+        good: the update of all others.
+    """
 
-    def seed_dropout(seed: int, consumed: int, this_rank: int) -> None:
-        now.update(batch=consumed // BATCH, rank=this_rank)
-        real_seed(seed, consumed, this_rank)
+    def loss(model: Any, batch: torch.Tensor) -> Any:
+        found = loss_of(model, batch)
+        return found._replace(total=found.total * value, cross_entropy=found.cross_entropy * value)
 
-    def loss_of(model: Any, batch: torch.Tensor) -> Any:
-        loss = real_loss(model, batch)
-        if now["batch"] in steps_of_data and now["rank"] == rank:
-            return loss._replace(total=loss.total * value, cross_entropy=loss.cross_entropy * value)
-        return loss
+    def update_(run: Any, micro_batches: Any, lr: float) -> Any:
+        if run.ranks.rank == rank and run.progress.consumed // BATCH in bad:
+            return update(run, micro_batches, lr, loss)
+        return good(run, micro_batches, lr)
 
-    patch.setattr(loop, "seed_dropout", seed_dropout)
-    patch.setattr(loop, "loss_of", loss_of)
+    return update_
 
 
 @pytest.mark.parametrize(
     ("stage", "value"), [(0, "nan"), (1, "nan"), (2, "nan"), (3, "nan"), (0, "inf"), (2, "inf")]
 )
 def test_a_skipped_update_moves_the_data_and_not_the_clock(
-    stage: int, value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stage: int, value: str, tmp_path: Path
 ) -> None:
     """Spoilt: an update of the warm start, the one that a merge would follow, and two in a row."""
     run_dir = tmp_path / "run"
-    spoil(monkeypatch, {3, 12, 20, 21}, value=float(value))
-    assert train(run_dir, deepspeed__zero_stage=stage, train__save_every=12) == 0
+    update = spoilt({3, 12, 20, 21}, value=float(value))
+    assert train(run_dir, update=update, deepspeed__zero_stage=stage, train__save_every=12) == 0
     assert list(series(run_dir, "train/loss")) == list(range(1, LAST + 1))
     assert series(run_dir, "relora/merge") == {12: 1, 18: 2}
     skips = [line for line in metric_lines(run_dir) if set(line) == SKIP]
@@ -91,9 +93,7 @@ def test_a_skipped_update_is_as_if_its_batch_had_not_been_there(
 ) -> None:
     """Weights and moments are untouched: the next step's loss is that of the same weights."""
     changes = {"deepspeed__zero_stage": stage, "train__save_every": 1}
-    with monkeypatch.context() as patch:
-        spoil(patch, {9})
-        assert train(tmp_path / "spoilt", "train.stop_after=10", **changes) == 75
+    assert train(tmp_path / "spoilt", "train.stop_after=10", update=spoilt({9}), **changes) == 75
     # The same without a fault, from the same step 9, and with the data one batch further.
     assert train(tmp_path / "moved", "train.stop_after=9", **changes) == 75
     from relora.training import guard
@@ -102,20 +102,17 @@ def test_a_skipped_update_is_as_if_its_batch_had_not_been_there(
 
     def start_run(*arguments: Any) -> Any:
         run = real(*arguments)
-        run.consumed += BATCH
+        run.progress.consumed += BATCH
         return run
 
     monkeypatch.setattr(guard, "start_run", start_run)
     assert train(tmp_path / "moved", "train.stop_after=10", **changes) == 75
-    spoilt, moved = (checkpoint(tmp_path / name, 10) for name in ("spoilt", "moved"))
-    assert differing(spoilt, moved) == []
+    one, other = (checkpoint(tmp_path / name, 10) for name in ("spoilt", "moved"))
+    assert differing(one, other) == []
 
 
-def test_a_stop_after_a_skipped_update_leaves_no_trace(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    spoil(monkeypatch, {3, 8, 9})
-    changes = {"train__save_every": 8}
+def test_a_stop_after_a_skipped_update_leaves_no_trace(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"train__save_every": 8, "update": spoilt({3, 8, 9})}
     assert train(tmp_path / "whole", **changes) == 0
     # After step 8 a checkpoint is written and then two updates are skipped; they are gone through
     # again, and told of once.
@@ -126,14 +123,10 @@ def test_a_stop_after_a_skipped_update_leaves_no_trace(
     assert differing(*(checkpoint(tmp_path / n, LAST) for n in ("cut", "whole"))) == []
 
 
-def test_too_many_in_a_row_end_the_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_too_many_in_a_row_end_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_dir = tmp_path / "run"
-    changes = {"train__max_skipped": 3, "train__save_every": 5}
-    with monkeypatch.context() as patch:
-        spoil(patch, {2, 4, 6, 7, 10, 11, 12})
-        assert train(run_dir, **changes) == 5
+    changes: dict[str, Any] = {"train__max_skipped": 3, "train__save_every": 5}
+    assert train(run_dir, update=spoilt({2, 4, 6, 7, 10, 11, 12}), **changes) == 5
     error = capsys.readouterr().err
     assert "3 updates in a row were not finite" in error
     assert "train.max_skipped" in error
@@ -171,12 +164,10 @@ def spoilt_on(ranks: Any, config: str, bad_rank: int, batches: list[int]) -> tup
     from relora.errors import UserError
     from test_resume import legs
 
-    with pytest.MonkeyPatch.context() as patch:
-        spoil(patch, set(batches), bad_rank)
-        try:
-            return legs(ranks, config, None)[0], ""
-        except UserError as error:
-            return error.code, str(error)
+    try:
+        return legs(ranks, config, None, update=spoilt(set(batches), bad_rank))[0], ""
+    except UserError as error:
+        return error.code, str(error)
 
 
 # 14 steps: adapters after 4, merges after 8 and 12 (or adapters from the start, and a merge at 4).
@@ -225,12 +216,12 @@ def differ_on(ranks: Any, config: str, stage: int) -> tuple[int, str]:
     from relora.training import loop
     from test_resume import legs
 
-    real_log, real_restart = loop._log, loop.merge_and_restart
+    real_restart = loop.merge_and_restart
 
-    def log(run: Any, *figures: float) -> None:
-        real_log(run, *figures)
+    def disturbed(run: Any, *arguments: Any) -> Any:
         if stage < 3 and ranks.rank == 1 and run.step == 2:
             run.places[REPLICATED[stage]].live.data[3] += 1e-3
+        return update(run, *arguments)
 
     def restart(state: Any, *arguments: Any) -> Any:
         report = real_restart(state, *arguments)
@@ -239,10 +230,9 @@ def differ_on(ranks: Any, config: str, stage: int) -> tuple[int, str]:
         return report
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "_log", log)
         patch.setattr(loop, "merge_and_restart", restart)
         try:
-            return legs(ranks, config, None)[0], ""
+            return legs(ranks, config, None, update=disturbed)[0], ""
         except UserError as error:
             return error.code, str(error)
 
@@ -344,26 +334,20 @@ def test_replicas_that_differ_end_the_run_at_the_next_merge(stage: int, two_rank
     ids=["no checkpoint yet", "one of this step", "before the first step"],
 )
 def test_a_stop_request_is_seen_while_updates_are_skipped(
-    first: int, save_every: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    first: int, save_every: int, tmp_path: Path
 ) -> None:
     """And the run goes on from there as if nobody had asked."""
-    from relora.training import loop
-
-    spoilt = set(range(first, first + 30))
+    bad = spoilt(range(first, first + 30))
     changes: dict[str, Any] = {"train__save_every": save_every, "train__max_skipped": 100}
-    spoil(monkeypatch, spoilt)
+    changes["update"] = bad
     assert train(tmp_path / "whole", **changes) == 0
 
-    seed_dropout = loop.seed_dropout
-
-    def ask(seed: int, consumed: int, rank: int) -> None:
-        seed_dropout(seed, consumed, rank)
-        if consumed // BATCH == first + 3:
+    def ask(run: Any, *arguments: Any) -> Any:
+        if run.progress.consumed // BATCH == first + 3:
             signal.raise_signal(signal.SIGTERM)
+        return bad(run, *arguments)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "seed_dropout", ask)
-        assert train(tmp_path / "cut", **changes) == 75
+    assert train(tmp_path / "cut", **{**changes, "update": ask}) == 75
     state = run_state(tmp_path / "cut")
     assert (state["status"], state["step"]) == ("preempted", first)
     assert metric_lines(tmp_path / "cut")[-1]["step"] == first  # it did not go on to the next

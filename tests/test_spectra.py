@@ -27,7 +27,8 @@ from safetensors.torch import save_file
 
 from ranks import Outcomes, Scenario, run_ranks
 from relora.record.metrics import Metrics
-from relora.training import loop, spectra
+from relora.training import spectra
+from relora.training.loop import update
 from runs import (
     SEQUENCE,
     Process,
@@ -721,21 +722,17 @@ def leg(ranks: Any, config: str, harm: str, *stops: int | None) -> tuple[list[in
     from test_resume import legs
     from test_saving import small_files_on
 
+    def harmed(run: Any, *arguments: Any) -> Any:
+        if harm == "start" and ranks.is_main and run.step == 14:
+            shutil.rmtree(run.config.run_dir / "spectra" / "start")
+        return update(run, *arguments)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Metrics, "figure", lambda *_: None)
         if harm == "full":
             small_files_on(ranks, patch, 1, 2000)
-        if harm == "start" and ranks.is_main:
-            real = loop._log
-
-            def log(run: Any, *arguments: Any) -> None:
-                real(run, *arguments)
-                if run.step == 14:
-                    shutil.rmtree(run.config.run_dir / "spectra" / "start")
-
-            patch.setattr(loop, "_log", log)
         try:
-            return legs(ranks, config, *stops), ""
+            return legs(ranks, config, *stops, update=harmed), ""
         except UserError as error:
             return [error.code], str(error)
         finally:

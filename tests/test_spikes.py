@@ -28,13 +28,14 @@ from runs import (
     workshop,
 )
 from test_run_directory import Killed, kill
-from test_skipped import BATCH, spoil
+from test_skipped import BATCH, spoilt
 
 LAST = 24
 # The tiny run: warm-up to 3, birth at 6, merges after 12 and 18, each with 2 steps of rewarm.
 SPIKE = {"sigmas": 6.0, "window": 6, "max_rollbacks": 2}
 CHANGES: dict[str, Any] = {"train__spike": SPIKE, "train__save_every": 5}
 FACTOR = 20.0
+JUMP = spoilt({16}, value=FACTOR)
 
 
 def start_later(patch: pytest.MonkeyPatch, batches: int) -> None:
@@ -45,10 +46,15 @@ def start_later(patch: pytest.MonkeyPatch, batches: int) -> None:
 
     def start_run(*arguments: Any) -> Any:
         run = real(*arguments)
-        run.consumed += batches * BATCH
+        run.progress.consumed += batches * BATCH
         return run
 
     patch.setattr(guard, "start_run", start_run)
+
+
+def kill_at(step: int, update: Any) -> Any:
+    """An update that does not come after so many."""
+    return lambda run, *arguments: kill() if run.step == step else update(run, *arguments)
 
 
 def rollback_lines(run_dir: Path) -> list[dict[str, Any]]:
@@ -71,9 +77,7 @@ def assert_as_if_the_data_began_later(jumped: Path, moved: Path) -> None:
 def jumped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run whose 17th update has a bad batch, two after the checkpoint of step 15."""
     run_dir = tmp_path_factory.mktemp("jumped") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        spoil(patch, {16}, value=FACTOR)
-        assert train(run_dir, **CHANGES) == 0
+    assert train(run_dir, update=JUMP, **CHANGES) == 0
     return run_dir
 
 
@@ -104,29 +108,24 @@ def test_a_rollback_is_told_of(jumped: Path) -> None:
 def test_a_kill_around_a_rollback_leaves_no_trace(
     moment: str, jumped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from relora.training import loop
+    from relora.training import guard, loop
 
-    spoil(monkeypatch, {16}, value=FACTOR)
-    real_log = loop._log
-
-    def killing_log(run: Any, *figures: float) -> None:
-        if run.step == 17:
+    def update(run: Any, *arguments: Any) -> Any:
+        if moment == "two steps on" and run.step == 17:
             raise Killed
-        real_log(run, *figures)
+        return JUMP(run, *arguments)
 
     with monkeypatch.context() as patch:
-        name = {
-            "before the record": "record_rollbacks",
-            "after the record": "start_again",
-            "two steps on": "_log",
-        }[moment]
-        patch.setattr(loop, name, killing_log if name == "_log" else kill)
+        if moment == "before the record":
+            patch.setattr(loop, "record_rollbacks", kill)
+        elif moment == "after the record":
+            patch.setattr(guard, "start_again", kill)
         with pytest.raises(Killed):
-            train(tmp_path / "run", **CHANGES)
+            train(tmp_path / "run", update=update, **CHANGES)
     assert (tmp_path / "run" / "rollbacks.json").exists() == (moment != "before the record")
     if moment == "after the record":  # and stopped before the next save
-        assert train(tmp_path / "run", "train.stop_after=16", **CHANGES) == 75
-    assert train(tmp_path / "run", **CHANGES) == 0
+        assert train(tmp_path / "run", "train.stop_after=16", update=JUMP, **CHANGES) == 75
+    assert train(tmp_path / "run", update=JUMP, **CHANGES) == 0
     assert trajectory(tmp_path / "run") == trajectory(jumped)
     assert differing(checkpoint(tmp_path / "run", LAST), checkpoint(jumped, LAST)) == []
 
@@ -134,34 +133,31 @@ def test_a_kill_around_a_rollback_leaves_no_trace(
 def test_without_a_checkpoint_a_run_goes_back_to_its_beginning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from relora.training import loop
+    from relora.training import guard
 
-    changes = {"train__spike": {**SPIKE, "window": 3}}
+    changes: dict[str, Any] = {"train__spike": {**SPIKE, "window": 3}}
     with monkeypatch.context() as patch:
         start_later(patch, 5)
         assert train(tmp_path / "moved", **changes) == 0
-    spoil(monkeypatch, {4}, value=FACTOR)
+    jump = spoilt({4}, value=FACTOR)
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "start_again", kill)
+        patch.setattr(guard, "start_again", kill)
         with pytest.raises(Killed):
-            train(tmp_path / "run", **changes)
-    with monkeypatch.context() as patch:  # killed once more: it is told of once all the same
-        patch.setattr(loop, "_evaluate", kill)
-        with pytest.raises(Killed):
-            train(tmp_path / "run", **changes)
+            train(tmp_path / "run", update=jump, **changes)
+    with pytest.raises(Killed):  # once more: it is told of once all the same
+        train(tmp_path / "run", update=kill_at(4, jump), **changes)
+    changes["update"] = jump
     assert train(tmp_path / "run", **changes) == 0
     assert [line["step"] for line in rollback_lines(tmp_path / "run")] == [0]
     assert_as_if_the_data_began_later(tmp_path / "run", tmp_path / "moved")
 
 
-def test_one_jump_too_many_ends_the_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_one_jump_too_many_ends_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each return goes on behind the bad batch, and two updates later there is another."""
     run_dir = tmp_path / "run"
-    spoil(monkeypatch, {16, 18, 20}, value=FACTOR)
+    jumps = spoilt({16, 18, 20}, value=FACTOR)
     for _ in range(2):  # the same command meets the same end
-        assert train(run_dir, **CHANGES) == 5
+        assert train(run_dir, update=jumps, **CHANGES) == 5
         error = capsys.readouterr().err
         assert "the run has gone back 2 times already" in error
         assert "train.spike.max_rollbacks" in error
@@ -171,27 +167,23 @@ def test_one_jump_too_many_ends_the_run(
         assert [x["train/spike_sequences"] for x in rollback_lines(run_dir)] == [16, 32]
     # Once more is allowed; what was skipped stays skipped.
     more = {**CHANGES, "train__spike": {**SPIKE, "max_rollbacks": 3}}
-    assert train(run_dir, **more) == 0
+    assert train(run_dir, update=jumps, **more) == 0
     assert [x["train/spike_sequences"] for x in rollback_lines(run_dir)] == [16, 32, 48]
     tokens = {x["step"]: x["train/tokens"] for x in metric_lines(run_dir) if "train/loss" in x}
     assert tokens[16] - tokens[15] == (6 + 1) * BATCH * 32
 
 
-def test_a_run_may_train_on_through_a_jump(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    spoil(monkeypatch, {16}, value=FACTOR)
+def test_a_run_may_train_on_through_a_jump(tmp_path: Path) -> None:
     for name, changes in (("on", {"train__spike": None}), ("off", {})):
-        assert train(tmp_path / name, train__save_every=5, **changes) == 0
+        assert train(tmp_path / name, update=JUMP, train__save_every=5, **changes) == 0
         assert not (tmp_path / name / "rollbacks.json").exists()
         assert series(tmp_path / name, "train/loss")[17] > 30
 
 
-def test_updates_that_are_not_finite_are_another_matter(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_updates_that_are_not_finite_are_another_matter(tmp_path: Path) -> None:
     """They neither enter the window nor count as jumps; those that were undone are not counted."""
-    spoil(monkeypatch, {7, 16})
-    spoil(monkeypatch, {18}, value=FACTOR)
-    assert train(tmp_path / "run", train__keep_checkpoints=9, **CHANGES) == 0
+    update = spoilt({7, 16}, good=spoilt({18}, value=FACTOR))
+    assert train(tmp_path / "run", update=update, train__keep_checkpoints=9, **CHANGES) == 0
     assert [x["train/spike_step"] for x in rollback_lines(tmp_path / "run")] == [17]
     assert series_last(tmp_path / "run", "train/skipped") == 1
     losses = json.loads((checkpoint(tmp_path / "run", 10) / "state.json").read_text())["losses"]
@@ -247,17 +239,16 @@ def test_a_broken_record_is_named(
 
 def jump_on(ranks: Any, config: str, bad_rank: int, killed: bool) -> list[int]:
     """A run in which one rank alone has a bad batch; the other must go back with it."""
-    from relora.training import loop
+    from relora.training import guard
     from test_resume import legs
 
-    with pytest.MonkeyPatch.context() as patch:
-        spoil(patch, {16}, bad_rank, FACTOR)
-        if killed:
-            with pytest.MonkeyPatch.context() as inner:
-                inner.setattr(loop, "start_again", kill)
-                with pytest.raises(Killed):
-                    legs(ranks, config, None)
-        return legs(ranks, config, None)
+    jump = spoilt({16}, bad_rank, FACTOR)
+    if killed:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(guard, "start_again", kill)
+            with pytest.raises(Killed):
+                legs(ranks, config, None, update=jump)
+    return legs(ranks, config, None, update=jump)
 
 
 def move(ranks: Any, config: str) -> list[int]:

@@ -26,9 +26,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
 from relora.data.config import DataConfig, TokenizerConfig
-from relora.data.corpus import Document
 from relora.data.prepare import prepare
 from relora.data.shards import open_shards
+from relora.data.text import Document
 from relora.data.tokenizer import build_tokenizer, load_encoder, load_tokenizer
 from relora.data.transformers_tokenizer import place_tokenizer
 from relora.errors import ConfigError, DataError
@@ -406,7 +406,7 @@ def test_shards_of_tokenizers_that_put_nothing_before_a_text_are_what_they_were(
 def shard_name_without(setting: str, config: DataConfig) -> str:
     import hashlib
 
-    from relora.data.identity import settings_of
+    from relora.data.config import settings_of
 
     tokenizer = config.tokenizer.model_dump(mode="json")
     assert tokenizer.pop(setting) is None
@@ -423,23 +423,27 @@ def shard_name_without(setting: str, config: DataConfig) -> str:
 def test_shards_from_before_documents_began_with_bos_serve_the_runs_that_have_begun_alone(
     tmp_path: Path,
 ) -> None:
-    from relora.commands.train import check_tokenizer
+    from relora.engine.distributed import lone_rank
     from relora.load import load_config
+    from relora.training.preflight import check_data, check_model
     from runs import make_config
+
+    def check() -> None:
+        check_data(config, check_model(config), lone_rank())
 
     begins(tmp_path / "theirs")
     text = data(tmp_path, tmp_path / "theirs")
     index = prepare(text, workers=1, quiet=True) / "index.json"
     config = load_config(make_config(tmp_path / "run", data=text.model_dump(mode="json")))
-    check_tokenizer(config, open_shards(text))
+    check()
     old = json.loads(index.read_text())
     del old["begin_ids"], old["index_sha256"]
     index.write_text(json.dumps(old))
     with pytest.raises(DataError, match=r"did not begin with.*delete it and run: relora prepare"):
-        check_tokenizer(config, open_shards(text))
+        check()
     (tmp_path / "run" / "model").mkdir(parents=True)
     shutil.copyfile(str(config.model.config), tmp_path / "run" / "model" / "config.json")
-    check_tokenizer(config, open_shards(text))
+    check()
 
 
 def test_add_bos_that_would_do_nothing_is_refused(tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from relora.report.records import Report, Spread
+
 COMMITTED = Path(__file__).parent / "ablation_report"
 # Arm: its restarts, reset, rewarm, warm start; perplexity at 130M (arXiv 2307.05695, tables 2, 4).
 ARMS: dict[str, tuple[str, float | None]] = {
@@ -42,33 +44,33 @@ PAIRS = [
 SMALL = 0.5  # %: the paper's own differences below it count as none
 
 
-def rows(report: dict[str, Any], tuned: dict[str, Any]) -> list[str]:
+def rows(report: Report, tuned: dict[str, Any]) -> list[str]:
     """One row an arm: what it has, its rate, its perplexity and what it was in the paper."""
     lines = [
         "| arm | restarts | reset | rewarm | warm start | rate | perplexity | loss | paper, 130M |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    arms = {arm["name"]: arm for arm in report["arms"]}
+    arms = {arm.name: arm for arm in report.arms}
     for name, (parts, paper) in ARMS.items():
-        figures, tried = arms[name]["figures"], tuned[name]["tried"]
+        figures, tried = arms[name].figures, tuned[name]["tried"]
         rate = min(tried, key=lambda each: (tried[each] is None, tried[each]))
         edge = " (edge)" if rate in (min(tried, key=float), max(tried, key=float)) else ""
         cells = [name, *(parts or "––––"), _rate(rate) + edge]
-        cells += [_pm(figures["perplexity"], 2), _pm(figures["loss"], 3)]
+        cells += [_pm(figures.perplexity, 2), _pm(figures.loss, 3)]
         there = "diverged" if name == DIVERGED else "–" if paper is None else f"{paper:.2f}"
         lines.append(f"| {' | '.join([*map(str.strip, cells), there])} |")
     return lines
 
 
-def orderings(report: dict[str, Any]) -> list[str]:
+def orderings(report: Report) -> list[str]:
     """One row a pair: how much the first differs, in the paper and here, seed by seed."""
     lines = [
         "| perplexity of | against | paper, 130M | here | as in the paper |",
         "|---|---|---|---|---|",
     ]
     seeds = {
-        arm["name"]: {run["seed"]: run["perplexity"] for run in arm["seeds"]}
-        for arm in report["arms"]
+        arm.name: {run.seed: run.perplexity for run in arm.seeds if run.perplexity is not None}
+        for arm in report.arms
     }
     for one, other in PAIRS:
         found = [100 * (seeds[one][seed] / seeds[other][seed] - 1) for seed in seeds[one]]
@@ -93,13 +95,13 @@ def _sign(value: float, least: float) -> int:
     return 0 if abs(value) <= least else 1 if value > 0 else -1
 
 
-def _pm(spread: dict[str, Any], digits: int) -> str:
-    return f"{spread['mean']:.{digits}f} ± {spread['sd']:.{digits}f}"
+def _pm(spread: Spread, digits: int) -> str:
+    return f"{spread.mean:.{digits}f} ± {spread.sd:.{digits}f}"
 
 
 def tables(report: Path, arms: Path) -> str:
     """Both tables as Markdown."""
-    figures = json.loads((report / "report.json").read_text(encoding="utf8"))
+    figures = Report.model_validate_json((report / "report.json").read_text(encoding="utf8"))
     tuned = json.loads(arms.read_text(encoding="utf8"))
     return "\n".join([*rows(figures, tuned), "", *orderings(figures)])
 

@@ -17,6 +17,8 @@ from relora.engine.signals import LAUNCHER_GONE, caught, following
 from relora.errors import PREEMPTED, CheckpointError, ConfigError, NumericsError, UserError
 from relora.files import write_atomically, write_json
 from relora.load import MAY_CHANGE, check_world, differences, load_config, load_run_config
+from relora.record.metrics import read_metrics
+from relora.record.rundir import read_run_state
 from relora.training.arms import (
     Arm,
     ArmsConfig,
@@ -31,8 +33,8 @@ DIVERGED = NumericsError.code  # a result, not a reason to stop
 
 
 def arms(
-    config: Path,
-    overrides: Sequence[str],
+    config: Config,
+    given: Sequence[str],
     to: Path,
     arms: Path | None,
     seeds: int | None,
@@ -40,11 +42,14 @@ def arms(
 ) -> int:
     """Train all runs, tune rates first if so asked, and write `runs.txt` and `arms.json` into `to`.
 
+    Args:
+        given: the config's path and its overrides, which every run is started with.
+
     Returns:
         0 once every run is finished or has diverged, else the code of the run that stopped.
 
     Raises:
-        ConfigError: the config, an arm or a run of it is wrong; before anything is trained.
+        ConfigError: an arm, or a run of it, is wrong; before anything is trained.
     """
     ranks = len(choose_devices(devices))
     plan = read_arms(arms) if arms else ArmsConfig()
@@ -52,10 +57,10 @@ def arms(
         plan = plan.model_copy(update={"seeds": list(range(seeds))})
     check_seeds(plan)
     if plan.arms is None:
-        chosen = standard_arms(config, overrides, to)
+        chosen = standard_arms(config, to)
     else:
         chosen = [Arm(name, tuple(changes)) for name, changes in plan.arms.items()]
-    work = _Work(config, overrides, to, ranks)
+    work = _Work(config, given, to, ranks)
     for arm in chosen:  # all of them are sound, before the first is trained
         work.load(arm, to / "none", 0)
     to.mkdir(parents=True, exist_ok=True)
@@ -99,10 +104,9 @@ class _Stopped(Exception):
 class _Work:
     """Trains runs by `relora launch`, passes over what is done, and says how long it will take."""
 
-    def __init__(self, config: Path, overrides: Sequence[str], to: Path, devices: int) -> None:
-        self.config, self.overrides, self.to = config, list(overrides), to
+    def __init__(self, config: Config, given: Sequence[str], to: Path, devices: int) -> None:
+        self.model, self.given, self.to = config.model, list(given), to
         self.devices = devices
-        self.model = load_config(config, overrides).model
         self.left = 0
         self.asked: list[int] = []
         self.process: subprocess.Popen[bytes] | None = None
@@ -115,7 +119,8 @@ class _Work:
             ConfigError: it is not sound, or does not fit the devices; names the arm.
         """
         try:
-            config = load_config(self.config, [*self.overrides, *arm.run(directory, seed)])
+            path, *overrides = self.given
+            config = load_config(Path(path), [*overrides, *arm.run(directory, seed)])
             check_world(config, self.devices)
         except UserError as error:
             raise type(error)(f"arm {arm.name!r}: {error}") from None
@@ -153,7 +158,7 @@ class _Work:
 
     def _launch(self, arm: Arm, directory: Path, seed: int) -> int:
         command = [sys.executable, "-m", "relora", "launch", "--devices", str(self.devices)]
-        command += [str(self.config), *self.overrides, *arm.run(directory, seed)]
+        command += [*self.given, *arm.run(directory, seed)]
         # In a session of its own: what a terminal sends reaches it through us, and once only.
         self.process = subprocess.Popen(
             command, start_new_session=True, preexec_fn=following(LAUNCHER_GONE)
@@ -215,8 +220,6 @@ def final_loss(directory: Path) -> float:
     Raises:
         CheckpointError: there is none.
     """
-    from relora.record.metrics import read_metrics
-
     losses = [line["eval/loss"] for line in read_metrics(directory) if "eval/loss" in line]
     if not losses:
         raise CheckpointError(f"{directory}: is finished and has no evaluation; delete it")
@@ -243,8 +246,6 @@ def _check_same(directory: Path, config: Config) -> None:
 
 
 def _state(directory: Path) -> dict[str, Any]:
-    from relora.record.rundir import read_run_state
-
     return read_run_state(directory) if directory.is_dir() else {}
 
 

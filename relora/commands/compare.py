@@ -6,14 +6,14 @@ import contextlib
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from relora.errors import ConfigError, UserError
-from relora.report.arms import Arm, group
+from relora.report.arms import ArmRuns, group_runs
 from relora.report.build import build_report
+from relora.report.page import to_markdown, write_report
 from relora.report.read import AT_WORK, read_run
-from relora.report.text import tables, to_markdown
-from relora.report.write import write_report
+from relora.report.records import Report
+from relora.report.tables import verdicts
 
 
 def compare(
@@ -42,14 +42,14 @@ def compare(
     return 0
 
 
-def read_report(runs: Sequence[str], baseline: str | None = None) -> dict[str, Any]:
+def read_report(runs: Sequence[str], baseline: str | None = None) -> Report:
     """All figures, from the files of the run directories."""
     return build_report(_read_arms(runs), baseline)
 
 
-def _read_arms(runs: Sequence[str]) -> list[Arm]:
+def _read_arms(runs: Sequence[str]) -> list[ArmRuns]:
     pairs = [_named(run) for run in runs]
-    return group([read_run(path) for _, path in pairs], [name for name, _ in pairs])
+    return group_runs([read_run(path) for _, path in pairs], [name for name, _ in pairs])
 
 
 def _named(run: str) -> tuple[str | None, Path]:
@@ -74,8 +74,8 @@ def _renew(runs: Sequence[str], to: Path, watch: float, baseline: str | None) ->
         print(f"{time.strftime('%H:%M:%S')} waiting: {error}", flush=True)
         return True
     write_report(report, to, refresh_s=max(5.0, watch))
-    going = [f"{arm['name']} {arm['progress']} ({arm['status']})" for arm in report["arms"]]
+    going = [f"{arm.name} {arm.progress} ({arm.status})" for arm in report.arms]
     print(f"{time.strftime('%H:%M:%S')} {to / 'report.html'}: {'; '.join(going)}", flush=True)
-    if not report["unfinished"]:
-        print("\n".join(table.title for table in list(tables(report).values())[1:5]), flush=True)
-    return bool(report["unfinished"])
+    if not report.unfinished:
+        print("\n".join(f"{arm}: {line}" for arm, line in verdicts(report).items()), flush=True)
+    return report.unfinished

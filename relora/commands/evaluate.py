@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from relora.data.loader import eval_batches
+from relora.data.shards import TokenShards, open_shards, shard_directory
+from relora.engine.distributed import lone_rank
+from relora.engine.evaluation import evaluate_loss, perplexity
 from relora.errors import ConfigError, DataError
 from relora.files import is_file
 from relora.record.loaded import Subject, merged_model, open_subject
-
-if TYPE_CHECKING:
-    from relora.data.shards import TokenShards
+from relora.record.moved import data_candidates
 
 
 def evaluate(
@@ -27,11 +29,6 @@ def evaluate(
         overrides: `data.dir=DIR`, where the run's shards lie if they are not found.
     """
     opened = open_subject(subject)
-
-    from relora.data.loader import eval_batches
-    from relora.engine.distributed import lone_rank
-    from relora.engine.evaluation import evaluate_loss, perplexity
-
     ranks = lone_rank()
     batches = eval_batches(
         getattr(find_shards(opened, overrides), split),
@@ -57,9 +54,6 @@ def find_shards(subject: Subject, overrides: Sequence[str]) -> TokenShards:
         ConfigError: there are none, or the overrides are more than `data.dir`.
         DataError: those that are there hold other tokens.
     """
-    from relora.data.shards import open_shards, shard_directory
-    from relora.record.moved import data_candidates
-
     candidates = data_candidates(subject.config, subject.run_dir)
     for override in overrides:
         key, _, value = override.partition("=")

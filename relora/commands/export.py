@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from safetensors import SafetensorError
+from transformers import GenerationConfig, PreTrainedModel
+
+from relora.data.tokenizer import load_tokenizer
+from relora.data.transformers_tokenizer import place_tokenizer
 from relora.errors import CheckpointError, ConfigError
 from relora.files import making, supplied
 from relora.model import GENERATION_CONFIG
@@ -14,9 +20,6 @@ from relora.record.metrics import read_metrics
 from relora.structure import has_transformers_weights
 from relora.version import __version__
 from relora.words import format_count
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 def export(subject: Path, to: Path, dtype: str, force: bool) -> int:
@@ -28,11 +31,6 @@ def export(subject: Path, to: Path, dtype: str, force: bool) -> int:
     """
     check_target(to, force)
     opened = open_subject(subject)
-
-    import torch
-
-    from relora.data.tokenizer import load_tokenizer
-
     tokenizer = load_tokenizer(opened.tokenizer_dir, CheckpointError)
     model = merged_model(opened).to(getattr(torch, dtype))
     model.config.use_cache = True
@@ -49,10 +47,6 @@ def write_export(to: Path, subject: Subject, model: PreTrainedModel) -> None:
     Raises:
         CheckpointError: they cannot be written (the disk is full, say), or the run has lost some.
     """
-    from safetensors import SafetensorError
-
-    from relora.data.transformers_tokenizer import place_tokenizer
-
     target = Path(os.path.realpath(to))  # a link goes on to be one
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -76,8 +70,6 @@ def set_special_tokens(model: PreTrainedModel, tokenizer: Any, structure: Path) 
     Args:
         structure: the run's `model/`, which has them if there were any.
     """
-    from transformers import GenerationConfig
-
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     special = {name: getattr(tokenizer, name) for name in names}
     given = GenerationConfig(**special)

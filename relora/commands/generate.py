@@ -5,6 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from relora.data.beginning import encode_prompt
+from relora.data.tokenizer import load_tokenizer
+from relora.engine.distributed import lone_rank
 from relora.errors import CheckpointError, ConfigError
 from relora.record.loaded import merged_model, open_subject
 from relora.structure import context_of
@@ -20,13 +25,6 @@ def generate(
 ) -> int:
     """Print the prompt and what the model makes of it. The same seed gives the same text."""
     opened = open_subject(subject)
-
-    import torch
-
-    from relora.data.beginning import encode_prompt
-    from relora.data.tokenizer import load_tokenizer
-    from relora.engine.distributed import lone_rank
-
     tokenizer = load_tokenizer(opened.tokenizer_dir, CheckpointError)
     ids = torch.tensor([encode_prompt(tokenizer, prompt)], dtype=torch.long)
     if not ids.numel():

@@ -21,8 +21,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import psutil
+
 from relora.config import Config
 from relora.engine.devices import choose_devices
+from relora.engine.distributed import free_port
 from relora.engine.hosts import (
     ask_hosts,
     check_choice,
@@ -40,43 +43,43 @@ from relora.engine.signals import (
     name_of,
 )
 from relora.errors import PREEMPTED, LostRankError
-from relora.load import check_world, load_config
+from relora.load import check_world
+from relora.record.rundir import read_run_state, write_run_state
 
 OURS = (0, 1, 2, 3, 4, 5, 6, PREEMPTED)  # exit codes that a rank gives on purpose
 LOST = LostRankError.code
 
 
 def launch(
-    config: Path,
-    overrides: Sequence[str],
+    config: Config,
+    given: Sequence[str],
     devices: int | None,
     hostfile: Path | None,
     resume: str = "auto",
 ) -> int:
-    """Train on `devices` ranks here, or on the hosts of `hostfile`; returns the run's code."""
-    settings = load_config(config, overrides)
-    from relora.engine.distributed import free_port  # and torch with it
+    """Train on `devices` ranks here, or on the hosts of `hostfile`; returns the run's code.
 
-    arguments = ["train", str(config), *overrides]
+    Args:
+        given: the config's path and its overrides, which every rank is started with.
+    """
+    arguments = ["train", *given]
     if resume != "auto":
         arguments += ["--resume", resume]
     pass_on: Callable[[int, int], None]
     if hostfile is not None:
         slots, port = read_hostfile(hostfile), free_port()
         check_choice(slots)
-        check_world(settings, sum(slots.values()))
+        check_world(config, sum(slots.values()))
         command = multi_node_command(slots, ask_hosts(list(slots)), port, arguments)
         parting, pass_on = signal.SIGTERM, functools.partial(_pass_on_to_hosts, slots, port)
     else:
         chosen = choose_devices(devices)
-        check_world(settings, len(chosen))
+        check_world(config, len(chosen))
         # Ended so, `launch.py` cannot stop its ranks one by one; the kernel tells all of them.
         command, parting = one_node_command(chosen, free_port(), arguments), signal.SIGKILL
         pass_on = _pass_on
-    from relora.record.rundir import read_run_state
-
-    before = read_run_state(settings.run_dir) if settings.run_dir.is_dir() else {}
-    return _keep_code(*_run(command, parting, pass_on), settings, before)
+    before = read_run_state(config.run_dir) if config.run_dir.is_dir() else {}
+    return _keep_code(*_run(command, parting, pass_on), config, before)
 
 
 def _run(
@@ -91,8 +94,6 @@ def _run(
     Returns:
         Its exit code, and the name of the last signal that came on the way.
     """
-    import psutil  # noqa: F401  (now: a second signal would find it half imported in the handler)
-
     asked: list[int] = []
     wishes = Wishes()
     process: subprocess.Popen[bytes] | None = None
@@ -137,8 +138,6 @@ def _pass_on_to_hosts(slots: Mapping[str, int], port: int, launcher: int, number
 
 def _ranks_of(launcher: int) -> list[int]:
     """Process ids of the ranks that the per-node launcher has started, also after its death."""
-    import psutil
-
     # The ranks' own children, which load data, are in the launcher's session too.
     parents = {}
     for pid in psutil.pids():
@@ -160,8 +159,6 @@ def _keep_code(
         asked: the signal that asked the run to stop, if one did.
         before: what run_state.json said before the launch.
     """
-    from relora.record.rundir import read_run_state, write_run_state
-
     if code in OURS and code != LOST:
         state = read_run_state(config.run_dir)
         if code == 1 and state.get("status") == "running":  # a bug, on another rank than the first

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from relora.errors import CheckpointError
+from relora.record.checkpoint import open_subject_checkpoint
 from relora.words import format_bytes
 
 
@@ -17,8 +18,6 @@ def verify(checkpoint: Path) -> int:
     Raises:
         CheckpointError: it is not sound, or there is none.
     """
-    from relora.record.checkpoint import open_subject_checkpoint
-
     opened, complaints = open_subject_checkpoint(checkpoint)
     if complaints:
         raise CheckpointError(

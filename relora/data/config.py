@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -120,6 +120,13 @@ class TokenizerConfig(Section):
                 "text; remove it"
             )
         return self
+
+
+def settings_of(section: SourceConfig | TokenizerConfig) -> dict[str, Any]:
+    """The settings that name shards: those that are newer than shards only where they are used."""
+    newer = ("cut", "add_bos")
+    settings = section.model_dump(mode="json")
+    return {key: value for key, value in settings.items() if key not in newer or value is not None}
 
 
 class DataConfig(Section):

@@ -7,94 +7,70 @@ stripped, a BOM at the head of a text file stays a character.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import os
 import sys
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from relora import files
 from relora.data.config import SourceConfig
-from relora.data.files import TEXT, kind_of, read_file, require_readable
 from relora.data.globs import files_below, matching_files, root_of
-from relora.data.rows import require_field, text_of
-from relora.data.text import Document, LongDocument, digest_of
+from relora.data.readers import (
+    PACKED,
+    TEXT,
+    kind_of,
+    read_file,
+    require_field,
+    require_readable,
+    text_of,
+)
+from relora.data.text import AnyDocument, Document, digest_of
 from relora.errors import DataError
 
-AnyDocument = Document | LongDocument
-
 _PACKAGES = frozenset(("site-packages", "dist-packages"))  # the folders that hold them
-_WHOLE_CHARACTERS = 1_000_000  # a document up to that is sampled as it is
-_STRETCH_CHARACTERS = 4096  # the length of the tokenizer's own stretches
 
 
 @dataclass
 class Tally:
-    """What was read of a source: documents of each of its parts, and a digest of all text."""
+    """What was read of a source: documents of each of its parts, and a sha256 over the digests of
+    all documents, one after the other."""
 
-    documents: dict[str, int] = field(default_factory=dict)
+    documents: Counter[str] = field(default_factory=Counter)
     text: Any = field(default_factory=hashlib.sha256)
-
-    def add(self, part: str, digest: bytes) -> None:
-        """Count a document."""
-        self.documents[part] = self.documents.get(part, 0) + 1
-        self.text.update(digest)
-
-    def sha256(self) -> str:
-        """Of all documents so far, one after the other."""
-        return str(self.text.hexdigest())
 
 
 def iter_documents(source: SourceConfig, tally: Tally | None = None) -> Iterator[AnyDocument]:
     """The documents of a source that are not empty, always in the same order.
 
+    To deduplicate, each text once, where it first stands; about 100 bytes of memory a document.
     What is read is counted in `tally`. Raises DataError, naming the file and where possible the
     line or row, at the first document that cannot be read exactly, and at the end if there was
     none at all.
     """
-    found = False
-    kept = (
-        pair for pair in _documents(source) if isinstance(pair[1], LongDocument) or pair[1].text
-    )
-    digested = _digested(kept, source.deduplicate, tally is not None)
-    for part, document, digest in itertools.islice(digested, source.max_documents):
-        found = True
+    found = 0
+    seen: set[bytes] = set()
+    for part, document in _documents(source):
+        if isinstance(document, Document) and not document.text:
+            continue
+        digest = digest_of(document, 16) if source.deduplicate or tally else b""
+        if source.deduplicate:
+            if digest in seen:
+                continue
+            seen.add(digest)
         if tally:
-            tally.add(part, digest)
+            tally.documents[part] += 1
+            tally.text.update(digest)
         yield document
+        found += 1
+        if found == source.max_documents:
+            return
     if not found:
         raise DataError(f"data.source: {source_name(source)} holds no text: no document at all")
-
-
-def iter_sample(source: SourceConfig) -> Iterator[Document]:
-    """The documents, of which none is too long to be held: long ones come in stretches.
-
-    These are the stretches that the training of a tokenizer cuts all text into.
-    """
-    for document in iter_documents(source):
-        if isinstance(document, Document) and len(document.text) <= _WHOLE_CHARACTERS:
-            yield document
-        else:
-            for stretch in _stretches(document.blocks()):
-                yield Document(document.origin, stretch)
-
-
-def _stretches(blocks: Iterator[str]) -> Iterator[str]:
-    """Text cut at line ends into stretches of at most 4,096 characters, wherever blocks end."""
-    held = ""
-    for block in blocks:
-        held, start = held + block, 0
-        while start + _STRETCH_CHARACTERS < len(held):
-            end = start + _STRETCH_CHARACTERS
-            end = held.rfind("\n", start, end) + 1 or end
-            yield held[start:end]
-            start = end
-        held = held[start:]
-    if held:
-        yield held
 
 
 def _documents(source: SourceConfig) -> Iterator[tuple[str, AnyDocument]]:
@@ -106,8 +82,8 @@ def _documents(source: SourceConfig) -> Iterator[tuple[str, AnyDocument]]:
                     yield pattern, document
         return
     rows = _python_modules(source.builtin) if source.builtin else _read_dataset(source)
-    for document in rows:
-        yield source_name(source), document
+    for row in rows:
+        yield source_name(source), row
 
 
 def source_name(source: SourceConfig) -> str:
@@ -124,11 +100,12 @@ def source_files(source: SourceConfig) -> dict[str, list[tuple[str, Path]]] | No
     is moved. None for a data set from the hub.
     """
     if source.builtin:
-        found = [(name, root / name) for root, name in _python_files(source.builtin)]
-        return {source_name(source): found}
+        return {source_name(source): _python_files(source.builtin)}
     if source.files:
         return {
-            pattern: [(_below(root, path), path) for path in paths]
+            pattern: [
+                (path.name if path == root else os.path.relpath(path, root), path) for path in paths
+            ]
             for pattern, paths in matching(source.files).items()
             for root in [root_of(pattern)]
         }
@@ -136,10 +113,6 @@ def source_files(source: SourceConfig) -> dict[str, list[tuple[str, Path]]] | No
     if not files.is_dir(folder):
         return None if source.dataset else {source_name(source): []}
     return {source_name(source): [(name, folder / name) for name in files_below(folder)]}
-
-
-def _below(root: Path, path: Path) -> str:
-    return path.name if path == root else os.path.relpath(path, root)
 
 
 def require_documents(source: SourceConfig) -> None:
@@ -171,8 +144,7 @@ def part_counts(source: SourceConfig, tally: Tally | None = None) -> list[dict[s
         else {name: len(part) for name, part in parts.items()}
     )
     return [
-        {"name": name, "files": count}
-        | ({"documents": tally.documents.get(name, 0)} if tally else {})
+        {"name": name, "files": count} | ({"documents": tally.documents[name]} if tally else {})
         for name, count in names.items()
     ]
 
@@ -183,55 +155,10 @@ def text_bytes(source: SourceConfig) -> int | None:
     if parts is None or not (source.files or source.builtin) or source.max_documents:
         return None
     paths = [path for part in parts.values() for _, path in part]
-    if any(path.suffix.lower() in (".gz", ".zst", ".parquet") for path in paths):
+    if any(path.suffix.lower() in (*PACKED, ".parquet") for path in paths):
         return None
     with files.supplied(DataError, "data.source"):
         return sum(path.stat().st_size for path in paths)
-
-
-def _digested(
-    documents: Iterable[tuple[str, AnyDocument]], deduplicate: bool, wanted: bool
-) -> Iterator[tuple[str, AnyDocument, bytes]]:
-    """Each document with a digest of its text, if that is wanted.
-
-    To deduplicate, each text once, where it first stands; about 100 bytes of memory a document.
-    """
-    seen: set[bytes] = set()
-    for part, document in documents:
-        digest = digest_of(document, 16) if deduplicate or wanted else b""
-        if deduplicate:
-            if digest in seen:
-                continue
-            seen.add(digest)
-        yield part, document, digest
-
-
-def _python_files(which: str) -> list[tuple[Path, str]]:
-    """(root, name below it) of every .py file of the standard library, then of the packages."""
-    roots = [Path(sysconfig.get_path("stdlib"))]
-    if which == "python_packages":
-        entries = [Path(entry) for entry in dict.fromkeys(sys.path)]
-        roots += [each for each in entries if each.name in _PACKAGES and files.is_dir(each)]
-    found = []
-    for root in roots:
-        below = files_below(root, _PACKAGES)
-        found += [(root, name) for name in below if name.endswith(".py")]
-    if not found:
-        raise DataError(
-            f"data.source: this interpreter keeps no .py files under {roots[0]}; name files instead"
-        )
-    return found
-
-
-def _python_modules(which: str) -> Iterator[Document]:
-    """Every module that is UTF-8; the tests of the standard library hold a few that are not."""
-    for root, name in _python_files(which):
-        with files.supplied(DataError, root / name):
-            content = (root / name).read_bytes()
-        try:
-            yield Document(name, content.decode())
-        except UnicodeDecodeError:
-            continue
 
 
 def matching(patterns: list[str]) -> dict[str, list[Path]]:
@@ -251,33 +178,58 @@ def matching(patterns: list[str]) -> dict[str, list[Path]]:
     return found
 
 
+def _python_files(which: str) -> list[tuple[str, Path]]:
+    """Every .py file of the standard library, then of the packages, with its name below these."""
+    roots = [Path(sysconfig.get_path("stdlib"))]
+    if which == "python_packages":
+        entries = [Path(entry) for entry in dict.fromkeys(sys.path)]
+        roots += [each for each in entries if each.name in _PACKAGES and files.is_dir(each)]
+    found = [
+        (name, root / name)
+        for root in roots
+        for name in files_below(root, _PACKAGES)
+        if name.endswith(".py")
+    ]
+    if not found:
+        raise DataError(
+            f"data.source: this interpreter keeps no .py files under {roots[0]}; name files instead"
+        )
+    return found
+
+
+def _python_modules(which: str) -> Iterator[Document]:
+    """Every module that is UTF-8; the tests of the standard library hold a few that are not."""
+    for name, path in _python_files(which):
+        with files.supplied(DataError, path):
+            content = path.read_bytes()
+        try:
+            yield Document(name, content.decode())
+        except UnicodeDecodeError:
+            continue
+
+
 def _read_dataset(source: SourceConfig) -> Iterator[Document]:
     """A hub data set or a `save_to_disk` directory; code that comes with a data set never runs."""
     name = source_name(source)
-    rows = _load_dataset(source)
+    rows = _load_dataset(source, name)
     if rows.column_names is not None:
         require_field(source.text_field, rows.column_names, name)
         rows = rows.select_columns([source.text_field])
     numbered = enumerate(rows)
     while True:
-        try:
+        with _whatever_it_raises(name):
             item = next(numbered, None)
-        except Exception as error:  # whatever the network, the hub or a builder may raise
-            raise DataError(
-                f"data set {name}: {type(error).__name__}: {files.explain(error)}"
-            ) from error
         if item is None:
             return
         origin = f"{name} {source.split} row {item[0]}"
         yield Document(origin, text_of(item[1], source.text_field, origin))
 
 
-def _load_dataset(source: SourceConfig) -> Any:
+def _load_dataset(source: SourceConfig, name: str) -> Any:
     """A `datasets.Dataset` or `IterableDataset`: one split."""
     import datasets
 
-    name = source_name(source)
-    try:
+    with _whatever_it_raises(name):
         if source.dataset:
             return datasets.load_dataset(
                 source.dataset,
@@ -287,10 +239,6 @@ def _load_dataset(source: SourceConfig) -> Any:
                 streaming=source.streaming,
             )
         found = datasets.load_from_disk(str(Path(source.saved or "").expanduser()))
-    except Exception as error:  # see above
-        raise DataError(
-            f"data set {name}: {type(error).__name__}: {files.explain(error)}"
-        ) from error
     if not isinstance(found, datasets.DatasetDict):
         if source.changed("split"):
             raise DataError(f"{name}: holds one data set without splits; leave out source.split")
@@ -298,3 +246,13 @@ def _load_dataset(source: SourceConfig) -> Any:
     if source.split not in found:
         raise DataError(f"{name}: no split {source.split!r}; there are: {', '.join(found)}")
     return found[source.split]
+
+
+@contextmanager
+def _whatever_it_raises(name: str) -> Iterator[None]:
+    """The network's, the hub's or a builder's errors as a DataError."""
+    try:
+        yield
+    except Exception as error:
+        what = f"{type(error).__name__}: {files.explain(error)}"
+        raise DataError(f"data set {name}: {what}") from error

@@ -17,12 +17,11 @@ from relora import files
 from relora.errors import DataError
 
 
-class _Place(NamedTuple):
-    """A folder that was reached, and how much of the pattern is behind it."""
-
+class _Found(NamedTuple):
     path: str  # as the pattern spells it
     real: str  # without links
-    done: int  # parts of the pattern
+    is_folder: bool
+    is_link: bool
 
 
 def matching_files(pattern: str) -> dict[str, Path]:
@@ -35,16 +34,17 @@ def matching_files(pattern: str) -> dict[str, Path]:
     path = expanded(pattern)
     if files.exists(path):
         return {_real(str(path)): path}
-    search = _Search(_parts(path, pattern))
     names: dict[str, Path] = {}
-    for found in search.run(path.anchor or "."):
-        if found.is_link:
+    what = "matches no file"
+    for found in _search(path.anchor or ".", _parts(path, pattern)):
+        if found.is_folder:
+            what = "matches only folders; name their files"
+        elif found.is_link:
             _require_target(Path(found.path), pattern)
             names.setdefault(found.real, Path(found.path))
         else:  # a file goes by its own name where that matches, else by the first link to it
             names[found.real] = Path(found.path)
     if not names:
-        what = "matches only folders; name their files" if search.folders else "matches no file"
         with files.supplied(DataError, f"data.source.files: {pattern[:200]!r} {what}"):
             here = Path.cwd()  # which may be gone
         raise DataError(f"data.source.files: {pattern[:200]!r} {what} (looked from {here})")
@@ -72,11 +72,10 @@ def files_below(folder: Path, skipped: frozenset[str] = frozenset()) -> list[str
     `skipped` are left out.
     """
     start = os.path.join(folder, "")  # noqa: PTH118
-    found = _Search(["**"], True, skipped).run(start)
     return sorted(
-        each.path.removeprefix(start)
-        for each in found
-        if not each.is_link or files.is_file(Path(each.path))
+        found.path.removeprefix(start)
+        for found in _search(start, ["**"], True, skipped)
+        if not found.is_folder and (not found.is_link or files.is_file(Path(found.path)))
     )
 
 
@@ -103,70 +102,58 @@ def _require_target(link: Path, pattern: str) -> None:
             ) from None
 
 
-class _Found(NamedTuple):
-    """What is no folder, and matches the last part."""
+def _search(
+    start: str, parts: list[str], hidden: bool = False, skipped: frozenset[str] = frozenset()
+) -> Iterator[_Found]:
+    """What the last of some parts matches, from a folder on, each real folder's at one time.
 
-    path: str
-    real: str
-    is_link: bool
-
-
-class _Search:
-    """What a list of parts leads to. A real folder is entered once with the same parts ahead, so
-    links in circles end; and what can be reached without a link is, before links are followed."""
-
-    def __init__(
-        self, parts: list[str], hidden: bool = False, skipped: frozenset[str] = frozenset()
-    ) -> None:
-        self.parts = parts
-        self.hidden = hidden
-        self.skipped = skipped
-        self.folders = 0  # that the last part matched
-        self.seen: set[tuple[str, int]] = set()
-        self.waiting: deque[_Place] = deque()
-        self.linked: deque[_Place] = deque()
-
-    def run(self, start: str) -> Iterator[_Found]:
-        """All files that the parts lead to from a folder, each real folder's at one time."""
-        self.waiting.append(_Place(start, _real(start), 0))
-        while self.waiting or self.linked:
-            place = (self.waiting or self.linked).popleft()
-            if (place.real, place.done) not in self.seen:
-                self.seen.add((place.real, place.done))
-                yield from self._enter(place)
-
-    def _enter(self, place: _Place) -> Iterator[_Found]:
-        part = self.parts[place.done]
-        last = place.done + 1 == len(self.parts)
-        if part != "**" and os.path.lexists(named := _join(place.path, part)):
-            is_folder = files.is_dir(Path(named))
-            self.folders += last and is_folder
-            if last and not is_folder:
-                yield _Found(named, _real(named), os.path.islink(named))  # noqa: PTH114
-            elif is_folder and not last:
-                self.waiting.append(_Place(named, _real(named), place.done + 1))
-            return
+    A real folder is entered once with the same parts ahead, so links in circles end; and what can
+    be reached without a link is, before links are followed.
+    """
+    seen: set[tuple[str, int]] = set()
+    waiting, linked = deque([(start, _real(start), 0)]), deque[tuple[str, str, int]]()
+    while waiting or linked:
+        path, real, done = (waiting or linked).popleft()
+        if (real, done) in seen:
+            continue
+        seen.add((real, done))
+        part, last = parts[done], done + 1 == len(parts)
+        named = _join(path, part)
+        if is_itself := part != "**" and os.path.lexists(named):
+            link = os.path.islink(named)  # noqa: PTH114
+            matches = [_Found(named, _real(named), files.is_dir(Path(named)), link)]
+        else:
+            matches = _matches(path, real, part, hidden)
         if part == "**" and not last:
-            self.waiting.append(place._replace(done=place.done + 1))  # no folder at all
-        for entry in _entries(place.path) if _is_pattern(part) else []:
-            hidden = entry.name.startswith(".") and not part.startswith(".") and not self.hidden
-            if hidden or not (part == "**" or fnmatchcase(entry.name, part)):
+            waiting.append((path, real, done + 1))  # no folder at all
+        for found in matches:
+            if found.is_folder and os.path.basename(found.path) in skipped:  # noqa: PTH119
                 continue
-            is_folder, is_link = _is_folder(entry), entry.is_symlink()
-            if entry.name in self.skipped if is_folder else not last:
-                continue
-            path, real = _join(place.path, entry.name), _join(place.real, entry.name)
-            real = _real(path) if is_link else real
-            self.folders += last and is_folder
-            if last and not is_folder:
-                yield _Found(path, real, is_link)
-            elif is_folder and (part == "**" or not last):
-                queue = self.linked if is_link else self.waiting
-                queue.append(_Place(path, real, place.done + (part != "**")))
+            if last:
+                yield found
+            if found.is_folder and (part == "**" or not last):
+                queue = linked if found.is_link and not is_itself else waiting
+                queue.append((found.path, found.real, done + (part != "**")))
 
 
-def _is_pattern(part: str) -> bool:
-    return any(character in part for character in "*?[")
+def _matches(path: str, real: str, part: str, hidden: bool) -> list[_Found]:
+    """What matches a part of a pattern in a folder, by name."""
+    if not any(character in part for character in "*?["):
+        return []
+    with files.supplied(DataError, path, "cannot be looked into"), os.scandir(path) as entries:
+        found = [
+            entry
+            for entry in entries
+            if hidden or part.startswith(".") or not entry.name.startswith(".")
+            if part == "**" or fnmatchcase(entry.name, part)
+        ]
+    return [
+        _Found(
+            named, _real(named) if is_link else _join(real, entry.name), _is_folder(entry), is_link
+        )
+        for entry in sorted(found, key=lambda entry: entry.name)
+        for named, is_link in [(_join(path, entry.name), entry.is_symlink())]
+    ]
 
 
 def _join(folder: str, name: str) -> str:
@@ -185,8 +172,3 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return entry.is_dir()
     except OSError:  # a link in a circle of links: no folder, and refused if it is wanted as a file
         return False
-
-
-def _entries(folder: str) -> list[os.DirEntry[str]]:
-    with files.supplied(DataError, folder, "cannot be looked into"), os.scandir(folder) as found:
-        return sorted(found, key=lambda entry: entry.name)

@@ -163,19 +163,12 @@ def train_batches(
         return (list(steps[step].unbind()) for step in itertools.count())
     loader = DataLoader(
         steps,
-        sampler=_Endless(),
+        sampler=itertools.count(),
         batch_size=None,  # an item is a batch already
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
     )
     return (list(batch.unbind()) for batch in loader)
-
-
-class _Endless(torch.utils.data.Sampler):
-    """0, 1, 2, …"""
-
-    def __iter__(self) -> Iterator[int]:
-        return itertools.count()
 
 
 def eval_batches(

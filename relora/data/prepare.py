@@ -11,6 +11,7 @@ from __future__ import annotations
 import fcntl
 import functools
 import hashlib
+import io
 import itertools
 import os
 import shutil
@@ -29,8 +30,15 @@ from relora.cores import usable_cores
 from relora.data import corpus
 from relora.data.beginning import begin_ids
 from relora.data.config import DataConfig
-from relora.data.identity import describe_source, text_digest
-from relora.data.reuse import Say, clear, take_over, use_again, what_is_wrong, write_index
+from relora.data.reuse import (
+    Wanted,
+    clear,
+    describe_source,
+    take_over,
+    use_again,
+    what_is_wrong,
+    write_index,
+)
 from relora.data.shards import FORMAT, SPLITS, describe, shard_directory
 from relora.data.tokenizer import (
     build_tokenizer,
@@ -60,51 +68,37 @@ def prepare(
     is called with the tokenizer's directory before text is tokenized, and may raise. Raises
     DataError when the text or the tokenizer is unusable; then no index.json is left.
     """
-    say = _say(quiet)
     corpus.require_documents(config.source)
     made_from = {  # raises for a source that matches nothing, before anything is written
         "source": describe_source(config.source),
         "tokenizer": describe_tokenizer(config.tokenizer),
     }
     directory = shard_directory(config)
-    text = functools.cache(functools.partial(_read_text, config, say))
+    wanted = Wanted(directory, config, made_from, quiet)
     with _writing(directory):
-        if (
-            what_is_wrong(directory, config, made_from, text) is None
-        ):  # perhaps where nobody can write
-            use_again(directory, config, made_from, say)
-            return directory
+        if what_is_wrong(wanted) is None:  # perhaps where nobody can write
+            return use_again(wanted)
         directory.mkdir(parents=True, exist_ok=True)
-        with _alone_in(directory, say):
-            # Another prepare may have been at work meanwhile.
-            wrong = what_is_wrong(directory, config, made_from, text)
+        with _alone_in(wanted):
+            wrong = what_is_wrong(wanted)  # another prepare may have been at work meanwhile
             if wrong is None:
-                use_again(directory, config, made_from, say)
-                return directory
+                return use_again(wanted)
             if wrong:
-                say(f"prepared anew, because {wrong}")
-            if take_over(directory, config, made_from, text, say):
+                wanted.say(f"prepared anew, because {wrong}")
+            if take_over(wanted):
                 return directory
             try:
-                _start_or_go_on(directory, made_from, say)
+                _start_or_go_on(wanted)
                 if not (directory / "tokenizer").is_dir():
-                    _make_tokenizer(config, directory, made_from, seed, say)
+                    _make_tokenizer(wanted, seed)
                 if check_tokenizer:
                     check_tokenizer(directory / "tokenizer")
-                _prepare(config, directory, made_from, seed, workers or usable_cores(), quiet)
+                _prepare(wanted, seed, workers or usable_cores())
             except (UserError, OSError):
                 if not (directory / "tokenizer").is_dir():  # nothing to go on with
                     _leave(directory)
                 raise
     return directory
-
-
-def _read_text(config: DataConfig, say: Say) -> str:
-    say(
-        f"{corpus.source_name(config.source)}: names and sizes are those of prepared text, and "
-        "times are not; reading it to compare"
-    )
-    return text_digest(config.source)
 
 
 @contextmanager
@@ -122,6 +116,20 @@ def _writing(directory: Path) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def _alone_in(wanted: Wanted) -> Iterator[None]:
+    """Hold the directory's lock; the system frees it when this process ends, however it ends."""
+    # Without waiting, whatever may stand there under that name.
+    flags = os.O_RDWR | os.O_CREAT | os.O_NONBLOCK
+    with os.fdopen(os.open(wanted.directory / "lock", flags, 0o666), "rb") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            wanted.say(f"{wanted.directory}: another prepare is at work; waiting for it")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def _leave(directory: Path) -> None:
     """Remove a directory that holds nothing but what prepare wrote."""
     clear(directory)
@@ -130,15 +138,44 @@ def _leave(directory: Path) -> None:
         directory.rmdir()
 
 
-def _prepare(
-    config: DataConfig,
-    directory: Path,
-    made_from: dict[str, Any],
-    seed: int,
-    workers: int,
-    quiet: bool,
-) -> None:
-    say = _say(quiet)
+def _start_or_go_on(wanted: Wanted) -> None:
+    """Clear away what was made from something else; keep what a killed run may build on."""
+    directory = wanted.directory
+    for path in directory.glob("*.tmp"):  # of a killed run: this process holds the lock
+        shutil.rmtree(path) if files.is_dir(path) else path.unlink()
+    record, tokenizer = directory / "made_from.json", directory / "tokenizer"
+    # An index that is still there is of other text, or damaged: then nothing is to be trusted.
+    if files.exists(record) and not files.exists(directory / "index.json"):
+        try:
+            kept = files.read_json(record, DataError)
+            sha256 = kept.pop("tokenizer_sha256", None)
+            if kept == wanted.made_from:
+                if sha256 == (tokenizer_hash(tokenizer) if files.is_dir(tokenizer) else None):
+                    if sha256:
+                        wanted.say(f"{directory}: going on with an unfinished prepare")
+                    return
+                wanted.say(f"{tokenizer}: is not as it was made; all is made anew")
+        except DataError as error:
+            wanted.say(f"{error}; all is made anew")
+    clear(directory)
+    files.write_json(record, wanted.made_from)
+
+
+def _make_tokenizer(wanted: Wanted, seed: int) -> None:
+    began = time.monotonic()
+    config, directory = wanted.config, wanted.directory
+    with files.making(directory / "tokenizer") as temporary:
+        documents = functools.partial(corpus.iter_documents, config.source)
+        build_tokenizer(config.tokenizer, documents, temporary, seed)
+    record = {**wanted.made_from, "tokenizer_sha256": tokenizer_hash(directory / "tokenizer")}
+    files.write_json(directory / "made_from.json", record)
+    kind = config.tokenizer.train or config.tokenizer.path
+    wanted.say(f"tokenizer: {kind}, {time.monotonic() - began:.1f} s")
+
+
+def _prepare(wanted: Wanted, seed: int, workers: int) -> None:
+    began = time.monotonic()
+    config, directory = wanted.config, wanted.directory
     tokenizer = load_tokenizer(directory / "tokenizer")
     vocab_size = max(tokenizer.get_vocab().values()) + 1  # ids may have gaps
     job = Job(
@@ -149,13 +186,11 @@ def _prepare(
         validation_fraction=config.validation_fraction,
         begin_ids=tuple(begin_ids(tokenizer)),
     )
-    began = time.monotonic()
-    parts = directory / "parts"
-    parts.mkdir(exist_ok=True)
+    (directory / "parts").mkdir(exist_ok=True)
     tally = corpus.Tally()
-    count = _tokenize(config, job, parts, tally, workers, quiet)
-    _require_unchanged(config, directory, made_from)
-    splits, max_token_id = _join(directory, parts, count, job)
+    count = _tokenize(wanted, job, tally, workers)
+    _require_unchanged(wanted)
+    splits, max_token_id = _join(directory, count, job)
     index = {
         "format": FORMAT,
         "dtype": job.dtype,
@@ -167,102 +202,26 @@ def _prepare(
         "validation_fraction": config.validation_fraction,
         "tokenizer_seed": seed,
         "parts": corpus.part_counts(config.source, tally),
-        "text_sha256": tally.sha256(),
+        "text_sha256": tally.text.hexdigest(),
         **({"begin_ids": job.begin_ids} if job.begin_ids else {}),
-        **made_from,
+        **wanted.made_from,
     }
     write_index(directory, index)
-    shutil.rmtree(parts)
-    say(f"{describe(index)}\n{directory}: done, {time.monotonic() - began:.1f} s")
+    shutil.rmtree(directory / "parts")
+    wanted.say(f"{describe(index)}\n{directory}: done, {time.monotonic() - began:.1f} s")
 
 
-def _say(quiet: bool) -> Say:
-    return (lambda message: None) if quiet else functools.partial(print, flush=True)
-
-
-@contextmanager
-def _alone_in(directory: Path, say: Say) -> Iterator[None]:
-    """Hold the directory's lock; the system frees it when this process ends, however it ends."""
-    # Without waiting, whatever may stand there under that name.
-    flags = os.O_RDWR | os.O_CREAT | os.O_NONBLOCK
-    with os.fdopen(os.open(directory / "lock", flags, 0o666), "rb") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say(f"{directory}: another prepare is at work; waiting for it")
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def _start_or_go_on(directory: Path, made_from: dict[str, Any], say: Say) -> None:
-    """Clear away what was made from something else; keep what a killed run may build on."""
-    for path in directory.glob("*.tmp"):  # of a killed run: this process holds the lock
-        shutil.rmtree(path) if files.is_dir(path) else path.unlink()
-    record = directory / "made_from.json"
-    # An index that is still there is of other text, or damaged: then nothing is to be trusted.
-    if files.exists(record) and not files.exists(directory / "index.json"):
-        try:
-            kept = files.read_json(record, DataError)
-            sha256 = kept.pop("tokenizer_sha256", None)
-            if kept == made_from:
-                if _hash_of_tokenizer(directory) == sha256:
-                    if sha256:
-                        say(f"{directory}: going on with an unfinished prepare")
-                    return
-                say(f"{directory / 'tokenizer'}: is not as it was made; all is made anew")
-        except DataError as error:
-            say(f"{error}; all is made anew")
-    clear(directory)
-    files.write_json(record, made_from)
-
-
-def _require_unchanged(config: DataConfig, directory: Path, made_from: dict[str, Any]) -> None:
-    """DataError if the source is no longer what it was before it was read."""
-    now = describe_source(config.source)
-    if now != made_from["source"]:
-        (directory / "made_from.json").unlink(
-            missing_ok=True
-        )  # the tokenizer may be of either text
-        raise DataError(
-            f"data.source: {corpus.source_name(config.source)} changed while it was read (files "
-            f"{made_from['source']['files']} → {now['files']}, bytes "
-            f"{made_from['source']['bytes']} → {now['bytes']}, or what is in them); nothing of it "
-            "was kept; run prepare again when nobody writes there"
-        )
-
-
-def _make_tokenizer(
-    config: DataConfig, directory: Path, made_from: dict[str, Any], seed: int, say: Say
-) -> None:
-    began = time.monotonic()
-    with files.making(directory / "tokenizer") as temporary:
-        build_tokenizer(
-            config.tokenizer, lambda: corpus.iter_sample(config.source), temporary, seed
-        )
-    record = {**made_from, "tokenizer_sha256": _hash_of_tokenizer(directory)}
-    files.write_json(directory / "made_from.json", record)
-    kind = config.tokenizer.train or config.tokenizer.path
-    say(f"tokenizer: {kind}, {time.monotonic() - began:.1f} s")
-
-
-def _hash_of_tokenizer(directory: Path) -> str | None:
-    tokenizer = directory / "tokenizer"
-    return tokenizer_hash(tokenizer) if files.is_dir(tokenizer) else None
-
-
-def _tokenize(
-    config: DataConfig, job: Job, parts: Path, tally: corpus.Tally, workers: int, quiet: bool
-) -> int:
+def _tokenize(wanted: Wanted, job: Job, tally: corpus.Tally, workers: int) -> int:
     """Make every part that is missing, counting documents in `tally`; returns how many parts."""
-    units = cut_units(corpus.iter_documents(config.source, tally))
+    source = wanted.config.source
+    units = cut_units(corpus.iter_documents(source, tally))
     first = list(itertools.islice(units, 2))
     if len(first) < 2:  # not worth the start of a process
         workers = 1
-    tasks = (
-        (job, part_path(parts, n), texts) for n, texts in enumerate(itertools.chain(first, units))
-    )
+    numbered = enumerate(itertools.chain(first, units))
+    tasks = ((job, part_path(wanted.directory, n), pieces) for n, pieces in numbered)
     results = itertools.starmap(make_part, tasks) if workers == 1 else make_parts(tasks, workers)
-    return _watch(results, corpus.text_bytes(config.source), quiet)
+    return _watch(results, corpus.text_bytes(source), wanted.quiet)
 
 
 def _watch(sizes: Iterator[int], total: int | None, quiet: bool) -> int:
@@ -270,25 +229,34 @@ def _watch(sizes: Iterator[int], total: int | None, quiet: bool) -> int:
 
     A live bar on a terminal, elsewhere a line every ten seconds.
     """
-    count = done = 0
-    began = said = time.monotonic()
+    count, said = 0, time.monotonic()
     live = sys.stderr.isatty() and not quiet
-    with tqdm(total=total, desc="tokenize", unit="B", unit_scale=True, disable=not live) as bar:
+    how = {"file": sys.stderr} if live else {"file": io.StringIO(), "ncols": 0, "mininterval": 10}
+    with tqdm(total=total, desc="tokenize", unit="B", unit_scale=True, **how) as bar:
         for size in sizes:
             count += 1
-            done += size
             bar.update(size)
-            now = time.monotonic()
-            if now - said > _SAY_EVERY and not live and not quiet:
-                meter = tqdm.format_meter(done, total, now - began, 0, unit="B", unit_scale=True)
-                print(f"tokenize: {meter}", flush=True)
-                said = now
+            if time.monotonic() - said > _SAY_EVERY and not live and not quiet:
+                print(bar, flush=True)
+                said = time.monotonic()
     return count
 
 
-def _join(
-    directory: Path, parts: Path, count: int, job: Job
-) -> tuple[dict[str, dict[str, Any]], int]:
+def _require_unchanged(wanted: Wanted) -> None:
+    """DataError if the source is no longer what it was before it was read."""
+    source, before = wanted.config.source, wanted.made_from["source"]
+    now = describe_source(source)
+    if now != before:
+        # The tokenizer may be of either text.
+        (wanted.directory / "made_from.json").unlink(missing_ok=True)
+        raise DataError(
+            f"data.source: {corpus.source_name(source)} changed while it was read (files "
+            f"{before['files']} → {now['files']}, bytes {before['bytes']} → {now['bytes']}, or "
+            "what is in them); nothing of it was kept; run prepare again when nobody writes there"
+        )
+
+
+def _join(directory: Path, count: int, job: Job) -> tuple[dict[str, dict[str, Any]], int]:
     """String the parts together; returns each split's counts and hash, and the highest id."""
     splits: dict[str, dict[str, Any]] = {}
     max_token_id = 0
@@ -299,7 +267,7 @@ def _join(
         with files.replacing(directory / f"{split}.bin") as temporary:
             with temporary.open("wb") as file:
                 for number in range(count):
-                    part = read_part(part_path(parts, number))
+                    part = read_part(part_path(directory, number))
                     ids = part[split]
                     totals += part["counts"][number_of_split]
                     tokens += len(ids)

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from relora.data.config import TokenizerConfig
-from relora.data.transformers_tokenizer import PROBES
+from relora.data.transformers_tokenizer import JUST_THE_FILE, PROBES
 from relora.errors import DataError
 
 _SPACE = "\u2581"  # how sentencepiece writes a space
@@ -112,11 +112,10 @@ def write_sentencepiece(model: bytes, directory: Path, sample: list[str], name: 
         raise DataError(f"{name}: not a sentencepiece model: it has no pieces")
     if reference.eos_id() < 0:
         raise DataError(f"{name}: has no EOS piece, and documents end in it")
-    kind = proto.trainer_spec.model_type
-    if kind not in (proto.trainer_spec.BPE, proto.trainer_spec.UNIGRAM):
-        names = proto.trainer_spec.ModelType.Name(kind).lower()
+    kind = proto.trainer_spec.ModelType.Name(proto.trainer_spec.model_type).lower()
+    if kind not in ("bpe", "unigram"):
         raise DataError(
-            f"{name}: model_type is {names}, and only bpe and unigram sentencepiece models are "
+            f"{name}: model_type is {kind}, and only bpe and unigram sentencepiece models are "
             "read; train one, here by data.tokenizer: {train: bpe, vocab_size: …}"
         )
     fast = _convert(proto)
@@ -130,8 +129,7 @@ def write_sentencepiece(model: bytes, directory: Path, sample: list[str], name: 
         if (number := getattr(reference, f"{name}_id")()) >= 0
     }
     settings = {
-        # The name that both transformers 4 and 5 read as "just tokenizer.json".
-        "tokenizer_class": "PreTrainedTokenizerFast",
+        "tokenizer_class": JUST_THE_FILE,
         **names,
         "split_special_tokens": True,
         "clean_up_tokenization_spaces": False,
@@ -210,19 +208,41 @@ def _tie(reference: Any, scores: list[float], ids: list[int], expected: list[int
 
 def _convert(proto: Any) -> Any:
     """A sentencepiece ModelProto as a `tokenizers.Tokenizer` that gives the same ids."""
-    from tokenizers import AddedToken, Regex, Tokenizer, pre_tokenizers
+    from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
 
-    kinds = proto.SentencePiece
-    is_bpe = proto.trainer_spec.model_type == proto.trainer_spec.BPE
+    kinds, trainer = proto.SentencePiece, proto.trainer_spec
+    is_bpe = trainer.model_type == trainer.BPE
     control = [p.piece for p in proto.pieces if p.type in (kinds.CONTROL, kinds.UNKNOWN)]
     normal = {_spell(p.piece): p.score for p in proto.pieces if p.type == kinds.NORMAL}
     symbols = [_spell(p.piece) for p in proto.pieces if _is_symbol(proto, p)]
-    fast = Tokenizer(_bpe(proto, normal) if is_bpe else _unigram(proto, normal))
+    spellings = [
+        p.piece if p.type in (kinds.CONTROL, kinds.BYTE) else _spell(p.piece) for p in proto.pieces
+    ]
+    unknown = [p.type for p in proto.pieces].index(kinds.UNKNOWN)
+    if is_bpe:
+        vocab = {spelling: number for number, spelling in enumerate(spellings)}
+        model: Any = models.BPE(
+            vocab,
+            _merges(normal),
+            unk_token=spellings[unknown],
+            byte_fallback=trainer.byte_fallback,
+            fuse_unk=True,
+        )
+        cuts = [_cut(proto, normal)]
+    else:
+        # The lattice of `tokenizers` would take `</s>` or `<0x41>` in a text for these pieces.
+        # User-defined symbols are pieces among others: with a score that beats all others.
+        never, known = min(normal.values()) - 1000, {*normal, *symbols}
+        scored = zip(spellings, _scores(proto), strict=True)
+        model = models.Unigram(
+            [(spelling, score if spelling in known else never) for spelling, score in scored],
+            unk_id=unknown,
+            byte_fallback=trainer.byte_fallback,
+        )
+        cuts = [_cut(proto, known), _inside_names(control, normal)]
+    fast = Tokenizer(model)
     if steps := _normalizers(proto, symbols, is_bpe):
         fast.normalizer = steps
-    cuts = [_cut(proto, normal if is_bpe else {*normal, *symbols})]
-    if not is_bpe:
-        cuts.append(_inside_names(control, normal))
     splits = [pre_tokenizers.Split(Regex(cut), "isolated") for cut in cuts if cut]
     if splits:
         fast.pre_tokenizer = pre_tokenizers.Sequence(splits) if len(splits) > 1 else splits[0]
@@ -269,13 +289,6 @@ def _spell(piece: str) -> str:
     return piece.translate(str.maketrans(f"{_SPACE} ", f" {_SPACE}"))
 
 
-def _spellings(proto: Any) -> list[str]:
-    kinds = proto.SentencePiece
-    return [
-        p.piece if p.type in (kinds.CONTROL, kinds.BYTE) else _spell(p.piece) for p in proto.pieces
-    ]
-
-
 def _is_symbol(proto: Any, piece: Any) -> bool:
     """Whether a piece is a user-defined symbol that can be found: normalised text has no spaces."""
     return piece.type == proto.SentencePiece.USER_DEFINED and " " not in piece.piece
@@ -287,38 +300,6 @@ def _scores(proto: Any) -> list[float]:
         _SYMBOL_BONUS * len(p.piece.encode()) if _is_symbol(proto, p) else p.score
         for p in proto.pieces
     ]
-
-
-def _unknown(proto: Any) -> int:
-    return next(i for i, p in enumerate(proto.pieces) if p.type == proto.SentencePiece.UNKNOWN)
-
-
-def _bpe(proto: Any, normal: dict[str, float]) -> Any:
-    from tokenizers import models
-
-    pieces = _spellings(proto)
-    return models.BPE(
-        {piece: number for number, piece in enumerate(pieces)},
-        _merges(normal),
-        unk_token=pieces[_unknown(proto)],
-        byte_fallback=proto.trainer_spec.byte_fallback,
-        fuse_unk=True,
-    )
-
-
-def _unigram(proto: Any, normal: dict[str, float]) -> Any:
-    """User-defined symbols are pieces among others here: with a score that beats all others."""
-    from tokenizers import models
-
-    # The lattice of `tokenizers` would take `</s>` or `<0x41>` in a text for these pieces.
-    never = min(normal.values()) - 1000
-    scored = [
-        (spelling, score if spelling in normal or _is_symbol(proto, p) else never)
-        for p, spelling, score in zip(proto.pieces, _spellings(proto), _scores(proto), strict=True)
-    ]
-    return models.Unigram(
-        scored, unk_id=_unknown(proto), byte_fallback=proto.trainer_spec.byte_fallback
-    )
 
 
 def _merges(normal: dict[str, float]) -> list[tuple[str, str]]:

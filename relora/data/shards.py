@@ -21,10 +21,8 @@ import numpy as np
 from pydantic import BaseModel, Field, ValidationError
 
 from relora import files
-from relora.data.config import DataConfig
+from relora.data.config import DataConfig, settings_of
 from relora.data.corpus import source_name
-from relora.data.identity import settings_of
-from relora.data.tokenizer import settings_of as tokenizer_settings
 from relora.data.tokenizer import tokenizer_hash
 from relora.errors import ConfigError, DataError
 
@@ -52,7 +50,7 @@ def shard_directory(config: DataConfig) -> Path:
     settings = {
         "format": FORMAT,
         "source": settings_of(config.source),
-        "tokenizer": tokenizer_settings(config.tokenizer),
+        "tokenizer": settings_of(config.tokenizer),
         "validation_fraction": config.validation_fraction,
     }
     fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
@@ -172,21 +170,10 @@ def _require_size(shard: Path, expected: int) -> None:
 
 
 def describe(index: dict[str, Any]) -> str:
-    """Prepared data: a line for each part of the source, and one a split."""
-    lines = part_lines(index.get("parts", []))
-    for split in SPLITS:
-        counts = index["splits"][split]
-        lines.append(
-            f"{split}: {counts['documents']:,} documents, {counts['tokens']:,} tokens "
-            f"({counts['bytes'] / 1e6:.1f} MB, "
-            f"{counts['bytes'] / max(1, counts['tokens']):.2f} bytes per token)"
-        )
-    return "\n".join(lines)
-
-
-def part_lines(parts: list[dict[str, Any]]) -> list[str]:
-    """What each pattern of a source gave: a wrong one is seen by it."""
+    """Prepared data: a line for each part of the source (a wrong pattern is seen by what it gave),
+    and one a split."""
     lines = []
+    parts = index.get("parts", [])
     for part in parts[:_PARTS_SHOWN]:
         counts = [
             f"{part[what]:,} {what if part[what] != 1 else what[:-1]}"
@@ -196,7 +183,15 @@ def part_lines(parts: list[dict[str, Any]]) -> list[str]:
         lines.append(f"{part['name']}: {', '.join(counts)}")
     if len(parts) > _PARTS_SHOWN:
         lines.append(f"… and {len(parts) - _PARTS_SHOWN:,} patterns more")
-    return lines
+    for split in SPLITS:
+        documents, tokens, size = (
+            index["splits"][split][what] for what in ("documents", "tokens", "bytes")
+        )
+        lines.append(
+            f"{split}: {documents:,} documents, {tokens:,} tokens ({size / 1e6:.1f} MB, "
+            f"{size / max(1, tokens):.2f} bytes per token)"
+        )
+    return "\n".join(lines)
 
 
 def _verify(shard: Path, counts: dict[str, Any]) -> None:

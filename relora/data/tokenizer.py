@@ -9,26 +9,28 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from relora import files
-from relora.data.config import TokenizerConfig
-from relora.data.corpus import Document
+from relora.data.config import TokenizerConfig, settings_of
 from relora.data.sentencepiece_model import train_sentencepiece, write_sentencepiece
-from relora.data.transformers_tokenizer import open_directory, parse_file, take_over
+from relora.data.text import AnyDocument, stretches
+from relora.data.transformers_tokenizer import (
+    ids_of_text,
+    open_directory,
+    parse_file,
+    take_over,
+)
 from relora.errors import ConfigError, DataError, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _TOKENIZER_SUFFIXES = (".json", ".txt", ".model", ".tiktoken", ".jinja")
-_SAMPLE_CHARACTERS = 4096  # length of the stretches of text that sentencepiece learns from
 _SCAN_BYTES = 10 * 1000**3  # training text is drawn from this much of the corpus
 
 
 def build_tokenizer(
     config: TokenizerConfig,
-    documents: Callable[[], Iterator[Document]],
+    documents: Callable[[], Iterator[AnyDocument]],
     directory: Path,
     seed: int,
 ) -> None:
@@ -45,7 +47,7 @@ def build_tokenizer(
         write_sentencepiece(model, directory, sample, "data.tokenizer.train")
         return
     assert config.path is not None
-    sample = [text for _, text in itertools.islice(documents(), 200)]
+    sample = [next(document.blocks(), "") for document in itertools.islice(documents(), 200)]
     if config.path.endswith(".model"):
         path = Path(config.path).expanduser()
         if not files.is_file(path):
@@ -75,14 +77,6 @@ def describe_tokenizer(config: TokenizerConfig) -> dict[str, Any]:
     return described
 
 
-def settings_of(config: TokenizerConfig) -> dict[str, Any]:
-    """The settings that name shards: those that are newer than shards only where they are used."""
-    settings = config.model_dump(mode="json")
-    if config.add_bos is None:
-        del settings["add_bos"]
-    return settings
-
-
 def load_tokenizer(directory: Path, kind: type[UserError] = DataError) -> PreTrainedTokenizerBase:
     """The tokenizer of a directory that `build_tokenizer` wrote, by its tokenizer.json.
 
@@ -102,15 +96,15 @@ def tokenizer_hash(directory: Path) -> str:
     return digest.hexdigest()
 
 
-def load_encoder(directory: Path) -> Callable[[str], list[int]]:
+def load_encoder(directory: Path, fast: Any = None) -> Callable[[str], list[int]]:
     """text -> ids, without special tokens and without reading any in the text.
 
-    Needs no transformers (seconds to import) where the tokenizer is a fast one.
+    Needs no transformers (seconds to import) where the tokenizer is a fast one; `fast` is what
+    `load_fast` gives, if that is there already.
     """
-    fast = load_fast(directory)
+    fast = load_fast(directory) if fast is None else fast
     if fast is None:
-        slow = load_tokenizer(directory)
-        return lambda text: slow.encode(text, add_special_tokens=False, split_special_tokens=True)
+        return ids_of_text(load_tokenizer(directory))
     return lambda text: fast.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
 
@@ -124,12 +118,7 @@ def load_fast(directory: Path) -> Any:
     return fast
 
 
-def encode_documents(encoder: Callable[[str], list[int]], texts: list[str]) -> list[np.ndarray]:
-    """The ids of each text, as int64 arrays."""
-    return [np.array(encoder(text), dtype=np.int64) for text in texts]
-
-
-def _training_sample(documents: Iterator[Document], megabytes: float, seed: int) -> list[str]:
+def _training_sample(documents: Iterator[AnyDocument], megabytes: float, seed: int) -> list[str]:
     """Stretches of text from all over the corpus, in its order; all of it if it is small enough.
 
     Each stretch draws a number from a hash of its place; the lowest numbers stay. The choice so
@@ -138,7 +127,7 @@ def _training_sample(documents: Iterator[Document], megabytes: float, seed: int)
     kept: list[tuple[int, int, str]] = []  # a heap with the highest number on top
     room = int(megabytes * 1e6)
     seen = 0
-    for place, stretch in enumerate(_stretches(documents)):
+    for place, stretch in enumerate(stretches(documents)):
         size = len(stretch.encode())
         seen += size
         if seen > _SCAN_BYTES:
@@ -149,15 +138,3 @@ def _training_sample(documents: Iterator[Document], megabytes: float, seed: int)
         while room < 0 and len(kept) > 1:
             room += len(heapq.heappop(kept)[2].encode())
     return [stretch for _, _, stretch in sorted(kept, key=lambda each: each[1])]
-
-
-def _stretches(documents: Iterator[Document]) -> Iterator[str]:
-    """Documents cut at line ends into stretches of at most 4,096 characters."""
-    for _, text in documents:
-        start = 0
-        while start < len(text):
-            end = start + _SAMPLE_CHARACTERS
-            if end < len(text):
-                end = text.rfind("\n", start, end) + 1 or end
-            yield text[start:end]
-            start = end

@@ -12,6 +12,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from relora.data.beginning import begin_ids, drop_beginning
 from relora.errors import ConfigError, DataError, UserError
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig
 
 JUST_THE_FILE = "PreTrainedTokenizerFast"  # what transformers 4 and 5 read as: tokenizer.json as is
 SPECIAL = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
@@ -64,52 +65,61 @@ class AsSaved(PreTrainedTokenizerFast):
 '''
 
 
-def load_auto(name: str | Path, kind: type[UserError], where: str) -> Any:
-    """What AutoTokenizer makes of a directory; code that lies in it is not run.
+@contextmanager
+def _loadable(kind: type[UserError], where: str) -> Iterator[None]:
+    """Whatever a broken file may raise, as the error asked for, which begins with `where`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = " ".join((str(error) or type(error).__name__).split())
+        raise kind(
+            f"{where} is no tokenizer transformers can load (a directory, a name on the hub or a "
+            f".model file): {reason[:500]}"
+        ) from error
 
-    Raises:
-        UserError: of the kind asked for, beginning with `where`.
-    """
+
+def load_auto(directory: Path, kind: type[UserError], where: str) -> Any:
+    """What AutoTokenizer makes of a directory; code that lies in it is not run."""
     from transformers import AutoTokenizer
 
-    try:
-        return AutoTokenizer.from_pretrained(str(name), trust_remote_code=False)
-    except Exception as error:  # a broken file may raise anything
-        raise _no_tokenizer(where, error, kind) from error
+    with _loadable(kind, where):
+        return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
 
 
-def load_file(directory: Path, kind: type[UserError], where: str) -> PreTrainedTokenizerBase:
+def load_file(directory: Path, kind: type[UserError], where: str) -> Any:
     """The tokenizer.json of a directory for transformers, and nothing that a class would add."""
     from transformers import PreTrainedTokenizerFast
 
-    try:
+    with _loadable(kind, where):
         return PreTrainedTokenizerFast.from_pretrained(str(directory))
-    except Exception as error:  # a broken file may raise anything
-        raise _no_tokenizer(where, error, kind) from error
 
 
 def parse_file(directory: Path, kind: type[UserError], where: str) -> Any:
     """The `tokenizers.Tokenizer` of a directory; it neither truncates nor pads."""
     from tokenizers import Tokenizer
 
-    path = directory / "tokenizer.json"
-    try:
-        fast = Tokenizer.from_str(files.read_text(path, kind, _MAX_BYTES))
-    except UserError:
-        raise
-    except Exception as error:  # `tokenizers` raises nothing narrower
-        raise _no_tokenizer(where, error, kind) from error
+    with _loadable(kind, where):
+        text = files.read_text(directory / "tokenizer.json", kind, _MAX_BYTES)
+        fast = Tokenizer.from_str(text)
     fast.no_truncation()  # both may have been saved with the tokenizer
     fast.no_padding()
     return fast
 
 
-def _no_tokenizer(where: str, error: BaseException, kind: type[UserError]) -> UserError:
-    reason = " ".join((str(error) or type(error).__name__).split())
-    return kind(
-        f"{where} is no tokenizer transformers can load (a directory, a name on the hub or a "
-        f".model file): {reason[:500]}"
-    )
+def open_directory(directory: Path, kind: type[UserError], where: str) -> Any:
+    """The tokenizer of a directory, by its tokenizer.json if it has one, for transformers."""
+    load = load_file if files.is_file(directory / "tokenizer.json") else load_auto
+    tokenizer = load(directory, kind, where)
+    with _loadable(kind, where):  # settings of any type are read, and fail in use
+        begin_ids(tokenizer)
+    return tokenizer
+
+
+def ids_of_text(tokenizer: Any) -> Callable[[str], list[int]]:
+    """text -> ids as documents are encoded: nothing added, and no special token read in it."""
+    return lambda text: tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
 
 def take_over(name: str, directory: Path, sample: list[str], add_bos: bool | None) -> None:
@@ -154,24 +164,13 @@ def _convert(source: Path, directory: Path, sample: list[str], where: str) -> No
         original.save_pretrained(str(directory))
     if files.is_file(directory / "tokenizer.json"):
         _settle(directory, directory, where)
-    ids, again = (_ids_of_text(t) for t in (original, open_directory(directory, DataError, where)))
+    ids, again = (ids_of_text(t) for t in (original, open_directory(directory, DataError, where)))
     for text in (*sample, *PROBES):
         if ids(text) != again(text):
             raise DataError(
                 f"{where} gives other ids once saved, on text that begins {text[:40]!r}; this "
                 "version of transformers cannot save it"
             )
-
-
-def open_directory(directory: Path, kind: type[UserError], where: str) -> Any:
-    """The tokenizer of a directory, by its tokenizer.json if it has one, for transformers."""
-    load = load_file if files.is_file(directory / "tokenizer.json") else load_auto
-    tokenizer = load(directory, kind, where)
-    try:
-        begin_ids(tokenizer)
-    except Exception as error:  # settings of any type are read, and fail in use
-        raise _no_tokenizer(where, error, kind) from error
-    return tokenizer
 
 
 def _find(name: str, where: str) -> Path:
@@ -185,10 +184,8 @@ def _find(name: str, where: str) -> Path:
         raise DataError(f"{where}: no such directory (looked from {Path.cwd()})")
     from huggingface_hub import snapshot_download
 
-    try:
+    with _loadable(DataError, where):  # else it is the network, the hub or the name
         return Path(snapshot_download(name, allow_patterns=[*_FILES, "config.json"]))
-    except Exception as error:  # of the network, the hub or the name
-        raise _no_tokenizer(where, error, DataError) from error
 
 
 def _copy_files(source: Path, directory: Path) -> None:
@@ -209,7 +206,7 @@ def _settle(directory: Path, source: Path, where: str) -> None:
     given = source / path.name
     settings = files.read_json(given, DataError) if files.exists(given) else {}
     vocab = parse_file(directory, DataError, where).get_vocab()
-    copy: Any = load_file(directory, DataError, where)
+    copy = load_file(directory, DataError, where)
     if copy.eos_token is None:  # GPT-2's files, for one, leave it to its class
         copy = load_auto(source, DataError, where)
     for key in SPECIAL:
@@ -292,18 +289,10 @@ def _disagreement(directory: Path, kind: type[UserError]) -> str | None:
     except UserError as error:
         return f"cannot load the tokenizer ({error})"
     names = " ".join(reference.all_special_tokens)
-    pairs = list(zip(_ways(loaded), _ways(reference), strict=True))
     for text in (*PROBES, f"a{names} b"):
-        if any(a(text) != b(text) for a, b in pairs):
+        # As users call it, and as documents are encoded.
+        if loaded(text)["input_ids"] != reference(text)["input_ids"] or (
+            ids_of_text(loaded)(text) != ids_of_text(reference)(text)
+        ):
             return f"gives other ids than this tokenizer on {text[:40]!r}"
     return None
-
-
-def _ways(tokenizer: Any) -> Iterator[Callable[[str], list[int]]]:
-    """As its users call it, and as documents are encoded."""
-    yield lambda text: tokenizer(text)["input_ids"]
-    yield _ids_of_text(tokenizer)
-
-
-def _ids_of_text(tokenizer: Any) -> Callable[[str], list[int]]:
-    return lambda text: tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)

@@ -9,7 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-REMAINDER = torch.int16  # beside a bf16 weight
+from relora.engine import precision
+
+REMAINDER = precision.dtype_of(precision.REMAINDER)
 
 
 def decode(live: Tensor, remainder: Tensor | None) -> Tensor:
@@ -32,6 +34,15 @@ def encode_(values: Tensor, live: Tensor, remainder: Tensor | None) -> None:
     high, low = split_fp32(values.to(live.device))
     live.copy_(high)
     remainder.copy_(low)
+
+
+def checksum(live: Tensor, remainder: Tensor | None) -> int:
+    """A number that equal bits have in common."""
+    bits = live.view(torch.int16 if live.element_size() == 2 else torch.int32)
+    total = bits.sum(dtype=torch.int64)
+    if remainder is not None:
+        total = total * 31 + remainder.sum(dtype=torch.int64).to(total.device)
+    return int(total)
 
 
 def join_bf16(high: Tensor, low: Tensor) -> Tensor:

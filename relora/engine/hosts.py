@@ -7,21 +7,18 @@ quoted, and an argument with anything in it that a shell could touch is encoded.
 
 from __future__ import annotations
 
-import base64
-import json
 import os
 import re
 import shlex
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from relora.engine.devices import listed
-from relora.engine.launcher import encode
+from relora.engine.launcher import encode, node_launcher, what_ranks_run
 from relora.engine.signals import FRONT
 from relora.errors import ConfigError
 from relora.files import is_file, read_text
@@ -33,7 +30,6 @@ HOST = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9_.-]*@)?[A-Za-z0-9][A-Za-z0-9_.-]*"
 # launcher, and those that decide what a rank computes with.
 EXPORTED: tuple[str, ...] = ("MLFLOW", "MV2", "NCCL", "PYTHON", "UCX")
 EXPORTED += ("DS_ACCELERATOR", "DS_BUILD_OPS", "GLOO_", "GOMP_", "MKL_", "OMP_", "TORCH_")
-NODE = "deepspeed.launcher.launch"  # which starts and watches the ranks of one machine
 # Runs $2 … and, on SIGTERM, $1; a wait that the signal cut short says nothing of the end.
 KEEPER = """
 stop=$1
@@ -148,10 +144,10 @@ def multi_node_command(
     variables |= {k: v for k, v in os.environ.items() if k.startswith(EXPORTED)} | _read_env_file()
     variables[FRONT] = "1"
     words = ["env", *(f"{name}={value}" for name, value in variables.items())]
-    words += [sys.executable, "-u", "-m", NODE, _world(slots)]
+    words += node_launcher(_world(slots))
     there = f"cd {_quote(str(Path.cwd()))} && exec {' '.join(map(_quote, words))} --node_rank=%n "
-    words = [f"--master_addr={address}", f"--master_port={port}", "--quiet", "--module", "relora"]
-    there += " ".join(map(_quote, [*words, *map(encode, arguments)]))
+    run = what_ranks_run(address, port, [encode(argument) for argument in arguments])
+    there += " ".join(map(_quote, run))
     stop = shlex.join(signal_command(slots, port, signal.SIGTERM))
     return ["sh", "-c", KEEPER, "sh", stop, *_pdsh(slots, there)]
 
@@ -159,10 +155,8 @@ def multi_node_command(
 def signal_command(slots: Mapping[str, int], port: int, number: int) -> list[str]:
     """pdsh, which sends a signal to all ranks of a launch, or to a launcher that has none yet."""
     # From its beginning: pdsh, ssh and the shell that runs this hold the same words further on.
-    start = re.sub(
-        r"([][\\.^$*+?(){}|])", r"\\\1", f"{sys.executable} -u -m {NODE} {_world(slots)} "
-    )
-    pattern = f"^{start}.*--master_port={port} "
+    start = re.sub(r"([][\\.^$*+?(){}|])", r"\\\1", " ".join(node_launcher(_world(slots))))
+    pattern = f"^{start} .*--master_port={port} "
     script = (
         f"for p in $(pgrep -f -- {shlex.quote(pattern)}); do "
         f"pkill -{number:d} -P $p || kill -{number:d} $p; done"
@@ -170,9 +164,8 @@ def signal_command(slots: Mapping[str, int], port: int, number: int) -> list[str
     return _pdsh(slots, f"exec sh -c {_quote(script)}")
 
 
-def _world(slots: Mapping[str, int]) -> str:
-    world = json.dumps({host: list(range(count)) for host, count in slots.items()})
-    return f"--world_info={base64.urlsafe_b64encode(world.encode()).decode()}"
+def _world(slots: Mapping[str, int]) -> dict[str, list[int]]:
+    return {host: list(range(count)) for host, count in slots.items()}
 
 
 def _pdsh(slots: Mapping[str, int], there: str) -> list[str]:

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from relora.engine.signals import FRONT
 
@@ -41,20 +41,25 @@ def one_node_command(devices: Sequence[str], port: int, arguments: Sequence[str]
             rank with local number k takes the k-th.
         port: for the ranks to find each other.
     """
-    world = base64.urlsafe_b64encode(json.dumps({"localhost": list(devices)}).encode())
-    return [
-        sys.executable,
-        "-u",
-        "-m",
-        "deepspeed.launcher.launch",
-        f"--world_info={world.decode()}",
-        "--master_addr=127.0.0.1",
-        f"--master_port={port}",
-        "--quiet",
-        "--module",
-        "relora",
-        *arguments,
-    ]
+    world = {"localhost": list(devices)}
+    return [*node_launcher(world), *what_ranks_run("127.0.0.1", port, arguments)]
+
+
+def node_launcher(world: Mapping[str, Sequence[object]]) -> list[str]:
+    """How the launcher's command begins, by which its process is known.
+
+    Args:
+        world: the devices of each host.
+    """
+    encoded = base64.urlsafe_b64encode(json.dumps(world).encode()).decode()
+    python = [sys.executable, "-u", "-m", "deepspeed.launcher.launch"]
+    return [*python, f"--world_info={encoded}"]
+
+
+def what_ranks_run(address: str, port: int, arguments: Sequence[str]) -> list[str]:
+    """How it ends: where rank 0 listens, and `relora …`."""
+    where = [f"--master_addr={address}", f"--master_port={port}"]
+    return [*where, "--quiet", "--module", "relora", *arguments]
 
 
 def launcher_environment() -> dict[str, str]:

@@ -5,19 +5,14 @@ No torch and no DeepSpeed are imported here, for config errors answer at once.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
+
+from pydantic import ValidationError
 
 from relora.engine.config import DeepSpeedConfig, OptimizerConfig
 from relora.engine.precision import Name, precision_of
-
-# Of zero_optimization, in entries, where `deepspeed.extra` says nothing else.
-DEFAULTS = {
-    "reduce_bucket_size": 5e8,
-    "stage3_max_reuse_distance": 1e9,
-    "stage3_prefetch_bucket_size": 5e7,
-    "stage3_param_persistence_threshold": 1e5,  # smaller parameters are whole on every rank
-}
 
 # Options of DeepSpeed's zero_optimization under which a merge would be wrong, and why.
 UNSAFE_ZERO = {
@@ -49,6 +44,16 @@ REFUSED_EXTRA = {
 }
 
 
+class ZeroSizes(NamedTuple):
+    """How much ZeRO holds and moves at once, in entries."""
+
+    bucket: float  # of gradients that are reduced together
+    buckets: int  # 2 where gradients are reduced beside the backward pass
+    kept_whole: float  # ZeRO 3: parameters up to this size are whole on every rank
+    reuse_distance: float  # ZeRO 3: weights stay if no more lies between their two uses
+    prefetched: float  # ZeRO 3: gathered ahead of their use
+
+
 def deepspeed_json(
     config: DeepSpeedConfig, optimizer: OptimizerConfig, micro_batch_size: int
 ) -> dict[str, Any]:
@@ -69,18 +74,33 @@ def deepspeed_json(
     return _merge(values, config.extra)
 
 
-def zero_option(section: DeepSpeedConfig, name: str) -> float:
-    """One of the options of zero_optimization that are numbers of entries."""
-    return float(section.extra.get("zero_optimization", {}).get(name, DEFAULTS[name]))
+def zero_sizes(section: DeepSpeedConfig) -> ZeroSizes:
+    """Those of a run: DeepSpeed's defaults where `deepspeed.extra` says nothing else."""
+    zero = section.extra.get("zero_optimization", {})
+    return ZeroSizes(
+        bucket=float(zero.get("reduce_bucket_size", 5e8)),
+        buckets=2 if zero.get("overlap_comm") else 1,
+        kept_whole=float(zero.get("stage3_param_persistence_threshold", 1e5)),
+        reuse_distance=float(zero.get("stage3_max_reuse_distance", 1e9)),
+        prefetched=float(zero.get("stage3_prefetch_bucket_size", 5e7)),
+    )
 
 
-def reduces_twice_at_once(section: DeepSpeedConfig) -> bool:
-    """Whether gradients are reduced beside the backward pass, from a second bucket."""
-    return bool(section.extra.get("zero_optimization", {}).get("overlap_comm"))
+def mistakes(
+    section: DeepSpeedConfig, optimizer: OptimizerConfig, micro_batch_size: int, ask: bool
+) -> Iterator[str]:
+    """What a `deepspeed` section asks for that is not offered, or would break merges.
+
+    Args:
+        ask: DeepSpeed too, where `extra` holds something of its own; importing it takes seconds.
+    """
+    found = list(_known_mistakes(section))
+    yield from found
+    if ask and section.extra and not found:
+        yield from _refusals(section, optimizer, micro_batch_size)
 
 
-def mistakes(section: DeepSpeedConfig) -> Iterator[str]:
-    """What a `deepspeed` section asks for that is not offered, or would break merges."""
+def _known_mistakes(section: DeepSpeedConfig) -> Iterator[str]:
     refused = refusal(section.zero_stage, section.precision, section.offload_optimizer)
     if refused:
         why, way_out = refused
@@ -129,6 +149,75 @@ def refusal(zero_stage: int, precision: Name, offload_optimizer: bool) -> tuple[
             "precision: bf16, or zero_stage 1, 2 or 3",
         )
     return None
+
+
+def _refusals(
+    config: DeepSpeedConfig, optimizer: OptimizerConfig, micro_batch_size: int
+) -> Iterator[str]:
+    """What DeepSpeed refuses in `extra`, or would never look at, by its own config model."""
+    from relora.engine.deepspeed import config_model
+
+    parse = config_model()
+    plain = config.model_copy(update={"extra": {}})
+    parsed = parse(deepspeed_json(plain, optimizer, micro_batch_size))
+    for key, value in config.extra.items():
+        values = _Watched(
+            deepspeed_json(
+                config.model_copy(update={"extra": {key: value}}), optimizer, micro_batch_size
+            )
+        )
+        path, default = f"deepspeed.extra.{key}", getattr(parsed, key, None)
+        try:
+            parse(values)
+        except ValidationError as error:
+            for one in error.errors(include_url=False):
+                where = ".".join([path, *map(str, one["loc"])])
+                yield f"{where}: {one['input']!r}: DeepSpeed refuses it: {one['msg']}"
+        except Exception as error:  # assertions and type errors of any place in its code
+            yield f"{path}: {value!r}: DeepSpeed refuses it: {error}"
+        else:
+            if key not in values.asked:
+                close = difflib.get_close_matches(key, values.asked, n=1)
+                hint = f"; did you mean {close[0]}?" if close else ""
+                yield f"{path}: DeepSpeed knows no such key{hint}"
+            # Plain values it takes as they are, and fails on in the middle of the run.
+            elif type(default) in _KINDS:
+                allowed, kinds = _KINDS[type(default)]
+                if type(value) not in kinds:
+                    yield f"{path}: {value!r}: must be {allowed}"
+
+
+_KINDS: dict[type, tuple[str, tuple[type, ...]]] = {
+    bool: ("true or false", (bool,)),
+    int: ("a whole number", (int,)),
+    float: ("a number", (int, float)),
+}
+
+
+class _Watched(dict[str, Any]):
+    """A mapping that knows which of its keys were asked for."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        super().__init__(values)
+        self.asked: set[str] = set()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.asked.add(key)
+        return super().get(key, default)
+
+    def __getitem__(self, key: str) -> Any:
+        self.asked.add(key)
+        return super().__getitem__(key)
+
+    def __contains__(self, key: object) -> bool:
+        self.asked.add(str(key))
+        return super().__contains__(key)
+
+    def keys(self) -> Any:
+        return self
+
+    def __copy__(self) -> _Watched:
+        return self  # DeepSpeed copies it before it looks
 
 
 def _merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 Name = Literal["fp32", "bf16", "fp16", "deepspeed_bf16"]
 NAMES: tuple[Name, ...] = get_args(Name)
-REMAINDER_BYTES = 2  # int16, beside a bf16 weight: see `codec`
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+REMAINDER = "int16"  # beside a bf16 weight: see `codec`
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, REMAINDER: 2}
 
 
 class Precision(NamedTuple):
@@ -48,9 +48,9 @@ class Precision(NamedTuple):
         return BYTES[self.autocast or self.trained]
 
     @property
-    def has_remainder(self) -> bool:
-        """Whether a frozen weight alone is less than its fp32 value."""
-        return self.base_bytes < 4
+    def remainder_bytes(self) -> int:
+        """Of what completes an entry of a frozen weight to fp32; 0 where that is fp32 already."""
+        return BYTES[REMAINDER] if self.base_bytes < 4 else 0
 
     @property
     def is_deepspeeds(self) -> bool:

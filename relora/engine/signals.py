@@ -181,6 +181,23 @@ def caught(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
             signal.signal(number, before)
 
 
+@contextlib.contextmanager
+def kept() -> Iterator[None]:
+    """Whatever handlers a block sets, those of before are in place after it."""
+    before = {number: signal.getsignal(number) for number in (*HEEDED, LAUNCHER_GONE, EXIT_NOW)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def ignore() -> None:
+    """From here on nothing but the message of how this process ends is left to do."""
+    for number in HEEDED:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def name_of(number: int) -> str:
     """A stop signal in words."""
     lost = "the loss of the process that started it"

@@ -10,18 +10,28 @@ from __future__ import annotations
 import re
 from collections import Counter
 from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import fake_tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, sdpa_flop_count
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
+from transformers.integrations.moe import ExpertsInterface, batched_mm_experts_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from relora.config import Config
 from relora.engine.precision import Name, dtype_of, precision_of
 from relora.errors import ConfigError, UserError
+from relora.lora.choose import find_targets
 from relora.lora.config import LoRAConfig
+from relora.lora.inject import add_adapters
+from relora.lora.layers import adapted_layers, kind_of, parameter_roles
 from relora.model import ModelConfig, build_meta_model, find_model_directory, load_model_config
 from relora.structure import one_line
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor, nn
 
 # Layers that go through a sequence step by step, by the ends of their classes' names.
 RECURRENT = re.compile(
@@ -95,9 +105,6 @@ def _key(config: Config) -> tuple[ModelConfig, str, str]:
 
 @cache
 def _shape(model_config: ModelConfig, content: str, lora: str) -> Shape:
-    from relora.lora.choose import find_targets
-    from relora.lora.layers import kind_of
-
     model = build_meta_model(model_config)
     targets = find_targets(model, LoRAConfig.model_validate_json(lora)) if lora else []
     adapted = {id(model.get_submodule(name)) for name in targets}
@@ -117,7 +124,6 @@ def _shape(model_config: ModelConfig, content: str, lora: str) -> Shape:
 
 def _linear(model: nn.Module) -> list[Any]:
     """The linear layers, in the order of `Shape.matrices`."""
-    from relora.lora.layers import kind_of
 
     linear: Any = (m for m in model.modules() if kind_of(m) is not None)
     return [m for m in linear if m.weight.dim() == 2]
@@ -125,7 +131,6 @@ def _linear(model: nn.Module) -> list[Any]:
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
     """The blocks that transformers' gradient checkpointing runs again in the backward pass."""
-    from transformers.modeling_layers import GradientCheckpointingLayer
 
     return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
 
@@ -154,10 +159,6 @@ def _dry_run(
 def _run(
     model_config: ModelConfig, lora: str, precision: Name, batch: tuple[int, int], masks: bool
 ) -> Kept:
-    import torch
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.utils.flop_counter import FlopCounterMode
-
     autocast = precision_of(precision).autocast
     with FakeTensorMode():
         model = _fake_model(model_config, lora, precision, masks)
@@ -184,8 +185,6 @@ def _run(
 
 def _formulas() -> dict[Any, Any]:
     """FLOPs of products that torch's counter does not know, or takes for others."""
-    import torch
-    from torch.utils.flop_counter import conv_flop_count, sdpa_flop_count
 
     def forward(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
         return sdpa_flop_count(query, key, value)
@@ -207,8 +206,6 @@ def _formulas() -> dict[Any, Any]:
 
 def _depends_on_numbers() -> tuple[type[Exception], ...]:
     """What running without numbers raises where a model's steps depend on them."""
-    from torch._subclasses import fake_tensor
-    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
     return (
         fake_tensor.DataDependentOutputException,
@@ -222,8 +219,6 @@ def _depends_on_numbers() -> tuple[type[Exception], ...]:
 
 def _guess(model_config: ModelConfig, lora: str, batch: tuple[int, int], why: str) -> Kept:
     """Every linear layer once a token, for a model that cannot be run without numbers."""
-    from relora.lora.inject import add_adapters
-    from relora.lora.layers import parameter_roles
 
     model = build_meta_model(model_config)
     linear = _linear(model)
@@ -270,13 +265,6 @@ def _vocabulary(model: Any) -> int:
 
 
 def _fake_model(model_config: ModelConfig, lora: str, precision: Name, masks: bool) -> Any:
-    from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
-    from transformers.integrations.moe import ExpertsInterface
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    from relora.lora.inject import add_adapters
-    from relora.lora.layers import adapted_layers
-
     model = AutoModelForCausalLM.from_config(load_model_config(model_config))
     model.config.use_cache = False
     if model.config._attn_implementation == "sdpa" and not masks:
@@ -304,8 +292,6 @@ def _experts_by_shape(self: Any, states: Tensor, experts: Tensor, weights: Tenso
 
     Like that kernel not under autocast, in the precision of the experts' weights.
     """
-    import torch
-    from transformers.integrations.moe import batched_mm_experts_forward
 
     kind = next(p.dtype for p in self.parameters() if p.dim() == 3)
     with torch.autocast("cpu", enabled=False):

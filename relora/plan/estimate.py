@@ -11,8 +11,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from relora.config import Config
-from relora.engine.options import reduces_twice_at_once, zero_option
-from relora.engine.precision import REMAINDER_BYTES, precision_of
+from relora.engine.options import zero_sizes
+from relora.engine.precision import precision_of
 from relora.plan.dryrun import dry_run, shape_of
 
 # At the peak of the loss, in bytes a logit: log-probabilities, their gradient, that of the logits,
@@ -143,10 +143,8 @@ def bytes_per_step(config: Config, world: int, adapters: bool) -> float:
     if section.zero_stage < 3:
         return 3 * share * trained
     bytes_of = [size * (width if trainable else frozen_width) for size, trainable in sizes]
-    whole = [
-        size <= zero_option(config.deepspeed, "stage3_param_persistence_threshold")
-        for size, _ in sizes
-    ]
+    limit = zero_sizes(section).kept_whole
+    whole = [size <= limit for size, _ in sizes]
     kept = sum(b for b, w in zip(bytes_of, whole, strict=True) if w)
     gathers = 1 + _released(config)
     micro_batches = config.batch.global_batch_size // (config.batch.micro_batch_size * world)
@@ -196,7 +194,7 @@ def _released(config: Config) -> float:
     layers behind it, there and back.
     """
     sizes = [size for size, _ in shape_of(config).parameters]
-    reach, behind, released = zero_option(config.deepspeed, "stage3_max_reuse_distance"), 0, 0
+    reach, behind, released = zero_sizes(config.deepspeed).reuse_distance, 0, 0
     for size in reversed(sizes):
         if 2 * behind >= reach:
             released += size
@@ -221,9 +219,10 @@ def _held(config: Config, world: int, adapters: bool) -> dict[str, float]:
     weights = width * trained + frozen_width * frozen
     if stage == 3:
         weights /= world
-    completes = REMAINDER_BYTES * frozen / (world if stage == 3 else 1)
-    exact = precision_of(section.precision).has_remainder
-    if not exact or (relora and relora.precision == "rounded"):
+    completes = precision_of(section.precision).remainder_bytes * frozen
+    if stage == 3:
+        completes /= world
+    if relora and relora.precision == "rounded":
         completes = 0.0
     on_device = relora is not None and relora.remainder == "device"
     parts = {
@@ -246,10 +245,9 @@ def _beside(config: Config, world: int, adapters: bool) -> dict[str, float]:
     section, width = config.deepspeed, _widths(config)[0]
     sizes = shape_of(config).sizes(_rank(config, adapters))
     trained = float(width * sum(size for size, trainable in sizes if trainable))
-    bucket = (
-        width * zero_option(config.deepspeed, "reduce_bucket_size") if section.zero_stage else 0.0
-    )
-    flat = min(trained, width * zero_option(config.deepspeed, "reduce_bucket_size"))
+    zero = zero_sizes(section)
+    bucket = width * zero.bucket if section.zero_stage else 0.0
+    flat = min(trained, width * zero.bucket)
     copies = dry_run(config, adapters).weight_copies
     micro_batches = config.batch.global_batch_size // (config.batch.micro_batch_size * world)
     carried = trained if micro_batches > 1 else 0.0
@@ -259,10 +257,9 @@ def _beside(config: Config, world: int, adapters: bool) -> dict[str, float]:
         return {"loss": always + copies, "backward": always + copies, "end": always}
     if section.zero_stage == 0:
         return {"loss": carried + copies, "backward": carried + copies, "end": flat}
-    twice = 2 if reduces_twice_at_once(section) else 1
-    backward = carried if micro_batches > 1 else twice * bucket
+    backward = carried if micro_batches > 1 else zero.buckets * bucket
     local = trained if micro_batches > 1 or section.zero_stage == 1 else 0.0
-    end = twice * bucket + max(local, flat if world > 1 else 0.0)
+    end = zero.buckets * bucket + max(local, flat if world > 1 else 0.0)
     return {"loss": carried + copies, "backward": backward + copies, "end": end}
 
 
@@ -271,7 +268,7 @@ def _gathered(config: Config, sizes: list[tuple[int, bool]]) -> float:
     width, frozen_width = _widths(config)
     total = sum(size for size, _ in sizes)
     whole = sum(size * (width if trainable else frozen_width) for size, trainable in sizes)
-    ahead = zero_option(config.deepspeed, "stage3_prefetch_bucket_size") / total
+    ahead = zero_sizes(config.deepspeed).prefetched / total
     return whole * min(1.0, 1 - _released(config) + ahead)
 
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from relora.config import Config
 from relora.files import replacing
 from relora.restart.schedule import Clock
+from relora.words import format_count, format_table
 
 CURVE_WIDTH, CURVE_HEIGHT = 80, 8
 MAX_CYCLES = 12  # more cycles than this are cut out of the middle of the timeline
@@ -52,22 +53,18 @@ def phase_at(clock: Clock, number: int) -> Phase:
 
 def timeline(config: Config) -> list[str]:
     """The phases as a table."""
-    from relora.words import format_count
-
-    lines = ["timeline             steps                 tokens    peak LR   then"]
+    rows = [["timeline", "steps", "tokens", "peak LR", "then"]]
     count = count_phases(config.clock)
     left_out = count - MAX_CYCLES
     for number in range(count) if left_out <= 1 else _outer(count, MAX_CYCLES):
         if left_out > 1 and number == count - 3:
-            lines.append(f"  … {left_out:,} more cycles …")
+            rows.append([f"  … {left_out:,} more cycles …", "", "", "", ""])
         phase = phase_at(config.clock, number)
         peak = _rates(config, phase.start, phase.stop)[1]
         tokens = format_count(phase.stop * config.tokens_per_step)
-        lines.append(
-            f"  {phase.name:<12} {phase.start:>9,} – {phase.stop:<9,} {tokens:>12} {peak:>10.2e}   "
-            f"{phase.ends_in}"
-        )
-    return lines
+        steps = f"{phase.start:>9,} – {phase.stop:<9,}"
+        rows.append([f"  {phase.name}", steps, tokens, f"{peak:.2e}", phase.ends_in])
+    return format_table(rows, "<<>><")
 
 
 def curve(config: Config) -> list[str]:

@@ -90,7 +90,7 @@ def moved_lines(old: Config, new: Config) -> list[str]:
 def other_contents(old: Config, new: Config) -> Iterator[str]:
     """Each path of a run's config that holds something else now, in words.
 
-    The model's structure is not looked at here: `commands.train.check_same_model` compares it.
+    The model's structure is not looked at here: `record.standing` compares it.
     """
     paths = moved_paths(old, new)
     texts = [one for one in paths if one[0].startswith("data.")]

@@ -2,55 +2,86 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from relora.config import Config
-from relora.errors import CheckpointError, UserError
+from relora.errors import CheckpointError, ConfigError, UserError
 from relora.files import exists, is_dir, is_file
 from relora.load import MAY_CHANGE, PATHS, differences, load_run_config
 from relora.model import ModelConfig, load_model_config
+from relora.record.checkpoint import complete_checkpoints, newest_state
+from relora.record.manifest import step_of
+from relora.record.moved import other_contents
+from relora.record.rundir import check_plain, read_run_state
 from relora.structure import changed_keys
 
 SHOWN = 3  # differences
 
 
+class AnotherRun(ConfigError):
+    """The run directory holds another run than the config describes.
+
+    Args:
+        holds: what it holds.
+        changes: how that differs, in words.
+        message: what it comes to, for a reader of `train`.
+    """
+
+    def __init__(self, holds: str, changes: Sequence[str], message: str) -> None:
+        super().__init__("\n  ".join([message, *changes]))
+        self.holds, self.changes = holds, changes
+
+
 def standing(config: Config) -> str | None:
     """In one line what `train` would do with what is in `run_dir`; None for a run yet to begin."""
-    run_dir = config.run_dir
-    if exists(run_dir) and not is_dir(run_dir):
-        return "train refuses it: it is no directory"
-    if not is_file(run_dir / "config.yaml"):
-        return None
     try:
-        return _standing(config)
+        if is_finished(config):
+            return "is finished: train has nothing to do"
+    except AnotherRun as error:
+        more = len(error.changes) - SHOWN
+        changes = ", ".join(error.changes[:SHOWN]) + (f", and {more} more" if more > 0 else "")
+        return f"train refuses it: it holds {error.holds}: {changes}"
     except UserError as error:
         return f"train refuses it: {str(error).splitlines()[0]}"
-
-
-def _standing(config: Config) -> str:
-    from relora.record.checkpoint import complete_checkpoints
-    from relora.record.manifest import step_of
-    from relora.record.rundir import read_run_state
-
-    changes = changes_of_run(config)
-    if changes:
-        return f"train refuses it: it holds another run: {_cut(changes)}"
-    changes = changes_of_model(config)
-    if changes:
-        return f"train refuses it: it holds a run of another model: {_cut(changes)}"
-    state = read_run_state(config.run_dir)
-    total = config.total_steps
-    if state.get("step", 0) > total:
-        return f"train refuses it: it holds a run that is at step {state['step']:,} already"
-    if is_complete(config, state):
-        return "is finished: train has nothing to do"
+    if not is_file(config.run_dir / "config.yaml"):
+        return None
     checkpoints = complete_checkpoints(config.run_dir)
     if not checkpoints:
         return "has begun: train starts again, for there is no checkpoint yet"
     return f"has begun: train goes on from step {step_of(checkpoints[-1]):,}"
 
 
-def is_complete(config: Config, state: dict[str, Any]) -> bool:
+def is_finished(config: Config, wanted: Path | None = None) -> bool:
+    """Whether the run directory holds this very run, finished, and no going back is wanted.
+
+    Args:
+        wanted: a checkpoint of the run to go back to.
+
+    Raises:
+        ConfigError: it holds another run, or one that is past the wanted length already.
+        CheckpointError: its checkpoints are gone.
+    """
+    saved = config.run_dir / "config.yaml"
+    if exists(config.run_dir) and not is_dir(config.run_dir):
+        raise ConfigError(f"run_dir: {config.run_dir} is not a directory; choose another")
+    check_plain(saved)
+    if not is_file(saved):
+        return False
+    _check_same_config(config)
+    _check_same_model(config)
+    state = read_run_state(config.run_dir)
+    step = state.get("step", 0) if wanted is None else step_of(wanted)
+    if step > config.total_steps:
+        raise ConfigError(
+            f"train.steps: {config.total_steps}, but the run in {config.run_dir} is at step "
+            f"{step} already"
+        )
+    return wanted is None and _is_complete(config, state)
+
+
+def _is_complete(config: Config, state: dict[str, Any]) -> bool:
     """Whether a run is finished, and its last checkpoint is there; else it is to be made again.
 
     Args:
@@ -61,8 +92,6 @@ def is_complete(config: Config, state: dict[str, Any]) -> bool:
     """
     if state.get("status") not in ("finished", "preempted") or not state.get("step"):
         return False
-    from relora.record.checkpoint import newest_state
-
     newest, complaints = newest_state(config.run_dir)
     if newest is None and not complaints:
         raise CheckpointError(
@@ -73,31 +102,44 @@ def is_complete(config: Config, state: dict[str, Any]) -> bool:
     return state["status"] == "finished" and state["step"] == config.total_steps == last
 
 
-def changes_of_run(config: Config) -> list[str]:
-    """How a config differs from that of the run in its directory in what no run changes on its way.
+def _check_same_config(config: Config) -> None:
+    """Whether a config differs from its run's in nothing that no run changes on its way.
 
     Paths are compared by what they hold.
-    """
-    from relora.record.moved import other_contents  # and torch with it
 
+    Raises:
+        AnotherRun: it does.
+    """
     before = load_run_config(config.run_dir)
     changes = [
         f"{path}: was {old!r}, is now {new!r}"
         for path, old, new in differences(before, config)
         if not path.startswith(MAY_CHANGE) and (path not in PATHS or None in (old, new))
     ]
-    return changes or list(other_contents(before, config))
+    if changes := changes or list(other_contents(before, config)):
+        raise AnotherRun(
+            "another run",
+            changes,
+            f"run_dir: {config.run_dir} holds a run with another config; choose another run_dir, "
+            "or undo what a run cannot change on its way:",
+        )
 
 
-def changes_of_model(config: Config) -> list[str]:
-    """How the model that the config names differs from the one that its run has begun with."""
+def _check_same_model(config: Config) -> None:
+    """Whether the model that the config names is still the one that its run began with.
+
+    Raises:
+        AnotherRun: its file has changed since; nothing in the shapes need tell.
+    """
     begun = is_file(config.run_dir / "model" / "config.json")
     if not begun or (config.model.pretrained and not exists(config.model.pretrained)):
-        return []
+        return
     old = load_model_config(ModelConfig(pretrained=config.run_dir))
-    return changed_keys(old, load_model_config(config.model))
-
-
-def _cut(changes: list[str]) -> str:
-    more = f", and {len(changes) - SHOWN} more" if len(changes) > SHOWN else ""
-    return ", ".join(changes[:SHOWN]) + more
+    if changes := changed_keys(old, load_model_config(config.model)):
+        where = config.model.config or config.model.pretrained
+        raise AnotherRun(
+            "a run of another model",
+            changes,
+            f"model: {where} has changed since the run in {config.run_dir} began; choose another "
+            "run_dir, or undo:",
+        )

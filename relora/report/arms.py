@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
 from relora.errors import ConfigError
 from relora.load import PATHS, differences
 from relora.report.read import Evaluations, RunFiles
+from relora.report.records import Spread
 
 # Leaves of the config in which seeds of one arm may differ.
 NOT_THE_EXPERIMENT = (
@@ -35,7 +36,7 @@ HIGHEST = 30.0  # nats; no loss beyond it has a perplexity that anybody reads
 
 
 @dataclass(frozen=True)
-class Arm:
+class ArmRuns:
     """Runs of one config that differ by their seed."""
 
     name: str
@@ -65,7 +66,7 @@ class Arm:
         return max(self.runs, key=lambda run: run.step)
 
 
-def group(runs: Sequence[RunFiles], names: Sequence[str | None]) -> list[Arm]:
+def group_runs(runs: Sequence[RunFiles], names: Sequence[str | None]) -> list[ArmRuns]:
     """Arms in the order of their first runs.
 
     A name that was given decides. Among the others, runs whose configs are equal but for the seed
@@ -108,7 +109,7 @@ def group(runs: Sequence[RunFiles], names: Sequence[str | None]) -> list[Arm]:
             title += "′"  # two runs of one directory, or a directory called as another arm
         titles.append(title)
     return [
-        Arm(title, [runs[n] for n in members])
+        ArmRuns(title, [runs[n] for n in members])
         for title, (_, members) in zip(titles, groups, strict=True)
     ]
 
@@ -156,26 +157,15 @@ def _without_seed(parts: tuple[str, ...]) -> tuple[str, ...]:
     return (*parts[:-1], shortened or parts[-1]) if parts else parts
 
 
-Spread = dict[str, Any]
-
-
 def spread(values: Sequence[float | None]) -> Spread:
-    """Mean and sample standard deviation (n − 1) of the seeds that have a value.
-
-    `sd` is None for fewer than two, `mean` for none; `values` keeps one entry a seed.
-    """
+    """Mean and sample standard deviation (n − 1) of the seeds that have a value."""
     known = [float(v) for v in values if v is not None and math.isfinite(v)]
     mean = math.fsum(known) / len(known) if known else None
     sd = None
     if mean is not None and len(known) > 1:
         sd = math.sqrt(math.fsum((v - mean) ** 2 for v in known) / (len(known) - 1))
     kept = [None if v is None or not math.isfinite(v) else float(v) for v in values]
-    return {"mean": mean, "sd": sd, "n": len(known), "values": kept}
-
-
-def over_seeds(arm: Arm, value: Callable[[RunFiles], float | None]) -> Spread:
-    """`spread` of a figure over an arm's seeds."""
-    return spread([value(run) for run in arm.runs])
+    return Spread(mean=mean, sd=sd, n=len(known), values=kept)
 
 
 def perplexity_of(loss: float | None) -> float | None:
@@ -185,32 +175,23 @@ def perplexity_of(loss: float | None) -> float | None:
     return math.exp(loss)
 
 
-def loss_at_tokens(run: RunFiles, tokens: float) -> tuple[float, float] | None:
-    """(tokens, loss) of the last evaluation at or before so many tokens; None after its end."""
+def at_tokens(run: RunFiles, tokens: float) -> tuple[float, float] | None:
+    """(tokens, loss) of the last evaluation at or before so many tokens."""
     evaluations = run.evaluations
-    if _is_past(run, evaluations.tokens, tokens):
-        return None
     place = int(np.searchsorted(evaluations.tokens, tokens, side="right")) - 1
-    if place < 0:
+    if place < 0 or _is_past(run, evaluations.tokens, tokens):
         return None
     return float(evaluations.tokens[place]), float(evaluations.loss[place])
 
 
-def loss_at_seconds(run: RunFiles, seconds: float) -> float | None:
-    """Loss at a moment, on the straight line between the evaluations around it."""
-    return _at_seconds(run, seconds, run.evaluations.loss)
-
-
-def tokens_at_seconds(run: RunFiles, seconds: float) -> float | None:
-    """Tokens seen at a moment, on the same line."""
-    return _at_seconds(run, seconds, run.evaluations.tokens)
-
-
-def _at_seconds(run: RunFiles, seconds: float, column: np.ndarray) -> float | None:
-    times = run.evaluations.seconds
-    if not len(times) or seconds < times[0] or _is_past(run, times, seconds):
+def at_seconds(run: RunFiles, seconds: float) -> tuple[float, float] | None:
+    """(tokens, loss) at a moment, on the straight line between the evaluations around it."""
+    e = run.evaluations
+    if not len(e.seconds) or seconds < e.seconds[0] or _is_past(run, e.seconds, seconds):
         return None
-    return float(np.interp(seconds, times, column))
+    return float(np.interp(seconds, e.seconds, e.tokens)), float(
+        np.interp(seconds, e.seconds, e.loss)
+    )
 
 
 def _is_past(run: RunFiles, column: np.ndarray, place: float) -> bool:
@@ -218,7 +199,7 @@ def _is_past(run: RunFiles, column: np.ndarray, place: float) -> bool:
     return run.gave_up and (not len(column) or bool(column[-1] < place))
 
 
-def mean_over_seeds(arm: Arm) -> Evaluations:
+def mean_over_seeds(arm: ArmRuns) -> Evaluations:
     """Means of tokens, seconds and loss at the steps that all of the furthest seeds evaluated.
 
     One that gave up, or is still on its way, would change what the mean is over on its way.
@@ -236,27 +217,30 @@ def mean_over_seeds(arm: Arm) -> Evaluations:
     return Evaluations(common, mean("tokens"), mean("seconds"), mean("loss"))
 
 
-def reached(evaluations: Evaluations, loss: float) -> dict[str, float] | None:
-    """Where the validation loss first comes down to `loss`: step, tokens and seconds.
+class Crossing(NamedTuple):
+    """A moment between two evaluations."""
+
+    step: float
+    tokens: float
+    seconds: float
+
+
+def reached(evaluations: Evaluations, loss: float) -> Crossing | None:
+    """Where the validation loss first comes down to `loss`.
 
     On the straight line between two evaluations; None if it never does.
     """
     below = np.flatnonzero(evaluations.loss <= loss)
     if not len(below):
         return None
-    at = int(below[0])
-    share = 1.0
-    if at:
-        before, after = evaluations.loss[at - 1], evaluations.loss[at]
-        share = float((before - loss) / (before - after))
-    columns = {
-        "step": evaluations.step,
-        "tokens": evaluations.tokens,
-        "seconds": evaluations.seconds,
-    }
-    return {
-        key: float(
-            values[at] if at == 0 else values[at - 1] + share * (values[at] - values[at - 1])
-        )
-        for key, values in columns.items()
-    }
+    after = int(below[0])
+    before, share = max(after - 1, 0), 1.0
+    if after:
+        high, low = evaluations.loss[[before, after]]
+        share = float((high - loss) / (high - low))
+
+    def between(values: np.ndarray) -> float:
+        return float(values[before] + share * (values[after] - values[before]))
+
+    e = evaluations
+    return Crossing(between(e.step), between(e.tokens), between(e.seconds))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
+from relora.report.records import Spread
 from relora.words import format_duration
 
 Format = Callable[[float], str]
@@ -15,13 +15,13 @@ def shown(value: float | None, form: Format) -> str:
     return "–" if value is None else form(value)
 
 
-def pm(spread: dict[str, Any], form: Format) -> str:
+def pm(spread: Spread, form: Format) -> str:
     """mean ± sd, or the mean alone where there is no spread."""
-    text = shown(spread["mean"], form)
-    if spread["sd"]:
-        text += f" ± {form(spread['sd'])}"
-    seeds = len(spread["values"])
-    return text if spread["n"] in (0, seeds) else f"{text} ({spread['n']} of {seeds} seeds)"
+    text = shown(spread.mean, form)
+    if spread.sd:
+        text += f" ± {form(spread.sd)}"
+    seeds = len(spread.values)
+    return text if spread.n in (0, seeds) else f"{text} ({spread.n} of {seeds} seeds)"
 
 
 def number(digits: int) -> Format:

@@ -3,100 +3,38 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from relora.report.arms import Arm, mean_over_seeds, perplexity_of, spread
-from relora.report.read import RunFiles
+from relora.report.arms import ArmRuns, mean_over_seeds, perplexity_of, spread
+from relora.report.read import Evaluations, RunFiles
+from relora.report.records import Column, Curve, Curves
 
 LR_POINTS = 400  # of a learning-rate curve, beside its corners
 
 
-def curves_of(arm: Arm) -> dict[str, Any]:
+def curves_of(arm: ArmRuns) -> Curves:
     """Mean and spread over the arm's seeds, each seed's own curves, and what happened when."""
-    return {
-        "mean": _mean(arm),
-        "seeds": [_seed(run) for run in arm.runs],
-        "marks": _marks(arm.leader),
-        "lr": _learning_rate(arm.leader),
-    }
-
-
-def plain_list(values: Any) -> list[float | None]:
-    """A column as JSON takes it: NaN becomes null, whole numbers are whole."""
-    return [
-        None if not math.isfinite(v) else int(v) if v.is_integer() and abs(v) < 2**53 else v
-        for v in np.asarray(values, np.float64).tolist()
-    ]
-
-
-def _seed(run: RunFiles) -> dict[str, Any]:
-    evaluations, log = run.evaluations, run.log
-    return {
-        "seed": run.config.seed,
-        "step": plain_list(evaluations.step),
-        "tokens": plain_list(evaluations.tokens),
-        "seconds": plain_list(evaluations.seconds),
-        "loss": plain_list(evaluations.loss),
-        "perplexity": [perplexity_of(loss) for loss in evaluations.loss.tolist()],
-        "training": {
-            "step": plain_list(log["step"]),
-            "tokens": plain_list(log["train/tokens"]),
-            "seconds": plain_list(log["time/elapsed_s"]),
-            "loss": plain_list(log["train/loss"]),
-        },
-    }
-
-
-def _mean(arm: Arm) -> dict[str, Any]:
-    """Over the furthest seeds, at steps that all have; perplexities are averaged, not losses."""
-    if not arm.evaluated:
-        return {
-            "n": 0,
-            **{k: [] for k in ("step", "tokens", "seconds", "loss", "perplexity", "sd")},
-        }
-    mean = mean_over_seeds(arm)
-    tables = [
-        dict(zip(run.evaluations.step.tolist(), run.evaluations.loss.tolist(), strict=True))
-        for run in arm.furthest
-    ]
-    spreads = [
-        spread([perplexity_of(t[step]) for t in tables if step in t]) for step in mean.step.tolist()
-    ]
-    return {
-        "n": len(tables),
-        "step": plain_list(mean.step),
-        "tokens": plain_list(mean.tokens),
-        "seconds": plain_list(mean.seconds),
-        "loss": plain_list(mean.loss),
-        "perplexity": [each["mean"] for each in spreads],
-        "sd": [each["sd"] for each in spreads],
-    }
-
-
-def _marks(run: RunFiles) -> dict[str, list[dict[str, float | None]]]:
-    """Merges, the birth of adapters, and stretches in which the learning rate warms up again."""
-    merges = [float(line["step"]) for line in run.events_with("relora/merge")]
-    births = [float(line["step"]) for line in run.events_with("relora/birth")]
-    rewarm = run.config.clock.rewarm
+    leader = arm.leader
+    merges = [float(line["step"]) for line in leader.events_with("relora/merge")]
+    births = [float(line["step"]) for line in leader.events_with("relora/birth")]
+    rewarm = leader.config.clock.rewarm
     starts = [step for step in (*births, *merges) if rewarm]
-    ends = [min(step + rewarm, float(run.step)) for step in starts]
-    return {
-        "merges": _places(run, merges),
-        "births": _places(run, births),
-        "rewarm_from": _places(run, starts),
-        "rewarm_to": _places(run, ends),
-    }
+    return Curves(
+        mean=_mean(arm),
+        seeds=[_evaluated(run.evaluations) for run in arm.runs],
+        training=[_training(run.log) for run in arm.runs],
+        merges=_at(leader, merges),
+        births=_at(leader, births),
+        rewarm_from=_at(leader, starts),
+        rewarm_to=_at(leader, [min(step + rewarm, float(leader.step)) for step in starts]),
+        lr=_learning_rate(leader),
+    )
 
 
-def _places(run: RunFiles, steps: list[float]) -> list[dict[str, float | None]]:
-    tokens, seconds = place(run, np.array(steps, np.float64))
-    rows = zip(plain_list(steps), plain_list(tokens), plain_list(seconds), strict=True)
-    return [{"step": step, "tokens": t, "seconds": s} for step, t, s in rows]
-
-
-def place(run: RunFiles, steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def place_of(run: RunFiles, steps: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
     """(tokens, seconds) at steps, on the straight line between the lines that were logged.
 
     Before the first line from 0, or from what the start had cost.
@@ -112,25 +50,60 @@ def place(run: RunFiles, steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         values = np.concatenate([logged, evaluated])[order]
         there = np.isfinite(values)
         x, y = [0.0, *known[order][there]], [start, *values[there]]
-        columns.append(np.interp(steps, x, y) if len(steps) else np.zeros(0))
+        columns.append(np.interp(np.array(steps, np.float64), x, y))
     return columns[0], columns[1]
 
 
-def _learning_rate(run: RunFiles) -> dict[str, list[float | None]]:
+def _plain(values: Any) -> Column:
+    """A column as JSON takes it: NaN becomes null, whole numbers are whole."""
+    return [
+        None if not math.isfinite(v) else int(v) if v.is_integer() and abs(v) < 2**53 else v
+        for v in np.asarray(values, np.float64).tolist()
+    ]
+
+
+def _at(run: RunFiles, steps: Sequence[float], **more: Column) -> Curve:
+    tokens, seconds = map(_plain, place_of(run, steps))
+    return Curve(step=_plain(steps), tokens=tokens, seconds=seconds, **more)
+
+
+def _training(log: dict[str, np.ndarray]) -> Curve:
+    return Curve(
+        step=_plain(log["step"]),
+        tokens=_plain(log["train/tokens"]),
+        seconds=_plain(log["time/elapsed_s"]),
+        loss=_plain(log["train/loss"]),
+    )
+
+
+def _evaluated(found: Evaluations) -> Curve:
+    return Curve(
+        step=_plain(found.step),
+        tokens=_plain(found.tokens),
+        seconds=_plain(found.seconds),
+        loss=_plain(found.loss),
+        perplexity=[perplexity_of(loss) for loss in found.loss.tolist()],
+    )
+
+
+def _mean(arm: ArmRuns) -> Curve:
+    if not arm.evaluated:
+        return _evaluated(arm.leader.evaluations)
+    mean = mean_over_seeds(arm)
+    at = [np.searchsorted(run.evaluations.step, mean.step) for run in arm.furthest]
+    losses = [run.evaluations.loss[n] for run, n in zip(arm.furthest, at, strict=True)]
+    spreads = [spread([*map(perplexity_of, each)]) for each in np.transpose(losses).tolist()]
+    perplexities = {"perplexity": [s.mean for s in spreads], "sd": [s.sd for s in spreads]}
+    return _evaluated(mean).model_copy(update=perplexities)
+
+
+def _learning_rate(run: RunFiles) -> Curve:
     """The rate of each update by the config, thinned between its corners."""
     clock, done = run.config.clock, run.step
     wanted = set(np.linspace(0, max(0, done - 1), LR_POINTS).astype(int).tolist())
     merges = clock.merge_steps()[: clock.merges_before(done)]
-    merges = merges[
-        :: 1 + max(0, len(merges) - 1) // LR_POINTS
-    ]  # more would lie between two of those points
-    for corner in (clock.warmup, clock.birth or 0, *merges):
+    thinned = merges[:: 1 + max(0, len(merges) - 1) // LR_POINTS]  # else between those points
+    for corner in (clock.warmup, clock.birth or 0, *thinned):
         wanted |= {corner - 1, corner, corner + clock.rewarm}
     steps = sorted(step for step in wanted if 0 <= step < done)
-    tokens, seconds = place(run, np.array(steps, np.float64))
-    return {
-        "step": plain_list(steps),
-        "tokens": plain_list(tokens),
-        "seconds": plain_list(seconds),
-        "lr": plain_list([run.config.learning_rate(step) for step in steps]),
-    }
+    return _at(run, steps, lr=_plain([run.config.learning_rate(step) for step in steps]))

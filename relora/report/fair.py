@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from relora.load import leaves
-from relora.report.arms import Arm, only_moved
+from relora.report.arms import ArmRuns, only_moved
 from relora.report.read import MACHINE, RunFiles, Stretch
+from relora.report.records import Difference
 from relora.words import format_duration
 
 LENGTHS = ("train.steps", "train.tokens")
@@ -27,21 +28,22 @@ SILENT_S = 600.0  # a run at work that has written nothing for so long may be de
 NOT_OF_THE_MACHINE = ("settings", "shards")  # the config says it, and places do not matter
 
 
-def differences_between(arms: Sequence[Arm]) -> dict[str, list[dict[str, Any]]]:
+def differences_between(arms: Sequence[ArmRuns]) -> dict[str, list[Difference]]:
     """Leaves of config, model and environment that are not the same in all arms."""
-    configs = [leaves(_tree(arm.runs[0])) for arm in arms]
-    models = [leaves(arm.runs[0].model or {}, "model.config.") for arm in arms]
-    environments = [leaves(_environment(arm.runs[0])) for arm in arms]
-    if all(arm.runs[0].model is not None for arm in arms):
+    runs = [arm.runs[0] for arm in arms]
+    configs = [leaves(_tree(run)) for run in runs]
+    if all(run.model is not None for run in runs):
         for config in configs:
             config.pop("model.config", None)  # the content of the file says more
+    models = [leaves(run.model or {}, "model.config.") for run in runs]
+    environments = [leaves(_of_the_machine(run.environment)) for run in runs]
     return {
         "config": _rows(arms, configs) + _rows(arms, models),
         "environment": _rows(arms, environments),
     }
 
 
-def warnings_about(arms: Sequence[Arm], baseline: Arm) -> list[str]:
+def warnings_about(arms: Sequence[ArmRuns], baseline: ArmRuns) -> list[str]:
     """One line for each thing that makes curves incomparable, or a run not what it seems."""
     return [
         *_unlike(arms, baseline),
@@ -52,7 +54,7 @@ def warnings_about(arms: Sequence[Arm], baseline: Arm) -> list[str]:
     ]
 
 
-def title_of(arm: Arm, run: RunFiles) -> str:
+def title_of(arm: ArmRuns, run: RunFiles) -> str:
     """How a warning calls a run."""
     return arm.name if len(arm.runs) == 1 else f"{arm.name} (seed {run.config.seed})"
 
@@ -61,11 +63,11 @@ def _tree(run: RunFiles) -> dict[str, Any]:
     return run.config.model_dump(mode="json")
 
 
-def _environment(run: RunFiles) -> dict[str, Any]:
-    return {k: v for k, v in run.environment.items() if k not in NOT_OF_THE_MACHINE}
+def _of_the_machine(environment: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in environment.items() if k not in NOT_OF_THE_MACHINE}
 
 
-def _rows(arms: Sequence[Arm], tables: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _rows(arms: Sequence[ArmRuns], tables: Sequence[dict[str, Any]]) -> list[Difference]:
     paths = dict.fromkeys(path for table in tables for path in table)
     rows = []
     for path in paths:
@@ -73,36 +75,29 @@ def _rows(arms: Sequence[Arm], tables: Sequence[dict[str, Any]]) -> list[dict[st
             continue  # a section that is null in one arm: its keys are listed
         values = {arm.name: t.get(path, "–") for arm, t in zip(arms, tables, strict=True)}
         if any(value != next(iter(values.values())) for value in values.values()):
-            rows.append({"path": path, "values": values})
+            rows.append(Difference(path=path, values=values))
     return rows
 
 
-def _unlike(arms: Sequence[Arm], baseline: Arm) -> Iterator[str]:
+def _unlike(arms: Sequence[ArmRuns], baseline: ArmRuns) -> Iterator[str]:
     first = baseline.runs[0]
-    ours, our_model = leaves(_tree(first)), leaves(first.model or {}, "model.config.")
-    for arm in arms:
-        if arm is baseline:
-            continue
-        run = arm.runs[0]
-        theirs, their_model = leaves(_tree(run)), leaves(run.model or {}, "model.config.")
+    for arm, run in ((arm, arm.runs[0]) for arm in arms if arm is not baseline):
         known = first.model is not None and run.model is not None
-        pairs = [(ours, theirs), (our_model, their_model) if known else ({}, {})]
-        for one, other in pairs:
-            for path in dict.fromkeys([*one, *other]):
-                why = next((w for p, w in UNFAIR.items() if path.startswith(p)), None)
-                skipped = path in HARMLESS and (known or path != "model.config")
-                skipped = skipped or only_moved(path, first, run)
-                if path in LENGTHS and run.config.total_steps == first.config.total_steps:
-                    continue
-                if why is None or skipped or one.get(path) == other.get(path):
-                    continue
-                yield (
-                    f"{path}: {one.get(path)!r} in {baseline.name}, {other.get(path)!r} in "
-                    f"{arm.name}: {why}"
-                )
+        ours, theirs = (
+            leaves(_tree(of)) | (leaves(of.model, "model.config.") if known and of.model else {})
+            for of in (first, run)
+        )
+        equal = [path for path in HARMLESS if known or path != "model.config"]
+        if run.config.total_steps == first.config.total_steps:
+            equal += LENGTHS
+        for path in dict.fromkeys([*ours, *theirs]):
+            why = next((why for begin, why in UNFAIR.items() if path.startswith(begin)), None)
+            a, b = ours.get(path), theirs.get(path)
+            if why and a != b and path not in equal and not only_moved(path, first, run):
+                yield f"{path}: {a!r} in {baseline.name}, {b!r} in {arm.name}: {why}"
 
 
-def _other_seeds(arms: Sequence[Arm], baseline: Arm) -> Iterator[str]:
+def _other_seeds(arms: Sequence[ArmRuns], baseline: ArmRuns) -> Iterator[str]:
     ours = sorted(run.config.seed for run in baseline.runs)
     for arm in arms:
         theirs = sorted(run.config.seed for run in arm.runs)
@@ -115,7 +110,7 @@ def _other_seeds(arms: Sequence[Arm], baseline: Arm) -> Iterator[str]:
             yield f"seed: {arm.name} has seed {seed} {theirs.count(seed)} times: no other draw"
 
 
-def _other_data(arms: Sequence[Arm], baseline: Arm) -> Iterator[str]:
+def _other_data(arms: Sequence[ArmRuns], baseline: ArmRuns) -> Iterator[str]:
     """Equal settings may name files whose content is not."""
     ours = baseline.runs[0].data
     for arm in arms:
@@ -125,7 +120,7 @@ def _other_data(arms: Sequence[Arm], baseline: Arm) -> Iterator[str]:
                 yield f"data: {title} was trained on other token shards than {baseline.name}"
 
 
-def _other_machines(arms: Sequence[Arm], baseline: Arm) -> Iterator[str]:
+def _other_machines(arms: Sequence[ArmRuns], baseline: ArmRuns) -> Iterator[str]:
     """Times are of a machine, and figures of a commit."""
     runs = [(arm, run) for arm in arms for run in arm.runs]
     for key in (*MACHINE, "relora", "commit", "packages.torch", "packages.deepspeed"):
@@ -140,7 +135,7 @@ def _other_machines(arms: Sequence[Arm], baseline: Arm) -> Iterator[str]:
             yield f"{key}: {listed}: {what}"
 
 
-def _state_of(arm: Arm, run: RunFiles) -> Iterator[str]:
+def _state_of(arm: ArmRuns, run: RunFiles) -> Iterator[str]:
     title = title_of(arm, run)
     if run.status != "finished":
         reason = f" ({run.reason})" if run.reason and run.status == "failed" else ""
@@ -149,9 +144,8 @@ def _state_of(arm: Arm, run: RunFiles) -> Iterator[str]:
             "steps"
         )
     if run.silent_s is not None and run.silent_s > SILENT_S:
-        yield f"{title} says it is running, and has written nothing for " + format_duration(
-            run.silent_s
-        )
+        since = format_duration(run.silent_s)
+        yield f"{title} says it is running, and has written nothing for {since}"
     yield from _changes_in(title, run)
     if run.evaluations.lost:
         yield f"{title} has diverged: its last {run.evaluations.lost} evaluations are not finite"
@@ -162,11 +156,8 @@ def _changes_in(title: str, run: RunFiles) -> Iterator[str]:
     """What a run went on with after a stop, if that was something else."""
     for before, after in itertools.pairwise(run.stretches):
         a, b = (leaves(_described(stretch)) for stretch in (before, after))
-        changed = [
-            f"{k} {a.get(k)} → {b.get(k)}"
-            for k in sorted(a.keys() | b.keys())
-            if a.get(k) != b.get(k)
-        ]
+        keys = [k for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
+        changed = [f"{k} {a.get(k)} → {b.get(k)}" for k in keys]
         if changed:
             yield f"{title} went on from step {after.begin} with {', '.join(changed)}"
     if run.mixed:
@@ -178,8 +169,7 @@ def _changes_in(title: str, run: RunFiles) -> Iterator[str]:
 
 def _described(stretch: Stretch) -> dict[str, Any]:
     """A stretch's environment with settings by their own names."""
-    plain = {k: v for k, v in stretch.environment.items() if k not in NOT_OF_THE_MACHINE}
-    return plain | (stretch.environment.get("settings") or {})
+    return _of_the_machine(stretch.environment) | (stretch.environment.get("settings") or {})
 
 
 def _listed(values: Sequence[object]) -> str:

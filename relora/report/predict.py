@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from relora.config import Config
 from relora.errors import UserError
 from relora.load import OF_SPEED, build_config
 from relora.lora.config import LoRAConfig
 from relora.model import ModelConfig
+from relora.report.questions import CountFlops
 from relora.report.read import RunFiles
+from relora.report.records import Predicted
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """Figures that follow from config, model and number of ranks alone; None = cannot be told."""
+class Prediction(NamedTuple):
+    """What follows from config, model and number of ranks alone, or why that cannot be told."""
 
-    memory: float | None = None  # most bytes on a rank's device at once
-    memory_by_part: dict[str, float] | None = None  # bytes a rank; parts do not peak together
-    bytes_per_step: float | None = None  # sent by a rank in a step of the run's last phase
-    checkpoint_bytes: float | None = None
-    trainable: int | None = None  # parameters, in the last phase
-    parameters: int | None = None
+    figures: Predicted = Predicted()
     left: tuple[str, ...] = ()  # what trains in full without adapters, and why
-    flops: Callable[[int], float] | None = field(default=None, compare=False)
+    flops: CountFlops = None
     complaint: str | None = None
 
 
@@ -37,14 +32,18 @@ def predict(run: RunFiles) -> Prediction:
     from relora.record.saving import checkpoint_bytes
 
     config = run.config.model_copy(update={"run_dir": run.path})
-    adapters = config.lora is not None
     try:
         config = _as_of_main(config.model_copy(update={"model": structure_of(config)}), run)
         plain, _ = _count(config.model, None)
         trainable, frozen = _count(config.model, config.lora)
-        memory = peak_memory(config, run.world)
-        parts = memory_by_part(config, run.world)
-        sent = bytes_per_step(config, run.world, adapters)
+        figures = Predicted(
+            memory=peak_memory(config, run.world),
+            memory_by_part=memory_by_part(config, run.world),
+            bytes_per_step=bytes_per_step(config, run.world, config.lora is not None),
+            checkpoint_bytes=float(checkpoint_bytes(trainable, frozen)),
+            trainable=trainable,
+            parameters=plain,
+        )
         before = 0.0
         if run.start is not None:
             source = run.start.config.model_copy(update={"model": config.model})
@@ -55,16 +54,7 @@ def predict(run: RunFiles) -> Prediction:
             left = tuple(describe_left(build_meta_model(config.model), config.lora))
     except (UserError, ValueError) as error:
         return Prediction(complaint=str(error))
-    return Prediction(
-        memory=memory,
-        memory_by_part=parts,
-        bytes_per_step=sent,
-        checkpoint_bytes=float(checkpoint_bytes(trainable, frozen)),
-        trainable=trainable,
-        parameters=plain,
-        left=left,
-        flops=lambda steps: before + training_flops(config, steps),
-    )
+    return Prediction(figures, left, lambda steps: before + training_flops(config, steps))
 
 
 def _as_of_main(config: Config, run: RunFiles) -> Config:

@@ -1,13 +1,11 @@
 """What a run's files say, as plain data: columns of figures, evaluations, merges, measurements.
 
 Everything comes from files, so a run may be finished, stopped or at work. A metrics file of 10⁶
-lines is read in seconds: lines are decoded in blocks, and training figures go into columns.
+lines is read in seconds: training figures go into columns as they are read.
 """
 
 from __future__ import annotations
 
-import itertools
-import json
 import math
 import time
 from collections.abc import Iterator
@@ -17,10 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from relora import files
 from relora.config import Config
 from relora.errors import CheckpointError, ConfigError
-from relora.files import exists, is_file, supplied
+from relora.files import exists, is_file, read_json, supplied
 from relora.load import build_config, leaves, load_run_config
 from relora.record.checkpoint import newest_state
 from relora.record.metrics import decode_line
@@ -40,7 +37,6 @@ COLUMNS = (
 # Of an environment: what decides how long a step takes.
 MACHINE = ("device", "world_size", "threads_per_rank", "platform")
 LARGEST = 1e300  # no figure is beyond it; sums of such stay finite
-BLOCK = 2000  # lines that are decoded at once
 AT_WORK = ("running", "preempted", "unknown")  # these may still get further by themselves
 
 
@@ -158,6 +154,7 @@ def read_run(run_dir: Path) -> RunFiles:
         CheckpointError: it is none, or a file in it is broken; names the file and the line.
     """
     config, metrics = run_dir / "config.yaml", run_dir / "metrics.jsonl"
+    model = run_dir / "model" / "config.json"
     if not is_file(config):
         what = "it has no config.yaml" if exists(run_dir) else "no such directory"
         raise CheckpointError(f"{run_dir}: is no run directory that has started: {what}")
@@ -182,7 +179,7 @@ def read_run(run_dir: Path) -> RunFiles:
         config=settings,
         status=status,
         reason=str(state.get("reason", "")),
-        model=read_json(run_dir / "model" / "config.json"),
+        model=read_json(model, CheckpointError) if exists(model) else None,
         stretches=stretches,
         log=log,
         evaluations=evaluations,
@@ -212,54 +209,23 @@ def _read_stretches(run_dir: Path, last: int) -> tuple[list[Stretch], list[str]]
     return [s for s in stretches if s.end > s.begin] or stretches[-1:], complaints
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
-    """A JSON file that may not be there.
-
-    Raises:
-        CheckpointError: it is there and broken.
-    """
-    return files.read_json(path, CheckpointError) if exists(path) else None
-
-
-def read_lines(path: Path) -> Iterator[list[dict[str, Any]]]:
-    """The objects of a file of JSON lines, in blocks; an unfinished last line is left out.
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a file of JSON lines; an unfinished last line is left out.
 
     Raises:
         CheckpointError: another line is broken; names it.
     """
-    done = 0
     check_plain(path)
     with (
         supplied(CheckpointError, path),
         path.open(encoding="utf8", errors="replace", newline="\n") as file,
     ):
-        while True:
-            lines = list(itertools.islice(file, BLOCK))
-            if lines and not lines[-1].endswith("\n"):
-                lines.pop()  # somebody is writing it
-            if not lines:
-                return
-            try:
-                found = json.loads(f"[{','.join(lines)}]")
-            except (ValueError, RecursionError):
-                found = []
-            if len(found) != len(lines) or not all(_is_line(each) for each in found):
-                found = [_decode(path, n, line) for n, line in enumerate(lines, done + 1)]
-            yield found
-            done += len(lines)
-
-
-def _is_line(values: Any) -> bool:
-    return (
-        isinstance(values, dict) and type(values.get("step")) is int and 0 <= values["step"] < 2**63
-    )
-
-
-def _decode(path: Path, number: int, line: str) -> dict[str, Any]:
-    try:
-        return decode_line(line)
-    except ValueError as error:
-        raise CheckpointError(f"{path}: line {number} {error}") from None
+        for number, line in enumerate(file, 1):
+            if line.endswith("\n"):  # else somebody is writing it
+                try:
+                    yield decode_line(line)
+                except ValueError as error:
+                    raise CheckpointError(f"{path}: line {number} {error}") from None
 
 
 def _read_metrics(
@@ -269,14 +235,15 @@ def _read_metrics(
     evaluated: list[dict[str, Any]] = []
     events: list[dict[str, Any]] = []
     last = None
-    for block in read_lines(path) if exists(path) else ():
-        figures = [line for line in block if "train/loss" in line]
-        for key, values in columns.items():
-            values.extend([line.get(key) for line in figures])
-        evaluated += [line for line in block if "eval/loss" in line]
-        events += [line for line in block if "train/loss" not in line and "eval/loss" not in line]
-        time_s = block[-1].get("time_s")
-        last = time_s if is_number(time_s) else last
+    for line in read_lines(path) if exists(path) else ():
+        last = line.get("time_s", last)
+        if "train/loss" in line:
+            for key, values in columns.items():
+                values.append(line.get(key))
+        elif "eval/loss" not in line:
+            events.append(line)
+        if "eval/loss" in line:
+            evaluated.append(line)
     log = {key: numbers(values) for key, values in columns.items()}
     extra_tokens, extra_s = (start.tokens, start.seconds) if start else (0.0, 0.0)
     log["train/tokens"] += extra_tokens
@@ -290,7 +257,7 @@ def _read_metrics(
         numbers([line["eval/loss"] for line in kept]),
         len(evaluated) - (finite[-1] + 1 if finite else 0),
     )
-    return log, evaluations, events, last
+    return log, evaluations, events, last if is_number(last) else None
 
 
 def numbers(values: list[Any]) -> np.ndarray:

@@ -15,18 +15,18 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from relora.model import layer_kind
-from relora.report.arms import Arm, spread
+from relora.report.arms import ArmRuns, spread
 from relora.report.read import RunFiles
-
-FIGURES = (
-    "cycle_stable_rank",
-    "cycle_effective_rank",
-    "total_stable_rank",
-    "total_effective_rank",
-    "overlap",
-    "amplification",
-    "total_ratio",
+from relora.report.records import (
+    ArmSpectra,
+    LayerSpectra,
+    Medians,
+    Similarity,
+    SpectraFigures,
+    Spread,
 )
+
+MEASURED = tuple(SpectraFigures.model_fields)
 PAIRED = 5  # arms of which every pair is compared
 _FILE = re.compile(r"step_(\d{8,})\.safetensors")
 
@@ -47,9 +47,12 @@ class Measurement:
 
     def median(self, figure: str) -> float | None:
         """Over the layers that have it."""
-        values = [layer.get(figure) for layer in self.layers.values()]
-        known = [v for v in values if isinstance(v, int | float) and math.isfinite(v)]
+        values = [_number(layer.get(figure)) for layer in self.layers.values()]
+        known = [value for value in values if value is not None]
         return float(np.median(known)) if known else None
+
+
+Seed = tuple[RunFiles, list[Measurement]]
 
 
 def read_measurements(run_dir: Path) -> tuple[list[Measurement], list[str]]:
@@ -71,9 +74,11 @@ def read_measurements(run_dir: Path) -> tuple[list[Measurement], list[str]]:
     return sorted(found, key=lambda measurement: measurement.step), complaints
 
 
-def spectra_of_arms(arms: Sequence[Arm], baseline: str) -> tuple[dict[str, Any] | None, list[str]]:
-    """Everything about spectra, and complaints; None if no run has measured any."""
-    measured: dict[str, list[tuple[RunFiles, list[Measurement]]]] = {}
+def spectra_of_arms(
+    arms: Sequence[ArmRuns], baseline: str
+) -> tuple[list[ArmSpectra], list[Similarity], list[str]]:
+    """What runs have measured, how similar it is, and complaints."""
+    measured: dict[str, list[Seed]] = {}
     complaints: list[str] = []
     for arm in arms:
         for run in arm.runs:
@@ -81,49 +86,36 @@ def spectra_of_arms(arms: Sequence[Arm], baseline: str) -> tuple[dict[str, Any] 
             complaints += problems
             if measurements:
                 measured.setdefault(arm.name, []).append((run, measurements))
-    if not measured:
-        return None, complaints
-    found = {
-        "arms": [_arm(arm, measured[arm.name]) for arm in arms if arm.name in measured],
-        "similarity": _similarities(measured, baseline),
-    }
-    return found, complaints
+    found = [_arm(arm, measured[arm.name]) for arm in arms if arm.name in measured]
+    return found, _similarities(measured, baseline), complaints
 
 
-def _arm(arm: Arm, seeds: Sequence[tuple[RunFiles, list[Measurement]]]) -> dict[str, Any]:
+def _arm(arm: ArmRuns, seeds: Sequence[Seed]) -> ArmSpectra:
     run, measurements = max(seeds, key=lambda seed: seed[1][-1].step)
     newest = measurements[-1]
     of_step = [each[-1] for _, each in seeds if each[-1].step == newest.step]
     missing = [None] * (len(arm.runs) - len(of_step))
-    return {
-        "arm": arm.name,
-        "seed": run.config.seed,
-        "start": run.config.spectra_start,
-        "step": newest.step,
-        "last": {
-            figure: spread([*(each.median(figure) for each in of_step), *missing])
-            for figure in FIGURES
-        },
-        "rounding_loss": spread([_most_lost(run) for run, _ in seeds]),
-        "seeds": [
-            {"seed": each.config.seed, "measurements": [_medians(each, m) for m in found]}
-            for each, found in seeds
-        ],
-        "layers": {
-            "names": list(newest.layers),
-            "merges": [m.merge for m in measurements],
-            "steps": [m.step for m in measurements],
-            "cycles": [_cycle(run, m) for m in measurements],
-            **{
-                figure: [
-                    [_number(m.layers.get(layer, {}).get(figure)) for m in measurements]
-                    for layer in newest.layers
-                ]
-                for figure in FIGURES
-            },
-        },
-        "total_values": _pooled(newest),
+    last = {key: spread([*(m.median(key) for m in of_step), *missing]) for key in MEASURED}
+    table = {
+        key: [
+            [_number(m.layers.get(layer, {}).get(key)) for m in measurements]
+            for layer in newest.layers
+        ]
+        for key in MEASURED
     }
+    return ArmSpectra(
+        arm=arm.name,
+        seed=run.config.seed,
+        start=run.config.spectra_start,
+        step=newest.step,
+        last=SpectraFigures[Spread](**last),
+        rounding_loss=spread([_most_lost(run) for run, _ in seeds]),
+        seeds=[[_medians(each, m) for m in found] for each, found in seeds],
+        layers=LayerSpectra(
+            names=list(newest.layers), cycles=[_cycle(run, m) for m in measurements], **table
+        ),
+        total_values=_pooled(newest),
+    )
 
 
 def _most_lost(run: RunFiles) -> float | None:
@@ -147,13 +139,13 @@ def last_of_cycles(cycles: Sequence[int]) -> dict[int, int]:
     return {cycle: number for number, cycle in enumerate(cycles) if cycle}
 
 
-def _medians(run: RunFiles, measurement: Measurement) -> dict[str, Any]:
-    return {
-        "step": measurement.step,
-        "merge": measurement.merge,
-        "cycles": _cycle(run, measurement),
-        **{figure: measurement.median(figure) for figure in FIGURES},
-    }
+def _medians(run: RunFiles, measurement: Measurement) -> Medians:
+    return Medians(
+        step=measurement.step,
+        merge=measurement.merge,
+        cycles=_cycle(run, measurement),
+        **{key: measurement.median(key) for key in MEASURED},
+    )
 
 
 def _number(value: Any) -> float | None:
@@ -173,9 +165,7 @@ def _pooled(measurement: Measurement) -> dict[str, list[float]]:
     }
 
 
-def _similarities(
-    measured: dict[str, list[tuple[RunFiles, list[Measurement]]]], baseline: str
-) -> list[dict[str, Any]]:
+def _similarities(measured: dict[str, list[Seed]], baseline: str) -> list[Similarity]:
     """φ(i, j) between arms, between seeds of an arm, and between an arm's last two cycles.
 
     Of many arms, each with the baseline alone.
@@ -197,12 +187,12 @@ def _similarities(
         if len(cycles) > 1:
             titles = (f"{name}, step {cycles[-2].step}", f"{name}, step {cycles[-1].step}")
             found.append(_similarity("cycles", titles, cycles[-2], cycles[-1], "cycle_left"))
-    return [each for each in found if each["layers"]]
+    return [each for each in found if each.layers]
 
 
 def _similarity(
     what: str, titles: tuple[str, str], a: Measurement, b: Measurement, kind: str
-) -> dict[str, Any]:
+) -> Similarity:
     """Mean of φ over the layers that both have in one shape."""
     import torch
 
@@ -221,11 +211,11 @@ def _similarity(
     # Layers may have fewer directions than others: as many as their smaller dimension.
     rows, columns = np.min([table.shape for table in tables] or [(0, 0)], axis=0)
     mean = np.mean([t[:rows, :columns] for t in tables] or [np.zeros((0, 0))], axis=0)
-    return {
-        "what": what,
-        "of": list(titles),
-        "layers": len(tables),
-        "width": int(u.shape[0]) if tables and u is not None else None,
-        "phi": mean.round(6).tolist(),
-        "whole": float(mean[-1, -1]) if tables else None,
-    }
+    return Similarity(
+        what=what,
+        of=titles,
+        layers=len(tables),
+        width=int(u.shape[0]) if tables and u is not None else None,
+        phi=mean.round(6).tolist(),
+        whole=float(mean[-1, -1]) if tables else None,
+    )

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from relora.engine.codec import checksum
 from relora.engine.deepspeed import Engine
 from relora.engine.state import EngineState, ParameterView
 from relora.errors import NumericsError
@@ -48,7 +49,9 @@ def check_copies(places: EngineState, merge: int) -> None:
     """
     names = [place.name for place in places]
     bad = torch.tensor([_master_differs(place) for place in places], dtype=torch.int64)
-    sums = torch.tensor([_checksum(place) for place in places], dtype=torch.int64)
+    sums = torch.tensor(
+        [checksum(place.live, place.remainder) for place in places], dtype=torch.int64
+    )
     if dist.get_world_size() > 1:
         device = places[names[0]].live.device
         bad, low, high = bad.to(device), sums.to(device), sums.to(device).clone()
@@ -75,11 +78,3 @@ def _master_differs(place: ParameterView) -> bool:
         return False
     live = place.live.narrow(0, place.start - place.live_start, place.count)
     return not torch.equal(place.master.to(live), live)
-
-
-def _checksum(place: ParameterView) -> int:
-    bits = place.live.view(torch.int16 if place.live.element_size() == 2 else torch.int32)
-    total = bits.sum(dtype=torch.int64)
-    if place.remainder is not None:
-        total = total * 31 + place.remainder.sum(dtype=torch.int64).to(total.device)
-    return int(total)

@@ -14,18 +14,22 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 from pydantic import Field
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from relora.config import Config
 from relora.errors import ConfigError
 from relora.files import write_json
-from relora.load import load_config
+from relora.lora.inject import add_adapters
+from relora.model import build_meta_model, count_parameters, load_model_config
 from relora.section import Section
+from relora.structure import refuse_failures
 from relora.yaml_config import read_yaml, validate
 
 # What types call the inside of their MLPs, beside `intermediate_size` and what stands for it.
@@ -99,7 +103,7 @@ def check_seeds(arms: ArmsConfig) -> None:
         )
 
 
-def standard_arms(path: Path, overrides: Sequence[str], directory: Path) -> list[Arm]:
+def standard_arms(config: Config, directory: Path) -> list[Arm]:
     """The paper's arms of a ReLoRA config.
 
     Args:
@@ -109,11 +113,10 @@ def standard_arms(path: Path, overrides: Sequence[str], directory: Path) -> list
     Raises:
         ConfigError: the config has no adapters to compare with full rank.
     """
-    config = load_config(path, overrides)
     if config.lora is None or config.relora is None:
         raise ConfigError(
-            f"{path}: is {config.method}; the standard arms derive from a ReLoRA config. Give one, "
-            "or name the arms in a file (--arms)"
+            f"CONFIG: is {config.method}; the standard arms derive from a ReLoRA config. "
+            "Give one, or name the arms in a file (--arms)"
         )
     start = f"spectra.start={config.clock.birth}" if config.spectra else ""
     full = tuple(filter(None, (*FULL_RANK, start)))
@@ -163,9 +166,6 @@ def _write_control(config: Config, directory: Path) -> Path:
     Raises:
         ConfigError: the model has parts of several widths, or none of its type can be narrower.
     """
-    from relora.lora.inject import add_adapters
-    from relora.model import build_meta_model, count_parameters, load_model_config
-
     assert config.lora is not None
     model = build_meta_model(config.model)
     add_adapters(model, config.lora, seed=None)
@@ -219,10 +219,6 @@ def _int(structure: Any, name: str) -> int:
 
 def _size(values: dict[str, Any]) -> int | None:
     """Number of parameters of a model; None where its type takes no such sizes together."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from relora.structure import refuse_failures
 
     def build() -> int:
         with torch.device("meta"):

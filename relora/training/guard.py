@@ -31,18 +31,30 @@ from relora.record.rundir import (
     read_run_state,
     write_run_state,
 )
-from relora.training.loop import train_run
-from relora.training.run import leave_run, start_run
+from relora.training.loop import Update, train_run, update
+from relora.training.run import leave_run, start_again, start_run
 
 
-def guarded(config: Config, shards: TokenShards, ranks: Ranks, wanted: Path | None = None) -> int:
-    """Run with the run directory claimed, and leave in it how the run ended."""
+def guarded(
+    config: Config,
+    shards: TokenShards,
+    ranks: Ranks,
+    wanted: Path | None = None,
+    update: Update = update,
+) -> int:
+    """Run with the run directory claimed, and leave in it how the run ended; its exit code.
+
+    Args:
+        wanted: the checkpoint to go on from in place of the newest.
+        update: as for `train_run`.
+    """
     stop, claim, moved, step = _begin(config, ranks)
     status, reason, code = "failed", "a bug", 1
     run, together = None, False
     try:
         run = start_run(config, shards, ranks, wanted, moved)
-        finished = train_run(run, stop)
+        while (finished := train_run(run, stop, update)) is None:
+            run = start_again(run)
         status, reason, code = ("finished", "", 0) if finished else ("preempted", "", PREEMPTED)
         if not finished:
             reason = f"stopped by {stop.signal or 'train.stop_after'}"
@@ -51,12 +63,8 @@ def guarded(config: Config, shards: TokenShards, ranks: Ranks, wanted: Path | No
     except BaseException as error:
         status, together = "failed", isinstance(error, NumericsError)  # which all ranks raise
         known = _as_user_error(error, config, ranks)
-        if known is None:
-            where = f"rank {ranks.rank}: " if ranks.world > 1 else ""
-            reason = f"{where}{type(error).__name__}: {error}"
-            raise
-        reason, code = str(known), known.code
-        if known is error:
+        reason, code = _reason(error, known, ranks)
+        if known is None or known is error:
             raise
         raise known from error
     finally:
@@ -103,6 +111,14 @@ def _note_end(
     return None
 
 
+def _reason(error: BaseException, known: UserError | None, ranks: Ranks) -> tuple[str, int]:
+    """What run_state.json says of an error, and the exit code."""
+    if known is not None:
+        return str(known), known.code
+    where = f"rank {ranks.rank}: " if ranks.world > 1 else ""
+    return f"{where}{type(error).__name__}: {error}", 1
+
+
 def _as_user_error(error: BaseException, config: Config, ranks: Ranks) -> UserError | None:
     """The error in words that a user can act on; None for a bug of ours."""
     if isinstance(error, UserError):
@@ -122,17 +138,14 @@ def _as_user_error(error: BaseException, config: Config, ranks: Ranks) -> UserEr
 
 def _claim(config: Config, ranks: Ranks) -> tuple[Any, list[str]]:
     """Rank 0 opens the run directory; all hear of it if it cannot. Also what has moved since."""
-    claim, problem = None, None
-    moved: list[str] = []
-    if ranks.is_main:
-        try:
-            claim, moved = _open_run_dir(config)
-        except UserError as error:
-            problem = error
-        except OSError as error:  # without a number: of many files at once
-            kind = CheckpointError if error.errno in (*NO_ROOM, None) else ConfigError
-            problem = kind(f"run_dir: {config.run_dir} cannot be written: {error}")
-    ranks.agree(problem)
+    claim, moved = None, list[str]()
+    with ranks.together():
+        if ranks.is_main:
+            try:
+                claim, moved = _open_run_dir(config)
+            except OSError as error:  # without a number: of many files at once
+                kind = CheckpointError if error.errno in (*NO_ROOM, None) else ConfigError
+                raise kind(f"run_dir: {config.run_dir} cannot be written: {error}") from None
     return claim, moved
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ from relora.restart import invariants
 from relora.restart.restart import merge_and_restart, shrink_
 from relora.training import log_lines
 from relora.training.config import SpikeConfig
-from relora.training.run import Run, find_checkpoint, finish_save, give_birth, save, start_again
+from relora.training.run import Run, find_checkpoint, finish_save, give_birth, save
 from relora.training.spectra import check_start, draw, drop_after, keep_start, measure
 from relora.training.spikes import (
     Rollback,
@@ -41,43 +42,55 @@ PROBE_TOKENS = 256
 SAMPLE_TOKENS = 48
 
 
-def train_run(run: Run, stop: StopRequest) -> bool:
-    """Train until the end of the run or until asked to stop; True if the run is finished."""
-    while True:
-        if run.ranks.is_main:
-            drop_after(run.config.run_dir, run.step)
-        if run.owes_merge:
-            length = run.config.data.sequence_length
-            tokens = torch.from_numpy(run.shards.train[:length].astype("int64"))
-            _restart(run, tokens[None].to(run.ranks.device))
-            run.owes_merge = False
-        start = run.config.spectra_start
-        if run.step == start:
-            keep_start(run)
-        elif start is not None and start < run.step < run.config.clock.total:
-            check_start(run)
-        finished = _train(run, stop)
-        if finished is not None:
-            return finished
-        start_again(run)
+def update(
+    run: Run, micro_batches: list[Tensor], lr: float, loss: Callable[..., Any] = loss_of
+) -> deepspeed.StepResult:
+    """One optimizer step, with what it means for the loss scale and for frozen weights' decay.
+
+    Args:
+        micro_batches: token ids of this rank, (rows, length) each.
+        loss: of the model on a micro-batch.
+    """
+    optimizer, progress = run.config.optimizer, run.progress
+    seed_dropout(run.config.seed, progress.consumed, run.ranks.rank)
+    scale = progress.loss_scale
+    factor = scale.value if scale else None
+    result = deepspeed.train_step(run.engine, micro_batches, loss, lr, optimizer.grad_clip, factor)
+    if scale:
+        scale.update(result.applied)
+    if result.applied and run.config.decays_merged:
+        shrink_(run.engine.module, 1 - lr * optimizer.weight_decay)
+    return result
 
 
-def _train(run: Run, stop: StopRequest) -> bool | None:
-    """As `train_run`; None if the loss has jumped and the run is to go back."""
-    config, ranks, clock = run.config, run.ranks, run.config.clock
+Update = Callable[[Run, list[Tensor], float], deepspeed.StepResult]
+
+
+def train_run(run: Run, stop: StopRequest, update: Update = update) -> bool | None:
+    """Train until the end of the run, until asked to stop, or until the loss jumps.
+
+    Args:
+        update: takes one optimizer step; who watches a run, or disturbs it, wraps `update`.
+
+    Returns:
+        True if the run is finished, False if it was stopped, None if it is to go back (see
+        `run.start_again`).
+    """
+    _begin(run)
+    config, ranks, clock, progress = run.config, run.ranks, run.config.clock, run.progress
     batches = _batches(run)
     in_a_row = 0
     while run.step < clock.total:
         # One optimizer step over the global batch.
         began = time.perf_counter()
         micro_batches = [batch.to(ranks.device) for batch in next(batches)]
-        seed_dropout(config.seed, run.consumed, ranks.rank)
         lr = config.learning_rate(run.step)
-        result = _update(run, micro_batches, lr)
-        run.consumed += config.batch.global_batch_size
+        result = update(run, micro_batches, lr)
+        progress.consumed += config.batch.global_batch_size
         loss, auxiliary, stops = _exchange(run, result, bool(stop))
-        run.interval.append(time.perf_counter() - began)
-        stop.note(run.step, None if run.saving else run.saved_at, run.interval[-1])
+        progress.interval.append(time.perf_counter() - began)
+        saved = None if run.saves.under_way else run.saves.newest
+        stop.note(run.step, saved, progress.interval[-1])
 
         # An update that was not finite happened on no rank: data moves on, the clock does not.
         in_a_row = 0 if result.applied else in_a_row + 1
@@ -87,7 +100,7 @@ def _train(run: Run, stop: StopRequest) -> bool | None:
                 _save_early(run)
                 return False
             continue
-        run.step += 1
+        progress.step += 1
         if config.train.spike and _has_jumped(run, loss, config.train.spike):
             return None
         run.metrics.bar(run.step, clock.total, f"loss {loss:.4f}")
@@ -107,6 +120,22 @@ def _train(run: Run, stop: StopRequest) -> bool | None:
         if halt and not last:
             return False
     return True
+
+
+def _begin(run: Run) -> None:
+    """What is due at the step that a run begins or goes on at."""
+    if run.ranks.is_main:
+        drop_after(run.config.run_dir, run.step)
+    if run.progress.owes_merge:
+        length = run.config.data.sequence_length
+        tokens = torch.from_numpy(run.shards.train[:length].astype("int64"))
+        _restart(run, tokens[None].to(run.ranks.device))
+        run.progress.owes_merge = False
+    start = run.config.spectra_start
+    if run.step == start:
+        keep_start(run)
+    elif start is not None and start < run.step < run.config.clock.total:
+        check_start(run)
 
 
 def _follow_clock(run: Run, batch: Tensor) -> None:
@@ -130,7 +159,8 @@ def _exchange(
     In passing, a background save that every rank has written is completed, and a rank that cannot
     write its figures ends the run.
     """
-    written = run.saving is not None and run.saving.written
+    saving = run.saves.under_way
+    written = saving is not None and saving.written
     full = run.metrics.problem is not None
     world, extra = run.ranks.world, result.auxiliary
     loss, auxiliary, stops, writers, troubles = run.ranks.sum(
@@ -156,30 +186,16 @@ def _batches(run: Run) -> Iterator[list[Tensor]]:
             rank=ranks.rank,
             world=ranks.world,
             seed=config.seed,
-            consumed=run.consumed,
+            consumed=run.progress.consumed,
             num_workers=config.data.num_workers,
         )
-        while position_after(run.consumed, run.rollbacks) == run.consumed:
+        while position_after(run.progress.consumed, run.rollbacks) == run.progress.consumed:
             yield next(stretch)
 
 
 def due(step: int, every: int | None) -> bool:
     """Whether something that happens every so many steps happens after this one."""
     return every is not None and step % every == 0
-
-
-def _update(run: Run, micro_batches: list[Tensor], lr: float) -> deepspeed.StepResult:
-    """One optimizer step, with what it means for the loss scale and for frozen weights' decay."""
-    optimizer, scale = run.config.optimizer, run.loss_scale
-    factor = scale.value if scale else None
-    result = deepspeed.train_step(
-        run.engine, micro_batches, loss_of, lr, optimizer.grad_clip, factor
-    )
-    if scale:
-        scale.update(result.applied)
-    if result.applied and run.config.decays_merged:
-        shrink_(run.engine.module, 1 - lr * optimizer.weight_decay)
-    return result
 
 
 def _restart(run: Run, batch: Tensor) -> None:
@@ -221,12 +237,12 @@ def _measure(run: Run, merge: int | None) -> None:
 
 
 def _note_skipped(run: Run, in_a_row: int) -> None:
-    run.skipped += 1
+    run.progress.skipped += 1
     limit = run.config.train.max_skipped
     run.metrics.say(
         f"the update after step {run.step} was not finite: skipped ({in_a_row} in a row)"
     )
-    run.metrics.write(run.step, {"train/skipped": run.skipped})
+    run.metrics.write(run.step, {"train/skipped": run.progress.skipped})
     if in_a_row >= limit:
         raise NumericsError(
             f"{limit} updates in a row were not finite (loss or gradient) after step {run.step}; "
@@ -249,16 +265,16 @@ def _has_jumped(run: Run, loss: float, spike: SpikeConfig) -> bool:
     clock, done = run.config.clock, run.step - 1
     boundary = clock.boundary_before(done)
     warm = done < clock.warmup or (boundary is not None and done - boundary < clock.rewarm)
-    threshold = math.inf if warm else threshold_of(run.losses, spike)
+    threshold = math.inf if warm else threshold_of(run.progress.losses, spike)
     if not loss > threshold:
         if math.isfinite(loss):
-            run.losses = [*run.losses, loss][-spike.window :]
+            run.progress.losses = [*run.progress.losses, loss][-spike.window :]
         return False
     check_limit(run.rollbacks, spike, run.step, loss, threshold)
     finish_save(run)
-    checkpoint, _ = find_checkpoint(run.config, run.ranks, run.wanted)
+    checkpoint, _ = find_checkpoint(run.config, run.ranks, run.saves.wanted)
     step, consumed = (checkpoint.step, checkpoint.state["consumed"]) if checkpoint else (0, 0)
-    new = Rollback(step, consumed, run.consumed, run.step, loss, threshold)
+    new = Rollback(step, consumed, run.progress.consumed, run.step, loss, threshold)
     record_rollbacks(run.config.run_dir, [*run.rollbacks, new], run.ranks)
     run.metrics.say(f"{new.describe()}; going back to step {step}")
     return True
@@ -266,25 +282,25 @@ def _has_jumped(run: Run, loss: float, spike: SpikeConfig) -> bool:
 
 def _pass_over(run: Run) -> None:
     """Move behind the data that the run skips here, and say so."""
-    place = position_after(run.consumed, run.rollbacks)
+    place = position_after(run.progress.consumed, run.rollbacks)
     for number, rollback in enumerate(run.rollbacks, 1):
-        if run.consumed <= rollback.consumed < place:
+        if run.progress.consumed <= rollback.consumed < place:
             run.metrics.write(run.step, {"train/rollbacks": number, **rollback.figures()})
             run.metrics.say(f"rollback {number}: {rollback.describe()}; its data is skipped")
-    run.consumed = place
+    run.progress.consumed = place
 
 
 def _log(run: Run, loss: float, auxiliary: float | None, lr: float, grad_norm: float) -> None:
     """The figures of this step, and the speed since the last log."""
     config = run.config
-    seconds = sum(run.interval) / len(run.interval)
-    run.interval.clear()
+    seconds = sum(run.progress.interval) / len(run.progress.interval)
+    run.progress.interval.clear()
     values = {
         "train/loss": loss,
         "train/lr": lr,
         "train/grad_norm": grad_norm,
-        "train/tokens": run.consumed * config.data.sequence_length,
-        "train/skipped": run.skipped,
+        "train/tokens": run.progress.consumed * config.data.sequence_length,
+        "train/skipped": run.progress.skipped,
         "perf/tokens_per_s": config.tokens_per_step / seconds,
         "perf/step_ms": seconds * 1000,
         "perf/memory_gib": memory_gib(run.ranks.device),
@@ -292,8 +308,8 @@ def _log(run: Run, loss: float, auxiliary: float | None, lr: float, grad_norm: f
     }
     if auxiliary is not None:
         values["train/auxiliary_loss"] = auxiliary
-    if run.loss_scale:
-        values["train/loss_scale"] = run.loss_scale.value
+    if run.progress.loss_scale:
+        values["train/loss_scale"] = run.progress.loss_scale.value
     cycle = config.clock.place_in_cycle(run.step)
     if cycle is not None:
         values["relora/cycle"] = cycle[0]
@@ -317,7 +333,7 @@ def _evaluate(run: Run) -> None:
         "eval/loss": loss,
         "eval/perplexity": perplexity(loss),
         "eval/tokens": tokens,
-        "train/tokens": run.consumed * run.config.data.sequence_length,
+        "train/tokens": run.progress.consumed * run.config.data.sequence_length,
         "time/eval_s": time.perf_counter() - began,
         "time/elapsed_s": run.elapsed,
     }

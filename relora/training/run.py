@@ -16,7 +16,7 @@ from relora.engine.distributed import Ranks
 from relora.engine.precision import LossScale, dtype_of, precision_of
 from relora.engine.sources import Layered, Source, weights_of
 from relora.engine.state import EngineState, capture
-from relora.errors import DataError, UserError
+from relora.errors import DataError
 from relora.lora.choose import describe_left, find_targets, linear_layers
 from relora.lora.inject import add_adapters
 from relora.lora.layers import adapted_layers, names_of
@@ -40,34 +40,64 @@ from relora.training.spikes import Rollback, read_rollbacks
 
 
 @dataclass
-class Run:
-    """What a run holds while it goes: what it is, its engine, and how far it is."""
+class Progress:
+    """Where a run is: its weights, in their engine, and what it counts."""
 
-    config: Config
-    ranks: Ranks
-    shards: TokenShards
-    metrics: Metrics
     engine: Any
     places: EngineState
     step: int = 0  # optimizer updates done
     consumed: int = 0  # sequences taken from the data
     skipped: int = 0  # updates that were not finite
-    saved_at: int = -1  # step of the newest checkpoint
     owes_merge: bool = False  # of the step it starts at
-    wanted: Path | None = None  # the one to go on from in place of the newest, until the next save
-    saving: Saving | None = None  # the one that is being written
-    abandoned: list[Path] = field(default_factory=list)  # later ones than the run went on from
-    started: float = 0.0  # perf_counter at step 0, as if the run had never stopped
+    started: float = field(default_factory=time.perf_counter)  # as if it had never stopped
     interval: list[float] = field(default_factory=list)  # seconds of each step since the last log
-    loss_scale: LossScale | None = None  # where precision needs one
     losses: list[float] = field(default_factory=list)  # of the last steps, for train.spike
-    rollbacks: list[Rollback] = field(default_factory=list)  # what the run has gone back from
-    files: dict[str, str] = field(default_factory=dict)  # hashes of the run's own; on rank 0
+    loss_scale: LossScale | None = None  # where precision needs one
+
+
+@dataclass
+class Saves:
+    """A run's checkpoints: the newest, the one under way, and what goes once that is complete."""
+
+    newest: int = -1  # step of the last one that was begun
+    under_way: Saving | None = None
+    wanted: Path | None = None  # to go on from in place of the newest, until the next save
+    abandoned: list[Path] = field(default_factory=list)  # later ones than the run went on from
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run is. Where it is, and its checkpoints, change."""
+
+    config: Config
+    ranks: Ranks
+    shards: TokenShards
+    metrics: Metrics
+    files: dict[str, str]  # hashes of the run's own; on rank 0
+    frozen: frozenset[str]  # names of the weights that adapters freeze
+    rollbacks: list[Rollback]  # what it has gone back from
+    progress: Progress
+    saves: Saves
+
+    @property
+    def engine(self) -> Any:
+        """DeepSpeed's; another one once adapters are born."""
+        return self.progress.engine
+
+    @property
+    def places(self) -> EngineState:
+        """What the engine holds of each parameter."""
+        return self.progress.places
+
+    @property
+    def step(self) -> int:
+        """Optimizer updates done."""
+        return self.progress.step
 
     @property
     def elapsed(self) -> float:
         """Seconds in the training loop so far, over all processes of this run."""
-        return time.perf_counter() - self.started
+        return time.perf_counter() - self.progress.started
 
 
 def start_run(
@@ -95,54 +125,67 @@ def start_run(
     passed_over = [f"passed over {complaint}" for complaint in complaints]
     for line in (*notes, *passed_over, *made_anew):
         metrics.say(line)
-    engine, places = _build_engine(config, ranks, step, checkpoint)
-    run = Run(config, ranks, shards, metrics, engine, places, step, started=time.perf_counter())
-    run.wanted, run.files = wanted, files
-    if precision_of(config.deepspeed.precision).scales_loss:
-        run.loss_scale = LossScale()
-    run.rollbacks = read_rollbacks(config.run_dir, ranks)
-    for line in _header(run) if ranks.is_main else ():
+    progress = _build_progress(config, ranks, checkpoint)
+    frozen, left = _adapters_share(config)
+    rollbacks = read_rollbacks(config.run_dir, ranks)
+    saves = Saves(step if checkpoint else -1, wanted=wanted)
+    run = Run(config, ranks, shards, metrics, files, frozen, rollbacks, progress, saves)
+    for line in _header(run, left) if ranks.is_main else ():
         metrics.say(line)
     if checkpoint:
-        _take_up(run, checkpoint)
+        metrics.say(f"going on from step {step} ({checkpoint.directory})")
+        _abandon_later_saves(run)
     _note_progress(run, step)
     return run
 
 
-def _header(run: Run) -> Iterator[str]:
+def _build_progress(config: Config, ranks: Ranks, checkpoint: Checkpoint | None) -> Progress:
+    """The engine as it was at a checkpoint, and as far as that says; or at the start of a run."""
+    step = checkpoint.step if checkpoint else 0
+    progress = Progress(*_build_engine(config, ranks, step, checkpoint), step)
+    if precision_of(config.deepspeed.precision).scales_loss:
+        progress.loss_scale = LossScale(*(checkpoint.state["loss_scale"] if checkpoint else ()))
+    if checkpoint:
+        state = checkpoint.state
+        shrink_(progress.engine.module, state["shrink"])
+        progress.consumed, progress.skipped = state["consumed"], state["skipped"]
+        progress.started -= state["elapsed_s"]
+        progress.losses = state["losses"] if config.train.spike else []
+        # A boundary at what was to be the end was no merge; now it is one.
+        progress.owes_merge = state["merges"] < config.clock.merges_before(step)
+    return progress
+
+
+def _adapters_share(config: Config) -> tuple[frozenset[str], list[str]]:
+    """Names of the weights that adapters freeze, and in words what they leave to full rank."""
+    if config.lora is None:
+        return frozenset(), []
+    model = build_meta_model(structure_of(config))
+    targets = find_targets(model, config.lora)
+    return frozenset(names_of(name).weight for name in targets), describe_left(model, config.lora)
+
+
+def _header(run: Run, left: Sequence[str]) -> Iterator[str]:
     """What is said before the first step: the run, what trains in full, what does nothing."""
     config, shards = run.config, run.shards
     yield from log_lines.header(config, run.places.count_parameters(), shards, run.ranks)
-    if config.lora is not None:
-        for line in describe_left(build_meta_model(structure_of(config)), config.lora):
-            yield f"{'in full':9} {line}"
+    for line in left:
+        yield f"{'in full':9} {line}"
     sequences = len(shards.validation) // config.data.sequence_length
     for line in idle_settings(config, _measured_shapes(run), run.step, sequences):
         yield f"{'note':9} {line}"
 
 
-def _take_up(run: Run, checkpoint: Checkpoint) -> None:
-    """Be as far as the checkpoint says."""
-    config, step = run.config, run.step
-    run.consumed = checkpoint.state["consumed"]
-    run.skipped = checkpoint.state["skipped"]
-    run.started -= checkpoint.state["elapsed_s"]
-    run.saved_at = step
-    if run.loss_scale:
-        run.loss_scale = LossScale(*checkpoint.state["loss_scale"])
-    shrink_(run.engine.module, checkpoint.state["shrink"])
-    run.losses = checkpoint.state["losses"] if config.train.spike else []
-    run.metrics.say(f"going on from step {step} ({checkpoint.directory})")
+def _abandon_later_saves(run: Run) -> None:
+    """Those after the checkpoint that the run goes on from go once there is another."""
     # Damaged ones too, but nothing that no run has made.
-    later_ones = [p for p in named_checkpoints(config.run_dir) if step_of(p) > step]
-    run.abandoned = [p for p in later_ones if p.is_dir() and not p.is_symlink()]
-    if run.wanted is not None and run.abandoned:
-        later = ", ".join(path.name for path in run.abandoned)
+    later_ones = [p for p in named_checkpoints(run.config.run_dir) if step_of(p) > run.step]
+    run.saves.abandoned = [p for p in later_ones if p.is_dir() and not p.is_symlink()]
+    if run.saves.wanted is not None and run.saves.abandoned:
+        later = ", ".join(path.name for path in run.saves.abandoned)
         run.metrics.say(
             f"going back: {later} will go once the first checkpoint from here is complete"
         )
-    # A boundary at what was to be the end was no merge; now it is one.
-    run.owes_merge = checkpoint.state["merges"] < config.clock.merges_before(step)
 
 
 def _measured_shapes(run: Run) -> dict[str, tuple[int, ...]]:
@@ -205,21 +248,13 @@ def _first_model(config: Config, ranks: Ranks) -> Any:
     if pretrained is None or not is_subject(pretrained):
         return build_model(config.model, config.seed)
     # Rank 0 chooses: the other run may be at work, and all must start from one checkpoint.
-    opened = problem = None
-    if ranks.is_main:
-        try:
+    opened = None
+    with ranks.together():
+        if ranks.is_main:
             opened = open_subject(pretrained)
-        except UserError as error:
-            problem = error
-    ranks.agree(problem)
     directory = ranks.share(opened and opened.checkpoint.directory)
-    if opened is None:
-        try:
-            opened = open_subject(directory)
-        except UserError as error:
-            problem = error
-    ranks.agree(problem)
-    assert opened is not None
+    with ranks.together():
+        opened = opened or open_subject(directory)
     model = merged_model(opened)
     return make_trainable(model, config.model.gradient_checkpointing)
 
@@ -227,56 +262,50 @@ def _first_model(config: Config, ranks: Ranks) -> Any:
 def give_birth(run: Run) -> None:
     """End the warm start: the same weights and moments in a new engine, with adapters beside."""
     began = time.perf_counter()
-    frozen = _frozen_names(run.config)
-    state = capture(run.places, lambda name: name not in frozen)
+    state = capture(run.places, lambda name: name not in run.frozen)
     run.places.release_()
     deepspeed.destroy(run.engine)
-    run.engine, run.places = _build_engine(run.config, run.ranks, run.step, state)
+    progress = run.progress
+    progress.engine, progress.places = _build_engine(run.config, run.ranks, run.step, state)
     trainable, total = run.places.count_parameters()
     seconds = time.perf_counter() - began
     run.metrics.write(run.step, {"relora/birth": 1, "time/birth_s": seconds})
-    run.metrics.say(log_lines.birth_line(run.step, len(frozen), trainable, total, seconds))
+    run.metrics.say(log_lines.birth_line(run.step, len(run.frozen), trainable, total, seconds))
 
 
-def _frozen_names(config: Config) -> set[str]:
-    """Names of the weights that adapters freeze."""
-    assert config.lora is not None
-    targets = find_targets(build_meta_model(structure_of(config)), config.lora)
-    return {names_of(target).weight for target in targets}
-
-
-def start_again(run: Run) -> None:
+def start_again(run: Run) -> Run:
     """The run as its files say, as after a kill; without a checkpoint that is its beginning."""
     run.metrics.close()
     run.places.release_()
     deepspeed.destroy(run.engine)
-    vars(run).update(vars(start_run(run.config, run.shards, run.ranks, run.wanted)))
+    return start_run(run.config, run.shards, run.ranks, run.saves.wanted)
 
 
 def save(run: Run, background: bool) -> None:
     """A checkpoint of this step, if there is none yet; in the background only its beginning."""
     finish_save(run)
-    if run.saved_at == run.step:
+    progress, scale = run.progress, run.progress.loss_scale
+    if run.saves.newest == run.step:
         return
     run.ranks.agree(run.metrics.problem)  # a checkpoint stands for figures that are on disk too
     state = {
         "step": run.step,
-        "consumed": run.consumed,
-        "skipped": run.skipped,
-        "losses": run.losses,
+        "consumed": progress.consumed,
+        "skipped": progress.skipped,
+        "losses": progress.losses,
         "merges": run.config.clock.merges_before(run.step),
         "elapsed_s": run.elapsed,
         "data": run.shards.fingerprint,
         "shrink": next((x.shrink for _, x in adapted_layers(run.engine.module)), 1.0),
-        "loss_scale": run.loss_scale and [run.loss_scale.value, run.loss_scale.calm],
+        "loss_scale": scale and [scale.value, scale.calm],
         "world_size": run.ranks.world,
         "config": run.config.model_dump(mode="json"),  # for who reads the checkpoint elsewhere
         "run_files": run.files,
         "versions": installed_versions(),
     }
     began = time.perf_counter()
-    run.saving = Saving(run.config.run_dir, run.places, state, run.ranks)
-    run.saved_at = run.step
+    run.saves.under_way = Saving(run.config.run_dir, run.places, state, run.ranks)
+    run.saves.newest = run.step
     if not background:
         _commit_save(run)
     run.metrics.write(run.step, {"time/save_s": time.perf_counter() - began})
@@ -284,7 +313,7 @@ def save(run: Run, background: bool) -> None:
 
 def finish_save(run: Run) -> None:
     """Make the checkpoint that was begun in the background one that counts, if there is any."""
-    saving = run.saving
+    saving = run.saves.under_way
     if saving is not None:
         began = time.perf_counter()
         _commit_save(run)
@@ -293,12 +322,11 @@ def finish_save(run: Run) -> None:
 
 
 def _commit_save(run: Run) -> None:
-    assert run.saving is not None
-    config = run.config
-    run.saving.finish(config.train.keep_checkpoints, config.is_milestone, run.abandoned)
-    step = run.saving.step
-    run.saving, run.wanted, run.abandoned = None, None, []
-    _note_progress(run, step)
+    config, saving = run.config, run.saves.under_way
+    assert saving is not None
+    saving.finish(config.train.keep_checkpoints, config.is_milestone, run.saves.abandoned)
+    run.saves.under_way, run.saves.wanted, run.saves.abandoned = None, None, []
+    _note_progress(run, saving.step)
 
 
 def _note_progress(run: Run, step: int) -> None:
@@ -314,9 +342,9 @@ def leave_run(run: Run, together: bool) -> None:
     Args:
         together: all ranks are here, so it can be completed.
     """
-    if run.saving is not None and together:
+    if run.saves.under_way is not None and together:
         with contextlib.suppress(Exception):  # what ends the run is another error
             finish_save(run)
-    if run.saving is not None:
-        run.saving.drop()
+    if run.saves.under_way is not None:
+        run.saves.under_way.drop()
     run.metrics.close()

@@ -91,19 +91,22 @@ def read_rollbacks(run_dir: Path, ranks: Ranks) -> list[Rollback]:
     Raises:
         CheckpointError: the file is broken (every rank raises).
     """
-    path, found, problem = run_dir / "rollbacks.json", None, None
-    if ranks.is_main and os.path.lexists(path):
-        try:
-            values = json.loads(read_text(path, CheckpointError))
-            found = [Rollback(**each) for each in values]
-            if not all(isinstance(value, int | float) for values in found for value in values):
-                raise TypeError("not all values are numbers")
-        except CheckpointError as error:
-            problem = error
-        except (ValueError, TypeError, RecursionError) as error:
-            problem = CheckpointError(f"{path}: is broken ({error}); restore it, or start anew")
-    ranks.agree(problem)
-    return ranks.share(found) or []
+    path = run_dir / "rollbacks.json"
+    found: list[Rollback] = []
+    with ranks.together():
+        if ranks.is_main and os.path.lexists(path):
+            try:
+                values = json.loads(read_text(path, CheckpointError))
+                found = [Rollback(**each) for each in values]
+                if not all(isinstance(value, int | float) for values in found for value in values):
+                    raise TypeError("not all values are numbers")
+            except CheckpointError:
+                raise
+            except (ValueError, TypeError, RecursionError) as error:
+                raise CheckpointError(
+                    f"{path}: is broken ({error}); restore it, or start anew"
+                ) from None
+    return ranks.share(found)
 
 
 def record_rollbacks(run_dir: Path, rollbacks: Sequence[Rollback], ranks: Ranks) -> None:
@@ -112,11 +115,10 @@ def record_rollbacks(run_dir: Path, rollbacks: Sequence[Rollback], ranks: Ranks)
     Raises:
         CheckpointError: it cannot be written (every rank raises).
     """
-    path, problem = run_dir / "rollbacks.json", None
-    if ranks.is_main:
-        values = [rollback._asdict() for rollback in rollbacks]
-        try:
-            write_json(path, values)
-        except OSError as error:
-            problem = CheckpointError(f"{path}: cannot be written: {error}; make room")
-    ranks.agree(problem)
+    path = run_dir / "rollbacks.json"
+    with ranks.together():
+        if ranks.is_main:
+            try:
+                write_json(path, [rollback._asdict() for rollback in rollbacks])
+            except OSError as error:
+                raise CheckpointError(f"{path}: cannot be written: {error}; make room") from None

@@ -1,0 +1,265 @@
+"""What `report.json` holds, typed: every figure of a comparison. All pages are made from it.
+
+    Report.model_validate_json(Path("report/report.json").read_text())
+
+Lists called `values` keep one entry a seed. None is a figure that is not known.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Generic, TypeVar
+
+from pydantic import BaseModel, ConfigDict
+
+T = TypeVar("T")
+Figure = float | None
+Column = list[float | None]
+
+
+class Record(BaseModel):
+    """A part of the report: nothing else in it, and no NaN."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Spread(Record):
+    """Mean and sample standard deviation (n − 1) over the seeds that have a value."""
+
+    mean: Figure
+    sd: Figure  # None for fewer than two
+    n: int
+    values: Column
+
+
+class Curve(Record):
+    """Columns of one length: where (step, tokens, seconds) and what; an empty one is not there."""
+
+    step: Column
+    tokens: Column
+    seconds: Column
+    loss: Column = []
+    perplexity: Column = []
+    sd: Column = []  # of the perplexity, over seeds
+    lr: Column = []  # of the updates that follow the steps
+
+
+class Curves(Record):
+    """All curves of an arm; marks and rates are those of the seed that has got furthest."""
+
+    mean: Curve  # of the furthest seeds, at steps that all have; perplexities are averaged
+    seeds: list[Curve]  # evaluations of each
+    training: list[Curve]  # training loss of each
+    merges: Curve
+    births: Curve
+    rewarm_from: Curve
+    rewarm_to: Curve
+    lr: Curve
+
+
+class Figures(Record, Generic[T]):
+    """What is known of a run at its end, or of all seeds of an arm."""
+
+    tokens: T
+    seconds: T
+    loss: T
+    perplexity: T
+    merges: T
+    tokens_per_s: T
+    step_ms: T
+    memory_gib: T  # peak of rank 0: of its device, or without a GPU of its process
+    checkpoint_bytes: T
+    merge_s: T
+    merges_s: T
+    flops: T
+
+
+class SeedReport(Figures[Figure]):
+    """One run."""
+
+    run: str
+    seed: int
+    status: str
+    step: int
+    of: int
+    world_size: int
+    commit: str | None
+
+
+class Predicted(Record):
+    """From config, model and number of ranks alone, as `relora plan` says it."""
+
+    memory: Figure = None  # most bytes on a rank's device at once
+    memory_by_part: dict[str, float] | None = None  # bytes a rank; parts do not peak together
+    bytes_per_step: Figure = None  # received by a rank in a step of the run's last phase
+    checkpoint_bytes: Figure = None
+    trainable: int | None = None  # parameters, in the last phase
+    parameters: int | None = None
+
+    @property
+    def state(self) -> float | None:
+        """Bytes of training state on a rank's device: all but DeepSpeed's own buffers."""
+        parts = self.memory_by_part
+        if parts is None:
+            return None
+        return sum(parts[key] for key in parts if key not in ("buffers", "host"))
+
+
+class ArmReport(Record):
+    """Runs of one config that differ by their seed."""
+
+    name: str
+    method: str
+    seeds: list[SeedReport]
+    status: str
+    progress: str
+    evaluated: bool
+    on_gpu: bool
+    timed: bool  # False if its times are mixtures, of several machines or settings
+    figures: Figures[Spread]
+    predicted: Predicted
+    warm_start: Spread  # tokens
+    warm_start_seconds: Spread
+    curves: Curves
+
+
+class EqualRow(Record):
+    """An arm where all have spent the same."""
+
+    arm: str
+    loss: Spread
+    perplexity: Spread
+    tokens: Spread
+    difference: Figure = None  # of the mean perplexity from the baseline's
+    ratio: Figure = None
+
+
+class AtEqual(Record):
+    """An answer at equal tokens or seconds."""
+
+    at: Figure
+    rows: list[EqualRow]
+
+
+class MemoryRow(Record):
+    """An arm, and the best that fits into its memory."""
+
+    arm: str
+    memory: Spread  # bytes a rank
+    perplexity: Spread
+    best_within: str | None
+    best_perplexity: Figure
+
+
+class AtEqualMemory(Record):
+    """Arms by their memory: the devices' own peak if `measured`, else the training state."""
+
+    measured: bool
+    rows: list[MemoryRow]
+
+
+class TargetRow(Record):
+    """What an arm spent until it was as good as the baseline, and that beside the baseline's."""
+
+    arm: str
+    reached: bool
+    seeds_that_reach_it: int
+    of: int
+    step: Figure
+    tokens: Figure
+    seconds: Figure
+    flops: Figure
+    tokens_ratio: Figure = None
+    seconds_ratio: Figure = None
+    flops_ratio: Figure = None
+
+
+class Target(Record):
+    """The baseline's last loss, and who reaches it when."""
+
+    loss: float
+    perplexity: Figure
+    rows: list[TargetRow]
+
+
+class Questions(Record):
+    """The three questions, and the way to the baseline's loss."""
+
+    tokens: AtEqual
+    seconds: AtEqual
+    memory: AtEqualMemory
+    target: Target
+
+
+class Difference(Record):
+    """A leaf of config, model or environment that is not the same in all arms."""
+
+    path: str
+    values: dict[str, Any]  # by arm
+
+
+class SpectraFigures(Record, Generic[T]):
+    """What is measured of an update: of one cycle, and of all together."""
+
+    cycle_stable_rank: T
+    cycle_effective_rank: T
+    total_stable_rank: T
+    total_effective_rank: T
+    overlap: T
+    amplification: T
+    total_ratio: T
+
+
+class Medians(SpectraFigures[Figure]):
+    """Over the layers, at one measurement."""
+
+    step: int
+    merge: int | None
+    cycles: int
+
+
+class LayerSpectra(SpectraFigures[list[Column]]):
+    """Layer by layer (rows) and measurement by measurement (columns)."""
+
+    names: list[str]
+    cycles: list[int]
+
+
+class ArmSpectra(Record):
+    """Spectra of an arm: layers and values are those of the seed that was measured last."""
+
+    arm: str
+    seed: int
+    start: int | None
+    step: int
+    last: SpectraFigures[Spread]
+    rounding_loss: Spread
+    seeds: list[list[Medians]]  # all measurements of each
+    layers: LayerSpectra
+    total_values: dict[str, list[float]]  # by kind of layer, pooled, descending
+
+
+class Similarity(Record):
+    """φ(i, j) between two updates, mean over `layers` layers."""
+
+    what: str  # arms, seeds or cycles
+    of: tuple[str, str]
+    layers: int
+    width: int | None
+    phi: list[list[float]]
+    whole: Figure
+
+
+class Report(Record):
+    """A comparison."""
+
+    format: int = 2
+    relora: str
+    written: str
+    unfinished: bool
+    baseline: str
+    warnings: list[str]
+    arms: list[ArmReport]
+    questions: Questions
+    differences: dict[str, list[Difference]]  # config, environment
+    spectra: list[ArmSpectra]  # of those that have any
+    similarity: list[Similarity]
