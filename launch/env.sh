@@ -4,11 +4,13 @@
 #   PYTHON   interpreter that makes the environment, 3.11 or newer   (python3)
 #   VENV     where it lies; made if it is not there                   (.venv)
 #   DEVICES  ranks on this machine             (all GPUs; 2 on a machine without)
+#   CONSTRAINTS  versions to install           (launch/constraints.txt; take another VENV for others)
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$ROOT" || exit
 PYTHON=${PYTHON:-python3}
 VENV=${VENV:-$ROOT/.venv}
+CONSTRAINTS=${CONSTRAINTS:-launch/constraints.txt}
 export DS_BUILD_OPS=0               # DeepSpeed compiles nothing, neither here nor later
 export DS_ACCELERATOR               # cpu where there is no GPU, or if it was so before
 export TOKENIZERS_PARALLELISM=false # tokenizers warns when its process forks
@@ -52,12 +54,12 @@ else
     GPUS=$(count_visible_gpus)
 fi
 
-# set_up EXTRAS: makes $VENV what pyproject.toml and constraints.txt say, and puts it on the PATH.
+# set_up EXTRAS: makes $VENV what pyproject.toml and $CONSTRAINTS say, and puts it on the PATH.
 # Says nothing and takes no time if it is so already. The stamp is written last: an environment
 # left half made by a kill has none, and is mended by the next call.
 set_up() {
     local extras=$1 stamp=$VENV/relora.stamp key
-    key=$(echo "$ROOT $VENV" | cat - pyproject.toml launch/constraints.txt | cksum)
+    key=$(echo "$ROOT $VENV" | cat - pyproject.toml "$CONSTRAINTS" | cksum)
     # dev holds all that a plain installation does
     if [[ ! -x $VENV/bin/python ]] || ! grep -qsx -e "$key $extras" -e "$key dev" "$stamp"; then
         rm -f "$stamp"
@@ -92,7 +94,7 @@ _keeps_torch() {
 
 _install() {
     local extras=$1 pins=$VENV/constraints.txt torch
-    cp launch/constraints.txt "$pins"
+    cp "$CONSTRAINTS" "$pins"
     if _keeps_torch; then
         sed -i '/^torch==/d' "$pins"
     elif ((GPUS_HERE == 0)); then

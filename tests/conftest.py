@@ -6,11 +6,14 @@ import json
 import logging
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+import tiers
 
 # Whoever started the tests may ignore signals (a shell does for what it puts in the background, and
 # nohup does); what relora ignores is what was ignored at its start, here as in its own processes.
@@ -50,6 +53,22 @@ TINY_GPT2: dict[str, Any] = {
     "embd_pdrop": 0.0,
     "attn_pdrop": 0.0,
 }
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
+    """Each test gets the mark of its tier."""
+    for item in items:
+        item.add_marker(tiers.tier_of(item))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Function) -> Iterator[None]:
+    """A unit test, with all of its fixtures, starts no process."""
+    if item.get_closest_marker("unit") is None:
+        return (yield)
+    with tiers.no_processes():
+        return (yield)
 
 
 @pytest.fixture(autouse=True)

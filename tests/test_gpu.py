@@ -70,7 +70,7 @@ def losses(workspace: Path, name: str, *overrides: str) -> list[float]:
 def test_every_engine_follows_the_float64_reference(tmp_path: Path) -> None:
     """The matrix on one rank by nccl: all stages, precisions, offload, accumulation; resumes too.
 
-    `python tests/matrix.py --gpu --to gpu.json` writes the figures down.
+    `configs/experiments/matrix.py --gpu --to gpu.json` writes the figures down.
     """
     import matrix
 

@@ -1,7 +1,7 @@
 """Combinations of stage, precision, offload and accumulation against the float64 reference.
 
 The ordinary tests are a few cells that test_method_reference has not; the slow one is the whole of
-`python tests/matrix.py`. What each cell must be stands there.
+`configs/experiments/matrix.py`. What each cell must be stands there.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""What a merge costs against gathering everything: `python tests/merge_cost.py`.
+"""What a merge costs against gathering everything.
+
+    PYTHONPATH=tests python configs/experiments/merge_cost.py
 
 Two gloo ranks, ZeRO 3, a 250M-parameter Llama with adapters of rank 128 on 168 layers. Both ways
 merge, draw A anew, zero B and zero the moments; the other way is DeepSpeed's public one, layer by

@@ -1,8 +1,9 @@
 """Every way to run the method, each measured against the float64 reference, as one table.
 
-    python tests/matrix.py --to matrix.json          all of it, on gloo ranks
-    python tests/matrix.py --to gpu.json --gpu       one rank on a GPU, by nccl
-    python tests/matrix.py --to some.json --only ranks=2,precision=fp16
+    export PYTHONPATH=tests
+    python configs/experiments/matrix.py --to matrix.json       all of it, on gloo ranks
+    python configs/experiments/matrix.py --to gpu.json --gpu    one rank on a GPU, by nccl
+    python configs/experiments/matrix.py --to some.json --only ranks=2,precision=fp16
 
 ZeRO 0–3 × precision × offload × accumulation × gradient checkpointing × ranks, the global batch
 always the same. Each supported cell trains the 17 updates of test_method_reference (warm start,

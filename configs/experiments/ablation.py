@@ -1,7 +1,7 @@
 """The README's tables of the ablation, from the report that `launch/compare.sh` has written.
 
     ARMS=configs/arms/ablation.yaml bash launch/compare.sh configs/ablation.yaml
-    python tests/ablation.py runs/ablation_comparison/report runs/ablation_comparison/arms.json
+    python configs/experiments/ablation.py runs/ablation_comparison/{report,arms.json}
 
 Without arguments: from the report that is committed beside this file.
 """
