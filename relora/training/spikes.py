@@ -95,13 +95,12 @@ def read_rollbacks(run_dir: Path, ranks: Ranks) -> list[Rollback]:
     found: list[Rollback] = []
     with ranks.together():
         if ranks.is_main and os.path.lexists(path):
+            text = read_text(path, CheckpointError)
             try:
-                values = json.loads(read_text(path, CheckpointError))
+                values = json.loads(text)
                 found = [Rollback(**each) for each in values]
                 if not all(isinstance(value, int | float) for values in found for value in values):
                     raise TypeError("not all values are numbers")
-            except CheckpointError:
-                raise
             except (ValueError, TypeError, RecursionError) as error:
                 raise CheckpointError(
                     f"{path}: is broken ({error}); restore it, or start anew"
