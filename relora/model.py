@@ -40,7 +40,7 @@ def build_model(config: ModelConfig, seed: int) -> PreTrainedModel:
 
     Raises:
         ConfigError: a `pretrained` directory lacks weights, some or all. (Those of a run are in
-            its checkpoints: see `subject.merged_model`.)
+            its checkpoints: see `record.loaded.LoadedRun`.)
     """
     torch.manual_seed(seed)
     model = _load_pretrained(config.pretrained) if config.pretrained else _from_config(config)

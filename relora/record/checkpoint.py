@@ -203,26 +203,26 @@ def is_checkpoint(path: Path) -> bool:
     return named or exists(path / "manifest.json")
 
 
-def open_subject_checkpoint(subject: Path) -> tuple[Checkpoint, list[str]]:
+def open_checkpoint_of(place: Path) -> tuple[Checkpoint, list[str]]:
     """The checkpoint that a RUN or CHECKPOINT argument means: itself, or the run's newest sound
     one with complaints about newer ones.
 
     Raises:
         CheckpointError: there is none, or none that is sound.
     """
-    if is_checkpoint(subject):
+    if is_checkpoint(place):
         # A link to a checkpoint from outside of its run is another name for it.
-        return Checkpoint(subject if _is_inside_run(subject) else subject.resolve(), True), []
-    found, complaints = open_newest(subject)
+        return Checkpoint(place if _is_inside_run(place) else place.resolve(), True), []
+    found, complaints = open_newest(place)
     if found is None:
-        raise no_checkpoint(subject)
+        raise no_checkpoint(place)
     return found, complaints
 
 
-def no_checkpoint(subject: Path) -> CheckpointError:
+def no_checkpoint(place: Path) -> CheckpointError:
     """What a RUN or CHECKPOINT argument that is neither gets."""
     return CheckpointError(
-        f"{subject}: is no checkpoint and no run directory with one; "
+        f"{place}: is no checkpoint and no run directory with one; "
         "a run writes checkpoints every train.save_every steps and at its end"
     )
 
@@ -265,14 +265,14 @@ class Standing(NamedTuple):
     bytes: int
 
 
-def newest_state(subject: Path) -> tuple[Standing | None, list[str]]:
+def newest_state(place: Path) -> tuple[Standing | None, list[str]]:
     """How a checkpoint stands, or a run's newest that is whole, and complaints about newer ones.
 
     Nothing is hashed, so a flipped bit in its tensors is not noticed. None if there is none.
     """
     complaints: dict[Path, str] = {}
     while True:
-        found = [subject] if is_checkpoint(subject) else named_checkpoints(subject)
+        found = [place] if is_checkpoint(place) else named_checkpoints(place)
         left = [path for path in found if path not in complaints]
         if not left:
             return None, list(complaints.values())

@@ -16,7 +16,7 @@ from relora.errors import UserError
 from relora.files import exists, is_file
 from relora.load import PATHS, differences, load_run_config
 from relora.record.checkpoint import is_checkpoint, named_checkpoints, newest_state
-from relora.record.loaded import is_subject
+from relora.record.loaded import is_run_or_checkpoint
 from relora.record.rundir import read_stretches
 
 
@@ -120,7 +120,7 @@ def _same_weights(one: Path, other: Path) -> bool:
 
 def _weight_files(place: Path) -> dict[str, Path]:
     """The files that tell the weights in a place apart from others, by name."""
-    if is_subject(place):
+    if is_run_or_checkpoint(place):
         checkpoint = [place] if is_checkpoint(place) else named_checkpoints(place)[-1:]
         found = [each / "manifest.json" for each in checkpoint]  # it has all hashes
         return {path.name: path for path in found if is_file(path)}

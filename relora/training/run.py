@@ -28,7 +28,7 @@ from relora.record.checkpoint import (
     newest_sound,
     open_checkpoint,
 )
-from relora.record.loaded import is_subject, merged_model, open_subject, structure_of
+from relora.record.loaded import is_run_or_checkpoint, load_run, structure_of
 from relora.record.manifest import step_of
 from relora.record.metrics import Metrics
 from relora.record.own_files import describe_files
@@ -245,17 +245,17 @@ def _build_engine(
 def _first_model(config: Config, ranks: Ranks) -> Any:
     """The model at step 0: from scratch, from a transformers directory, or from another run."""
     pretrained = config.model.pretrained
-    if pretrained is None or not is_subject(pretrained):
+    if pretrained is None or not is_run_or_checkpoint(pretrained):
         return build_model(config.model, config.seed)
     # Rank 0 chooses: the other run may be at work, and all must start from one checkpoint.
     opened = None
     with ranks.together():
         if ranks.is_main:
-            opened = open_subject(pretrained)
+            opened = load_run(pretrained)
     directory = ranks.share(opened and opened.checkpoint.directory)
     with ranks.together():
-        opened = opened or open_subject(directory)
-    model = merged_model(opened)
+        opened = opened or load_run(directory)
+    model = opened.merged_model()
     return make_trainable(model, config.model.gradient_checkpointing)
 
 
