@@ -65,7 +65,7 @@ def find_shards(run: LoadedRun, overrides: Sequence[str]) -> TokenShards:
     for directory, data in by_place.items():
         if is_file(directory / "index.json"):
             shards = open_shards(data)
-            if shards.fingerprint == run.checkpoint.state["data"]:
+            if shards.fingerprint == run.checkpoint.state.data:
                 return shards
             others.append(directory)
     name = run.checkpoint.directory

@@ -15,6 +15,8 @@ from relora.data.transformers_tokenizer import place_tokenizer
 from relora.errors import CheckpointError, ConfigError
 from relora.files import making, supplied
 from relora.model import GENERATION_CONFIG
+from relora.record import keys
+from relora.record.layout import RunDirectory
 from relora.record.loaded import LoadedRun, load_run, say_aside
 from relora.record.metrics import read_metrics
 from relora.structure import has_transformers_weights
@@ -34,7 +36,7 @@ def export(path: Path, to: Path, dtype: str, force: bool) -> int:
     tokenizer = load_tokenizer(run.tokenizer_dir, CheckpointError)
     model = run.merged_model().to(getattr(torch, dtype))
     model.config.use_cache = True
-    set_special_tokens(model, tokenizer, run.run_dir / "model")
+    set_special_tokens(model, tokenizer, RunDirectory(run.run_dir).model)
     write_export(to, run, model)
     print(f"{to}: step {run.checkpoint.step} of {run.run_dir}, {dtype}; load it with")
     print(f'    AutoModelForCausalLM.from_pretrained("{to}")')
@@ -110,15 +112,15 @@ def model_card(run: LoadedRun, model: PreTrainedModel) -> str:
         say_aside(f"{error}; the model card goes without the figures of the training")
         metrics = []
     lines = [line for line in metrics if line["step"] <= step]
-    evaluations = [line for line in lines if "eval/loss" in line]
+    evaluations = [line for line in lines if keys.EVAL_LOSS in line]
     parameters = sum(p.numel() for p in model.parameters())
-    tokens = run.checkpoint.state["consumed"] * config.data.sequence_length
+    tokens = run.checkpoint.state.consumed * config.data.sequence_length
     rows = {
         "method": config.method,
         "parameters": format_count(parameters),
         "steps": f"{step} of {config.total_steps}",
         "tokens": format_count(tokens),
-        "merges": str(run.checkpoint.state["merges"]),
+        "merges": str(run.checkpoint.state.merges),
         "sequence length": str(config.data.sequence_length),
         "global batch": f"{config.batch.global_batch_size} sequences",
         "seed": str(config.seed),

@@ -17,8 +17,8 @@ from relora.record.checkpoint import (
     Checkpoint,
     is_checkpoint,
     open_checkpoint_of,
-    run_of,
 )
+from relora.record.layout import CHECKPOINT_STATE, MODEL, TOKENIZER, RunDirectory, run_of
 from relora.record.own_files import hash_run_files
 
 if TYPE_CHECKING:
@@ -40,8 +40,8 @@ class LoadedRun:
         Raises:
             CheckpointError: it is not the one that the checkpoint was written with.
         """
-        directory = self.run_dir / "tokenizer"
-        self._compare(directory, "tokenizer")
+        directory = RunDirectory(self.run_dir).tokenizer
+        self._compare(directory, TOKENIZER)
         return directory
 
     @property
@@ -51,12 +51,12 @@ class LoadedRun:
         Raises:
             CheckpointError: it is not the one that the checkpoint was written with.
         """
-        path = self.run_dir / "model" / "config.json"
-        self._compare(path, "model")
+        path = RunDirectory(self.run_dir).model_json
+        self._compare(path, MODEL)
         return ModelConfig(config=path)
 
     def merged_model(self) -> PreTrainedModel:
-        """The plain transformers model on the CPU in fp32, W + s·B·A in place of every adapted W."""
+        """The plain transformers model, on the CPU in fp32: W + s·B·A for each adapted W."""
         import torch
 
         from relora.lora.inject import add_adapters, merge_adapters
@@ -72,12 +72,12 @@ class LoadedRun:
             for name, param in model.named_parameters():
                 param.copy_(checkpoint.tensor(name))
         for _, layer in adapted_layers(model):
-            layer.shrink = checkpoint.state["shrink"]  # decay since the last merge
+            layer.shrink = checkpoint.state.shrink  # decay since the last merge
         merge_adapters(model)
         return model.requires_grad_(True)
 
     def _compare(self, path: Path, name: str) -> None:
-        expected = self.checkpoint.state["run_files"].get(name)  # not in checkpoints of old
+        expected = self.checkpoint.state.run_files.get(name)  # not in checkpoints of old
         with supplied(CheckpointError, path):
             if expected is not None and hash_run_files(self.run_dir)[name] != expected:
                 raise CheckpointError(
@@ -88,7 +88,7 @@ class LoadedRun:
 
 def is_run_or_checkpoint(path: Path) -> bool:
     """Whether `path` is a run directory or one of its checkpoints."""
-    return is_file(path / "config.yaml") or is_checkpoint(path)
+    return is_file(RunDirectory(path).config) or is_checkpoint(path)
 
 
 def say_aside(text: str) -> None:
@@ -109,8 +109,9 @@ def load_run(path: Path, say: Callable[[str], None] = say_aside) -> LoadedRun:
         CheckpointError: there is none, or it is damaged.
     """
     checkpoint, complaints = open_checkpoint_of(path)
-    run_dir = run_of(checkpoint.directory)
-    if not is_file(run_dir / "config.yaml"):
+    files = run_of(checkpoint.directory)
+    run_dir = files.path
+    if not is_file(files.config):
         raise CheckpointError(
             f"{checkpoint.directory}: {run_dir} is no run directory: it has no config.yaml"
         )
@@ -121,10 +122,10 @@ def load_run(path: Path, say: Callable[[str], None] = say_aside) -> LoadedRun:
 
 def _config_of(checkpoint: Checkpoint, run_dir: Path) -> Config:
     """The config that a checkpoint was written with, whatever became of the run's file since."""
-    values = checkpoint.state["config"]
+    values = checkpoint.state.config
     if values is None:
         return load_run_config(run_dir)
-    where = f"{checkpoint.directory / 'state.json'}: config"
+    where = f"{checkpoint.directory / CHECKPOINT_STATE}: config"
     try:
         return build_config(values, where, read_model=False)
     except ConfigError as error:
@@ -136,8 +137,8 @@ def structure_of(config: Config) -> ModelConfig:
 
     So what a run started from may go; its checkpoints hold every weight.
     """
-    if not is_file(config.run_dir / "model" / "config.json"):
+    path = RunDirectory(config.run_dir).model_json
+    if not is_file(path):
         return config.model
     checkpointing = config.model.gradient_checkpointing
-    path = config.run_dir / "model" / "config.json"
     return ModelConfig(config=path, gradient_checkpointing=checkpointing)
