@@ -296,14 +296,10 @@ def newest_sound(run_dir: Path, ranks: Ranks) -> tuple[Checkpoint | None, list[s
     Raises:
         CheckpointError: there are checkpoints, and none is sound (every rank raises).
     """
-    found = problem = None
-    complaints: list[str] = []
-    if ranks.is_main:
-        try:
+    found, complaints = None, list[str]()
+    with ranks.together():
+        if ranks.is_main:
             found, complaints = open_newest(run_dir)
-        except CheckpointError as error:
-            problem = error
-    ranks.agree(problem)
     directory, complaints = ranks.share((found and found.directory, complaints))
     if directory is None:
         return None, []
@@ -319,11 +315,6 @@ def open_checkpoint(directory: Path, ranks: Ranks, thorough: bool = True) -> Che
     Raises:
         CheckpointError: it is not sound on some rank (every rank raises).
     """
-    found = problem = None
-    try:
+    with ranks.together():
         found = Checkpoint(directory, thorough and ranks.is_main)
-    except CheckpointError as error:
-        problem = error
-    ranks.agree(problem)
-    assert found is not None
     return found

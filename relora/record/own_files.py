@@ -46,23 +46,19 @@ def describe_files(
     """
     files: dict[str, str] = {}
     said: list[str] = []
-    problem = None
     run_dir = config.run_dir
-    if ranks.is_main and is_file(RunDirectory(run_dir).config):
-        try:
-            with supplied(CheckpointError, run_dir, "its own files cannot be read or written"):
-                said, files = keep_tokenizer(run_dir, shards), hash_run_files(run_dir)
-                before = checkpoint.state.run_files.get(MODEL) if checkpoint else None
-                if before not in (None, files[MODEL]):  # None: not in checkpoints of old
-                    raise CheckpointError(
-                        f"{RunDirectory(run_dir).model_json}: is not as it was when "
-                        "the newest checkpoint was written; put the old one back"
-                    )
-                complaint = record_stretch(run_dir, step, _environment(config, shards, ranks))
-                said += [complaint] if complaint else []
-        except CheckpointError as error:
-            problem = error
-    ranks.agree(problem)
+    what = "its own files cannot be read or written"
+    with ranks.together(), supplied(CheckpointError, run_dir, what):
+        if ranks.is_main and is_file(RunDirectory(run_dir).config):
+            said, files = keep_tokenizer(run_dir, shards), hash_run_files(run_dir)
+            before = checkpoint.state.run_files.get(MODEL) if checkpoint else None
+            if before not in (None, files[MODEL]):  # None: not in checkpoints of old
+                raise CheckpointError(
+                    f"{RunDirectory(run_dir).model_json}: is not as it was when the newest "
+                    "checkpoint was written; put the old one back"
+                )
+            complaint = record_stretch(run_dir, step, _environment(config, shards, ranks))
+            said += [complaint] if complaint else []
     return files, said
 
 

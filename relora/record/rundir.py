@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import json
 import os
@@ -20,7 +19,7 @@ from pydantic import ConfigDict, Field
 from relora.engine.distributed import Ranks
 from relora.engine.signals import follow_launcher
 from relora.errors import CheckpointError
-from relora.files import read_json, supplied, write_json
+from relora.files import hold, read_json, supplied, write_json
 from relora.record.checked import Count, Record, checked
 from relora.record.layout import LEFTOVER, RunDirectory
 
@@ -92,7 +91,7 @@ def lock(run_dir: Path, patience_s: float = PATIENCE_S) -> IO[str]:
     check_plain(path)
     file = path.open("a+", encoding="utf8", errors="replace")
     deadline, told = time.monotonic() + patience_s, False
-    while not _try_lock(file):
+    while not hold(file):
         holder = _read_holder(file)
         pid = holder.get("pid", "unknown")
         if time.monotonic() > deadline or not _is_leaving(holder):
@@ -126,14 +125,6 @@ def check_plain(path: Path) -> None:
             f"{path}: is {'a directory' if stat.S_ISDIR(mode) else 'no plain file'} where a run "
             "writes a file; move it away, and run the same command again"
         )
-
-
-def _try_lock(file: IO[str]) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _read_holder(file: IO[str]) -> dict[str, Any]:
