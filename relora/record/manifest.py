@@ -41,6 +41,7 @@ class FileRecord(Record):
 class Manifest(Record):
     """manifest.json: what was written."""
 
+    format: int = Field(FORMAT, description=str(FORMAT))
     files: dict[str, FileRecord] = Field(description="the bytes and sha256 of each file")
 
 
@@ -146,11 +147,11 @@ def _manifest(path: Path, descriptor: int) -> Manifest:
     return manifest
 
 
-def describe(path: Path) -> dict[str, Any]:
+def describe(path: Path) -> FileRecord:
     """What the manifest says of a file: its size in bytes and its SHA-256."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"bytes": path.stat().st_size, "sha256": digest}
+    return FileRecord(bytes=path.stat().st_size, sha256=digest)
 
 
 def _open(path: Path, stack: ExitStack) -> int:

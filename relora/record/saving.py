@@ -36,7 +36,7 @@ from relora.record.layout import (
     rank_file,
     step_of,
 )
-from relora.record.manifest import FORMAT, describe
+from relora.record.manifest import FileRecord, Manifest, describe
 
 
 class Saving:
@@ -61,7 +61,7 @@ class Saving:
         self.final = RunDirectory(run_dir).checkpoint(self.step)
         # Of this process: a rank that outlived an earlier one may still write into its own.
         self.temporary = beside(self.final)
-        self._files: dict[str, dict[str, Any]] = {}
+        self._files: dict[str, FileRecord] = {}
         self._problem: str | None = None
         self._bug: BaseException | None = None
         problem = None
@@ -142,13 +142,13 @@ class Saving:
             self._bug, self._problem = error, f"rank {self.ranks.rank}: {error!r}"
         self.seconds = time.perf_counter() - began
 
-    def _commit(self, files: dict[str, dict[str, Any]]) -> str | None:
+    def _commit(self, files: dict[str, FileRecord]) -> str | None:
         """Make the directory a checkpoint; what kept rank 0 from it, if anything did."""
         try:
             state = self.temporary / CHECKPOINT_STATE
             write_json(state, self._state)
             files = {state.name: describe(state), **files}
-            write_json(self.temporary / MANIFEST, {"format": FORMAT, "files": files})
+            write_json(self.temporary / MANIFEST, Manifest(files=files).model_dump())
             sync(self.temporary)
             if os.path.lexists(self.final):  # the run went back to before it
                 discard(self.final)
