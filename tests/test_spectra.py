@@ -530,13 +530,13 @@ def test_a_run_killed_in_a_measurement_measures_the_same(
     config = make_config(run_dir, **settings({}))
     program = (
         "import sys, time\n"
-        "from relora import spectra\n"
-        "real = spectra._join\n"
-        "def slow(run, *arguments):\n"
-        "    if run.step == 18:\n"
+        "from relora.training import spectra\n"
+        "real = spectra.join_parts\n"
+        "def slow(run_dir, step, *arguments):\n"
+        "    if step == 18:\n"
         "        time.sleep(60)\n"
-        "    real(run, *arguments)\n"
-        "spectra._join = slow\n"
+        "    real(run_dir, step, *arguments)\n"
+        "spectra.join_parts = slow\n"
         "from relora.cli import main\n"
         f"sys.exit(main(['train', {str(config)!r}]))\n"
     )

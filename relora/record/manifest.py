@@ -41,7 +41,7 @@ class FileRecord(Record):
 class Manifest(Record):
     """manifest.json: what was written."""
 
-    format: int = Field(FORMAT, description=str(FORMAT))
+    format: int = Field(default=FORMAT, description=str(FORMAT))
     files: dict[str, FileRecord] = Field(description="the bytes and sha256 of each file")
 
 
@@ -54,14 +54,14 @@ class CheckpointState(Record):
     merges: Count = Field(description="a whole number ≥ 0")
     world_size: Count = Field(description="a whole number ≥ 0")
     elapsed_s: Amount = Field(description="a number ≥ 0")
-    shrink: Amount = Field(1.0, description="a number ≥ 0")
+    shrink: Amount = Field(default=1.0, description="a number ≥ 0")
     loss_scale: Annotated[tuple[Amount, Count], Field(strict=False)] | None = Field(
-        None, description="null or [scale, updates since it changed]"
+        default=None, description="null or [scale, updates since it changed]"
     )
-    losses: list[Amount] = Field([], description="a list of numbers ≥ 0")
+    losses: list[Amount] = Field(default=[], description="a list of numbers ≥ 0")
     data: str = Field(description="text")
-    config: dict[str, Any] | None = Field(None, description="a mapping")
-    run_files: dict[str, str] = Field({}, description="a hash for each name")
+    config: dict[str, Any] | None = Field(default=None, description="a mapping")
+    run_files: dict[str, str] = Field(default={}, description="a hash for each name")
     shapes: dict[str, list[Count]] = Field(description="a list of whole numbers for each parameter")
     adam_steps: dict[str, Amount] = Field(description="a number ≥ 0 for each parameter")
 

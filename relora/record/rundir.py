@@ -158,7 +158,7 @@ class _Stretch(Record):
     model_config = ConfigDict(extra="allow")
 
     # Before there were stretches, the last environment was taken for that of the whole run.
-    from_step: Count = Field(0, description="a whole number ≥ 0")
+    from_step: Count = Field(default=0, description="a whole number ≥ 0")
 
 
 def read_stretches(run_dir: Path) -> list[dict[str, Any]]:
