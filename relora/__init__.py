@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from relora.lora.config import LoRAConfig
     from relora.lora.inject import add_adapters, merge_adapters, parameter_groups, remove_adapters
     from relora.lora.layers import adapted_layers
+    from relora.record.loaded import load_run
     from relora.restart.config import ReLoRAConfig, ResetConfig
     from relora.restart.moments import reset_moments
     from relora.restart.restart import merge_and_restart
@@ -44,6 +45,7 @@ __all__ = [
     "adapted_layers",
     "add_adapters",
     "load_config",
+    "load_run",
     "merge_adapters",
     "merge_and_restart",
     "parameter_groups",
@@ -61,6 +63,7 @@ _HOMES = {
     "adapted_layers": "lora.layers",
     "add_adapters": "lora.inject",
     "load_config": "load",
+    "load_run": "record.loaded",
     "merge_adapters": "lora.inject",
     "merge_and_restart": "restart.restart",
     "parameter_groups": "lora.inject",

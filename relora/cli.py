@@ -123,7 +123,7 @@ def _add_reading_verbs(verbs: Verbs) -> None:
         "token-weighted loss and perplexity of a run or a checkpoint",
         "relora evaluate runs/quickstart_relora --split validation",
     )
-    _subject(evaluate)
+    _run_or_checkpoint(evaluate)
     evaluate.add_argument("--split", choices=("train", "validation"), default="validation")
     evaluate.add_argument("--max-sequences", type=_positive, default=None, metavar="N")
     evaluate.add_argument("--batch-size", type=_positive, default=16, metavar="N")
@@ -137,7 +137,7 @@ def _add_reading_verbs(verbs: Verbs) -> None:
         "continue a text",
         "relora generate runs/quickstart_relora --prompt 'def main('",
     )
-    _subject(generate)
+    _run_or_checkpoint(generate)
     generate.add_argument("--prompt", type=_text, required=True, metavar="TEXT")
     generate.add_argument("--max-new-tokens", type=_positive, default=100, metavar="N")
     generate.add_argument("--temperature", type=_temperature, default=0.8, help="0 is greedy")
@@ -150,7 +150,7 @@ def _add_reading_verbs(verbs: Verbs) -> None:
         "write a merged model that transformers loads",
         "relora export runs/quickstart_relora --to runs/quickstart_relora/export",
     )
-    _subject(export)
+    _run_or_checkpoint(export)
     export.add_argument("--to", type=Path, required=True, metavar="DIR")
     export.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     export.add_argument("--force", action="store_true", help="replace an earlier export")
@@ -320,5 +320,5 @@ def _resume(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _subject(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("subject", type=Path, metavar="RUN|CHECKPOINT")
+def _run_or_checkpoint(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", type=Path, metavar="RUN|CHECKPOINT")

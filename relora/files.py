@@ -9,6 +9,7 @@ Nothing here removes a path that this process has not made.
 from __future__ import annotations
 
 import errno
+import fcntl
 import io
 import json
 import os
@@ -19,7 +20,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from relora.errors import CheckpointError, ConfigError, UserError
 
@@ -277,6 +278,34 @@ def settle(directory: Path) -> None:
             path.chmod(mode)
         sync(path)
     sync(directory)
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Give a directory that is whole and on disk its name, and see that on disk too."""
+    temporary.rename(path)
+    sync(path.parent)
+
+
+def discard(path: Path) -> None:
+    """Remove a directory: first its name, by which it counts. Anything else only loses that."""
+    doomed = beside(path)
+    path.rename(doomed)
+    if doomed.is_dir() and not doomed.is_symlink():
+        # What a reader still holds open on a network disk stays; the next save tries again.
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def hold(file: IO[Any], wait: bool = False) -> bool:
+    """Lock an open file for as long as it stays open; False if another process holds it.
+
+    The system frees it when this process ends, however it ends. The holder may write in the file
+    who it is.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    return True
 
 
 def sync(path: Path) -> None:

@@ -11,6 +11,7 @@ import yaml
 from relora.checks import cross_checks
 from relora.config import Config
 from relora.errors import ConfigError
+from relora.record.layout import RunDirectory
 from relora.yaml_config import apply_override, read_yaml, report, validate
 
 # What a continued run may change: lengths, intervals, and what belongs to the machine.
@@ -63,7 +64,7 @@ def load_run_config(run_dir: Path) -> Config:
 
     So the model's file need not be where the config says; the run has its own copy in `model/`.
     """
-    path = run_dir / "config.yaml"
+    path = RunDirectory(run_dir).config
     return build_config(read_yaml(path), str(path), read_model=False)
 
 

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from relora.errors import ConfigError
 from relora.files import read_json
+from relora.record.layout import MODEL_JSON
 from relora.structure import (
     ModelConfig,
     check_pretrained,
@@ -40,7 +41,7 @@ def build_model(config: ModelConfig, seed: int) -> PreTrainedModel:
 
     Raises:
         ConfigError: a `pretrained` directory lacks weights, some or all. (Those of a run are in
-            its checkpoints: see `subject.merged_model`.)
+            its checkpoints: see `record.loaded.LoadedRun`.)
     """
     torch.manual_seed(seed)
     model = _load_pretrained(config.pretrained) if config.pretrained else _from_config(config)
@@ -181,7 +182,7 @@ def load_model_config(config: ModelConfig) -> PretrainedConfig:
     if config.config is not None:
         return read_structure(config.config)
     assert config.pretrained is not None
-    path = find_model_directory(config.pretrained) / "config.json"
+    path = find_model_directory(config.pretrained) / MODEL_JSON
     return read_structure(path, "model.pretrained")
 
 

@@ -17,6 +17,7 @@ from pydantic import model_validator
 
 from relora.errors import ConfigError, UserError
 from relora.files import explain, is_file, read_json, read_text, supplied
+from relora.record.layout import MANIFEST, MODEL_JSON, RunDirectory, run_of
 from relora.section import Section
 
 if TYPE_CHECKING:
@@ -183,11 +184,11 @@ def find_model_directory(path: Path) -> Path:
     Raises:
         ConfigError: there is none.
     """
-    candidates = [path, path / "model"]
-    if is_file(path / "manifest.json"):  # a checkpoint, two levels below its run
-        candidates.append(path.resolve().parent.parent / "model")
+    candidates = [path, RunDirectory(path).model]
+    if is_file(path / MANIFEST):  # a checkpoint, two levels below its run
+        candidates.append(run_of(path).model)
     for candidate in candidates:
-        if is_file(candidate / "config.json"):
+        if is_file(candidate / MODEL_JSON):
             return candidate
     raise ConfigError(
         f"model.pretrained: {str(path)[:300]}: holds no config.json; give a transformers model "

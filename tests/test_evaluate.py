@@ -91,10 +91,10 @@ def test_it_is_the_mean_over_tokens(finished: Path, monkeypatch: pytest.MonkeyPa
     """By hand: transformers' logits, one sequence at a time, in float64."""
     from relora.data.shards import open_shards
     from relora.load import load_config
-    from relora.record.loaded import merged_model, open_subject
+    from relora.record.loaded import load_run
 
     shards = open_shards(load_config(finished / "config.yaml").data)
-    model = merged_model(open_subject(finished)).eval()
+    model = load_run(finished).merged_model().eval()
     losses = []
     there = len(shards.validation) // SEQUENCE
     for number in [n * there // 5 for n in range(5)]:  # evenly over the split
@@ -175,10 +175,10 @@ def test_a_seed_gives_one_text_and_another_seed_another(
 
 def test_temperature_0_is_greedy(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from relora.data.tokenizer import load_tokenizer
-    from relora.record.loaded import merged_model, open_subject
+    from relora.record.loaded import load_run
 
     tokenizer = load_tokenizer(finished / "tokenizer")
-    model = merged_model(open_subject(finished)).eval()
+    model = load_run(finished).merged_model().eval()
     ids = tokenizer.encode("def", add_special_tokens=False)
     for _ in range(12):
         with torch.no_grad():

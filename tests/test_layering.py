@@ -20,6 +20,7 @@ MODULES = {
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("relora.errors", "relora.section", "relora.cores", "relora.words", "relora.version"),
     ("relora.files",),
+    ("relora.record.layout",),
     (
         "relora.lora",
         "relora.structure",

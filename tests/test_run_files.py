@@ -107,12 +107,12 @@ def test_what_killed_writers_of_the_run_left_is_cleared(run_dir: Path) -> None:
 
 
 def test_temporaries_are_made_in_one_module_alone() -> None:
-    """Where a name is made up, synced or replaced, it is by `relora.files`."""
+    """Where a name is made up, synced, locked or replaced, it is by `relora.files`."""
     package = Path(__file__).parent.parent / "relora"
     for path in package.rglob("*.py"):
         if path != package / "files.py" and path.parent != package / "data":
             text = path.read_text(encoding="utf8")
-            for word in ("os.fsync", '.tmp"', "NamedTemporary", "mkstemp"):
+            for word in ("os.fsync", '.tmp"', "NamedTemporary", "mkstemp", ".rename(", "flock"):
                 assert word not in text.replace(r'\.tmp"', "").replace(r'\.tmp)"', ""), (path, word)
 
 

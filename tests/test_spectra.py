@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ranks import Outcomes, Scenario, run_ranks
+from relora.record import spectra_files
 from relora.record.metrics import Metrics
 from relora.training import spectra
 from relora.training.loop import update
@@ -529,13 +530,13 @@ def test_a_run_killed_in_a_measurement_measures_the_same(
     config = make_config(run_dir, **settings({}))
     program = (
         "import sys, time\n"
-        "from relora import spectra\n"
-        "real = spectra._join\n"
-        "def slow(run, *arguments):\n"
-        "    if run.step == 18:\n"
+        "from relora.training import spectra\n"
+        "real = spectra.join_parts\n"
+        "def slow(run_dir, step, *arguments):\n"
+        "    if step == 18:\n"
         "        time.sleep(60)\n"
-        "    real(run, *arguments)\n"
-        "spectra._join = slow\n"
+        "    real(run_dir, step, *arguments)\n"
+        "spectra.join_parts = slow\n"
         "from relora.cli import main\n"
         f"sys.exit(main(['train', {str(config)!r}]))\n"
     )
@@ -641,7 +642,7 @@ def test_a_full_disk_ends_the_run_and_leaves_no_part_of_a_measurement(
 ) -> None:
     run_dir = tmp_path / "run"
     shutil.copytree(runs("llama"), run_dir)
-    real = spectra.save_file
+    real = spectra_files.save_file
 
     def full(held: Any, path: Path, **options: Any) -> None:
         measures = "start" not in str(path.relative_to(run_dir))
@@ -650,7 +651,7 @@ def test_a_full_disk_ends_the_run_and_leaves_no_part_of_a_measurement(
             raise error
         real(held, path, **options)
 
-    monkeypatch.setattr(spectra, "save_file", full)
+    monkeypatch.setattr(spectra_files, "save_file", full)
     step = 5 if when == "start" else 10
     # The start is written again where the run goes back to before it.
     back = ("--resume", str(checkpoint(run_dir, step)))

@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ranks import Scenario, run_ranks
+from relora.record.rollbacks import Rollback
 from relora.training.config import SpikeConfig
-from relora.training.spikes import Rollback, position_after, threshold_of
+from relora.training.spikes import position_after, threshold_of
 from runs import (
     checkpoint,
     checkpoints,
@@ -318,7 +319,7 @@ def test_no_step_of_the_window_is_a_jump_at_the_square_root_of_its_length(
 
 
 def rollback(begin: int, end: int) -> Rollback:
-    return Rollback(0, begin, end, 0, 0.0, 0.0)
+    return Rollback(step=0, consumed=begin, skip_to=end, spike_step=0, loss=0.0, threshold=0.0)
 
 
 @given(st.lists(st.tuples(st.integers(0, 60), st.integers(1, 20)), max_size=6), st.integers(0, 100))

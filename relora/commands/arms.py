@@ -17,8 +17,9 @@ from relora.engine.signals import LAUNCHER_GONE, caught, following
 from relora.errors import PREEMPTED, CheckpointError, ConfigError, NumericsError, UserError
 from relora.files import write_atomically, write_json
 from relora.load import MAY_CHANGE, check_world, differences, load_config, load_run_config
+from relora.record import keys
 from relora.record.metrics import read_metrics
-from relora.record.rundir import read_run_state
+from relora.record.rundir import RunState, read_run_state
 from relora.training.arms import (
     Arm,
     ArmsConfig,
@@ -134,7 +135,7 @@ class _Work:
         """
         config = self.load(arm, directory, seed)
         self.left -= 1
-        state = _state(directory)
+        state = read_run_state(directory)
         if _is_done(state):
             _check_same(directory, config)
         else:
@@ -146,13 +147,13 @@ class _Work:
             began = time.monotonic()
             code = self._launch(arm, directory, seed)
             self.seconds.append(time.monotonic() - began)
-            state = _state(directory)
+            state = read_run_state(directory)
             if not _is_done(state):
                 if code < 0:  # the launch itself was ended: before it listened, or by kill -9
                     code = PREEMPTED if self.asked else 128 - code
                 raise _Stopped(code or PREEMPTED)
-        if state["code"] == DIVERGED:
-            print(f"{arm.name}, seed {seed}: diverged: {state['reason']}")
+        if state.code == DIVERGED:
+            print(f"{arm.name}, seed {seed}: diverged: {state.reason}")
             return math.inf
         return final_loss(directory)
 
@@ -220,7 +221,7 @@ def final_loss(directory: Path) -> float:
     Raises:
         CheckpointError: there is none.
     """
-    losses = [line["eval/loss"] for line in read_metrics(directory) if "eval/loss" in line]
+    losses = [line[keys.EVAL_LOSS] for line in read_metrics(directory) if keys.EVAL_LOSS in line]
     if not losses:
         raise CheckpointError(f"{directory}: is finished and has no evaluation; delete it")
     return math.inf if losses[-1] is None else losses[-1]
@@ -245,10 +246,6 @@ def _check_same(directory: Path, config: Config) -> None:
         )
 
 
-def _state(directory: Path) -> dict[str, Any]:
-    return read_run_state(directory) if directory.is_dir() else {}
-
-
-def _is_done(state: dict[str, Any]) -> bool:
-    failed = state.get("status") == "failed" and state.get("code") == DIVERGED
-    return failed or state.get("status") == "finished"
+def _is_done(state: RunState) -> bool:
+    failed = state.status == "failed" and state.code == DIVERGED
+    return failed or state.status == "finished"

@@ -12,12 +12,12 @@ from relora.engine.distributed import lone_rank
 from relora.engine.evaluation import evaluate_loss, perplexity
 from relora.errors import ConfigError, DataError
 from relora.files import is_file
-from relora.record.loaded import Subject, merged_model, open_subject
+from relora.record.loaded import LoadedRun, load_run
 from relora.record.moved import data_candidates
 
 
 def evaluate(
-    subject: Path,
+    path: Path,
     split: str,
     max_sequences: int | None,
     batch_size: int,
@@ -28,33 +28,33 @@ def evaluate(
     Args:
         overrides: `data.dir=DIR`, where the run's shards lie if they are not found.
     """
-    opened = open_subject(subject)
+    run = load_run(path)
     ranks = lone_rank()
     batches = eval_batches(
-        getattr(find_shards(opened, overrides), split),
-        sequence_length=opened.config.data.sequence_length,
+        getattr(find_shards(run, overrides), split),
+        sequence_length=run.config.data.sequence_length,
         micro_batch=batch_size,
         rank=0,
         world=1,
         max_sequences=max_sequences,
     )
-    model: Any = merged_model(opened)
+    model: Any = run.merged_model()
     loss, tokens = evaluate_loss(model.to(ranks.device), batches, ranks)
     print(
-        f"{opened.checkpoint.directory}: {split} loss {loss:.4f} nats per token, "
+        f"{run.checkpoint.directory}: {split} loss {loss:.4f} nats per token, "
         f"perplexity {perplexity(loss):.2f}, on {tokens:,} tokens"
     )
     return 0
 
 
-def find_shards(subject: Subject, overrides: Sequence[str]) -> TokenShards:
+def find_shards(run: LoadedRun, overrides: Sequence[str]) -> TokenShards:
     """The shards that a checkpoint was trained on, wherever they and the run have been moved to.
 
     Raises:
         ConfigError: there are none, or the overrides are more than `data.dir`.
         DataError: those that are there hold other tokens.
     """
-    candidates = data_candidates(subject.config, subject.run_dir)
+    candidates = data_candidates(run.config, run.run_dir)
     for override in overrides:
         key, _, value = override.partition("=")
         if key != "data.dir" or not value:
@@ -65,10 +65,10 @@ def find_shards(subject: Subject, overrides: Sequence[str]) -> TokenShards:
     for directory, data in by_place.items():
         if is_file(directory / "index.json"):
             shards = open_shards(data)
-            if shards.fingerprint == subject.checkpoint.state["data"]:
+            if shards.fingerprint == run.checkpoint.state.data:
                 return shards
             others.append(directory)
-    name = subject.checkpoint.directory
+    name = run.checkpoint.directory
     if others:
         raise DataError(
             f"{others[0]}: holds other tokens than {name} was trained on; put the old shards back, "

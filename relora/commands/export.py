@@ -15,14 +15,16 @@ from relora.data.transformers_tokenizer import place_tokenizer
 from relora.errors import CheckpointError, ConfigError
 from relora.files import making, supplied
 from relora.model import GENERATION_CONFIG
-from relora.record.loaded import Subject, merged_model, open_subject, say_aside
+from relora.record import keys
+from relora.record.layout import RunDirectory
+from relora.record.loaded import LoadedRun, load_run, say_aside
 from relora.record.metrics import read_metrics
 from relora.structure import has_transformers_weights
 from relora.version import __version__
 from relora.words import format_count
 
 
-def export(subject: Path, to: Path, dtype: str, force: bool) -> int:
+def export(path: Path, to: Path, dtype: str, force: bool) -> int:
     """Write model, tokenizer, generation config and model card to `to`.
 
     Args:
@@ -30,18 +32,18 @@ def export(subject: Path, to: Path, dtype: str, force: bool) -> int:
         force: replace what is there.
     """
     check_target(to, force)
-    opened = open_subject(subject)
-    tokenizer = load_tokenizer(opened.tokenizer_dir, CheckpointError)
-    model = merged_model(opened).to(getattr(torch, dtype))
+    run = load_run(path)
+    tokenizer = load_tokenizer(run.tokenizer_dir, CheckpointError)
+    model = run.merged_model().to(getattr(torch, dtype))
     model.config.use_cache = True
-    set_special_tokens(model, tokenizer, opened.run_dir / "model")
-    write_export(to, opened, model)
-    print(f"{to}: step {opened.checkpoint.step} of {opened.run_dir}, {dtype}; load it with")
+    set_special_tokens(model, tokenizer, RunDirectory(run.run_dir).model)
+    write_export(to, run, model)
+    print(f"{to}: step {run.checkpoint.step} of {run.run_dir}, {dtype}; load it with")
     print(f'    AutoModelForCausalLM.from_pretrained("{to}")')
     return 0
 
 
-def write_export(to: Path, subject: Subject, model: PreTrainedModel) -> None:
+def write_export(to: Path, run: LoadedRun, model: PreTrainedModel) -> None:
     """Write all files of an export, or none; an earlier one stays until the new one is whole.
 
     Raises:
@@ -52,8 +54,8 @@ def write_export(to: Path, subject: Subject, model: PreTrainedModel) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         with making(target, replace=True) as temporary:
             model.save_pretrained(temporary)
-            place_tokenizer(subject.tokenizer_dir, temporary, CheckpointError)
-            (temporary / "README.md").write_text(model_card(subject, model), encoding="utf8")
+            place_tokenizer(run.tokenizer_dir, temporary, CheckpointError)
+            (temporary / "README.md").write_text(model_card(run, model), encoding="utf8")
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"--to: {to}: the export cannot be written: {error}; what was there is as it was; make "
@@ -101,24 +103,24 @@ def check_target(to: Path, force: bool) -> None:
         raise ConfigError(f"--to: {to} exists; choose another directory, or --force to replace it")
 
 
-def model_card(subject: Subject, model: PreTrainedModel) -> str:
+def model_card(run: LoadedRun, model: PreTrainedModel) -> str:
     """A short README with the run's figures, all of them from the run directory."""
-    config, step = subject.config, subject.checkpoint.step
+    config, step = run.config, run.checkpoint.step
     try:
-        metrics = read_metrics(subject.run_dir)
+        metrics = read_metrics(run.run_dir)
     except CheckpointError as error:  # the weights do not depend on it
         say_aside(f"{error}; the model card goes without the figures of the training")
         metrics = []
     lines = [line for line in metrics if line["step"] <= step]
-    evaluations = [line for line in lines if "eval/loss" in line]
+    evaluations = [line for line in lines if keys.EVAL_LOSS in line]
     parameters = sum(p.numel() for p in model.parameters())
-    tokens = subject.checkpoint.state["consumed"] * config.data.sequence_length
+    tokens = run.checkpoint.state.consumed * config.data.sequence_length
     rows = {
         "method": config.method,
         "parameters": format_count(parameters),
         "steps": f"{step} of {config.total_steps}",
         "tokens": format_count(tokens),
-        "merges": str(subject.checkpoint.state["merges"]),
+        "merges": str(run.checkpoint.state.merges),
         "sequence length": str(config.data.sequence_length),
         "global batch": f"{config.batch.global_batch_size} sequences",
         "seed": str(config.seed),
@@ -134,7 +136,7 @@ def model_card(subject: Subject, model: PreTrainedModel) -> str:
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     return (
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n"
-        f"# {subject.run_dir.name}\n\n"
+        f"# {run.run_dir.name}\n\n"
         f"A {model.config.model_type} language model trained on `{text}` with relora "
         f"{__version__}.\n\n| | |\n|---|---|\n{table}\n"
     )

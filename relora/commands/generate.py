@@ -11,12 +11,12 @@ from relora.data.beginning import encode_prompt
 from relora.data.tokenizer import load_tokenizer
 from relora.engine.distributed import lone_rank
 from relora.errors import CheckpointError, ConfigError
-from relora.record.loaded import merged_model, open_subject
+from relora.record.loaded import load_run
 from relora.structure import context_of
 
 
 def generate(
-    subject: Path,
+    path: Path,
     prompt: str,
     max_new_tokens: int,
     temperature: float,
@@ -24,12 +24,12 @@ def generate(
     seed: int,
 ) -> int:
     """Print the prompt and what the model makes of it. The same seed gives the same text."""
-    opened = open_subject(subject)
-    tokenizer = load_tokenizer(opened.tokenizer_dir, CheckpointError)
+    run = load_run(path)
+    tokenizer = load_tokenizer(run.tokenizer_dir, CheckpointError)
     ids = torch.tensor([encode_prompt(tokenizer, prompt)], dtype=torch.long)
     if not ids.numel():
         raise ConfigError("--prompt: is empty; give at least one character to go on from")
-    model: Any = merged_model(opened).eval()
+    model: Any = run.merged_model().eval()
     model.to(lone_rank().device)
     model.config.use_cache = True
     context = context_of(model.config)

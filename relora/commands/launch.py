@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import psutil
 
@@ -44,7 +43,7 @@ from relora.engine.signals import (
 )
 from relora.errors import PREEMPTED, LostRankError
 from relora.load import check_world
-from relora.record.rundir import read_run_state, write_run_state
+from relora.record.rundir import RunState, read_run_state, write_run_state
 
 OURS = (0, 1, 2, 3, 4, 5, 6, PREEMPTED)  # exit codes that a rank gives on purpose
 LOST = LostRankError.code
@@ -78,7 +77,7 @@ def launch(
         # Ended so, `launch.py` cannot stop its ranks one by one; the kernel tells all of them.
         command, parting = one_node_command(chosen, free_port(), arguments), signal.SIGKILL
         pass_on = _pass_on
-    before = read_run_state(config.run_dir) if config.run_dir.is_dir() else {}
+    before = read_run_state(config.run_dir)
     return _keep_code(*_run(command, parting, pass_on), config, before)
 
 
@@ -149,9 +148,7 @@ def _ranks_of(launcher: int) -> list[int]:
     return [pid for pid, parent in parents.items() if parent not in parents]
 
 
-def _keep_code(
-    code: int, asked: str | None, config: Config, before: dict[str, Any] | None = None
-) -> int:
+def _keep_code(code: int, asked: str | None, config: Config, before: RunState | None = None) -> int:
     """The run's exit code. What ranks could not note in run_state.json themselves is noted here.
 
     Args:
@@ -161,19 +158,19 @@ def _keep_code(
     """
     if code in OURS and code != LOST:
         state = read_run_state(config.run_dir)
-        if code == 1 and state.get("status") == "running":  # a bug, on another rank than the first
+        if code == 1 and state.status == "running":  # a bug, on another rank than the first
             reason = "a rank failed with an error of its own; its traceback is above"
-            write_run_state(config.run_dir, "failed", reason, state["step"], code)
+            write_run_state(config.run_dir, "failed", reason, state.step, code)
         return code
     if code == LOST and not asked and config.run_dir.is_dir():
         state = read_run_state(config.run_dir)
-        if state.get("code") == LOST and state != before:  # a rank has said which one is lost
+        if state.code == LOST and state != before:  # a rank has said which one is lost
             return code
     if code < 0:  # the launcher was killed, not a rank: those may have come to a good end
         state = read_run_state(config.run_dir)
-        finished = state.get("status") == "finished" and state["step"] == config.total_steps
-        if finished or state.get("status") == "preempted":
-            return state["code"]
+        finished = state.status == "finished" and state.step == config.total_steps
+        if finished or state.status == "preempted":
+            return state.code
     if asked:  # before the ranks listened, or a second time: gone at once, as was wanted
         status, result, reason = "preempted", PREEMPTED, f"stopped at once by {asked}"
     else:
@@ -181,6 +178,6 @@ def _keep_code(
     print(f"relora: {reason}; the same command goes on from the newest checkpoint", file=sys.stderr)
     if config.run_dir.is_dir():
         state = read_run_state(config.run_dir)
-        if state.get("code") != result:
-            write_run_state(config.run_dir, status, reason, state.get("step", 0), result)
+        if state.code != result:
+            write_run_state(config.run_dir, status, reason, state.step, result)
     return result

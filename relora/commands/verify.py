@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from relora.errors import CheckpointError
-from relora.record.checkpoint import open_subject_checkpoint
+from relora.record.checkpoint import open_checkpoint_of
 from relora.words import format_bytes
 
 
@@ -18,7 +18,7 @@ def verify(checkpoint: Path) -> int:
     Raises:
         CheckpointError: it is not sound, or there is none.
     """
-    opened, complaints = open_subject_checkpoint(checkpoint)
+    opened, complaints = open_checkpoint_of(checkpoint)
     if complaints:
         raise CheckpointError(
             f"{'; '.join(complaints)}; the newest that is sound is {opened.directory}"

@@ -8,7 +8,6 @@ neither the number of workers nor on interruptions.
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import hashlib
 import io
@@ -122,11 +121,9 @@ def _alone_in(wanted: Wanted) -> Iterator[None]:
     # Without waiting, whatever may stand there under that name.
     flags = os.O_RDWR | os.O_CREAT | os.O_NONBLOCK
     with os.fdopen(os.open(wanted.directory / "lock", flags, 0o666), "rb") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not files.hold(lock):
             wanted.say(f"{wanted.directory}: another prepare is at work; waiting for it")
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            files.hold(lock, wait=True)
         yield
 
 

@@ -31,6 +31,7 @@ from relora.lora.config import LoRAConfig
 from relora.lora.inject import add_adapters
 from relora.lora.layers import adapted_layers, kind_of, parameter_roles
 from relora.model import ModelConfig, build_meta_model, find_model_directory, load_model_config
+from relora.record.layout import MODEL_JSON
 from relora.structure import one_line
 
 # Layers that go through a sequence step by step, by the ends of their classes' names.
@@ -98,7 +99,7 @@ def _key(config: Config) -> tuple[ModelConfig, str, str]:
     path = model.config
     if path is None:
         assert model.pretrained is not None
-        path = find_model_directory(model.pretrained) / "config.json"
+        path = find_model_directory(model.pretrained) / MODEL_JSON
     lora = config.lora.model_dump_json() if config.lora else ""
     return model, f"{path.resolve()} {path.read_text(encoding='utf8')}", lora
 

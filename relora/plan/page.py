@@ -33,7 +33,7 @@ from relora.plan.estimate import (
     uncounted,
 )
 from relora.plan.timeline import curve, timeline
-from relora.record.loaded import is_subject, structure_of
+from relora.record.loaded import is_run_or_checkpoint, structure_of
 from relora.record.saving import checkpoint_bytes
 from relora.record.standing import standing
 from relora.restart.restart import gather_blocks
@@ -106,7 +106,7 @@ def _with_its_model(config: Config) -> Config:
     pretrained = config.model.pretrained
     if pretrained is not None and not exists(pretrained):
         return config.model_copy(update={"model": structure_of(config)})
-    if pretrained is not None and not is_subject(pretrained):
+    if pretrained is not None and not is_run_or_checkpoint(pretrained):
         check_pretrained(pretrained)
     return config
 

@@ -16,6 +16,7 @@ import math
 import os
 import re
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,14 +28,16 @@ from relora.engine.distributed import Ranks
 from relora.engine.state import MOMENTS
 from relora.errors import CheckpointError
 from relora.files import exists, is_dir, is_file, supplied
-from relora.record.manifest import (
-    compare_hashes,
-    holding,
+from relora.record.layout import (
+    CHECKPOINT_STATE,
+    CHECKPOINTS,
+    MANIFEST,
+    RunDirectory,
     is_checkpoint_name,
     rank_file,
-    read_state,
     step_of,
 )
+from relora.record.manifest import CheckpointState, compare_hashes, holding, read_state
 
 _KEY = re.compile(rf"(.+)\|(value|{'|'.join(MOMENTS)})\|([0-9]{{1,18}})")
 
@@ -65,8 +68,8 @@ class Checkpoint:
             if thorough:
                 compare_hashes(directory, files)
             self.state = read_state(directory, files)
-            names = sorted(files.descriptors.keys() - {"state.json"})
-            world = self.state["world_size"]
+            names = sorted(files.descriptors.keys() - {CHECKPOINT_STATE})
+            world = self.state.world_size
             if len(names) != world or names != [rank_file(rank) for rank in range(world)]:
                 raise CheckpointError(
                     f"{directory}: manifest.json names {len(names)} files of ranks, state.json was "
@@ -80,12 +83,12 @@ class Checkpoint:
     @property
     def step(self) -> int:
         """Optimizer updates done when it was saved."""
-        return int(self.state["step"])
+        return self.state.step
 
     @property
     def shapes(self) -> dict[str, list[int]]:
         """Global shape of every parameter."""
-        return self.state["shapes"]
+        return self.state.shapes
 
     def read(self, name: str, kind: str, start: int, stop: int) -> Tensor | None:
         """fp32 entries start..stop of a flattened tensor, or None if the checkpoint has none."""
@@ -105,7 +108,7 @@ class Checkpoint:
 
     def adam_step(self, name: str) -> float | None:
         """Updates that Adam had counted for a parameter."""
-        return self.state["adam_steps"].get(name)
+        return self.state.adam_steps.get(name)
 
     def check_fits(self, model: nn.Module) -> None:
         """Whether it holds this model's parameters.
@@ -118,7 +121,7 @@ class Checkpoint:
             mine, other = self.shapes.get(name, "nothing"), expected.get(name, "nothing")
             if mine != other:
                 raise CheckpointError(
-                    f"{self.directory / 'state.json'}: is of another model: of {name} it has "
+                    f"{self.directory / CHECKPOINT_STATE}: is of another model: of {name} it has "
                     f"{mine}, the model {other}"
                 )
 
@@ -171,21 +174,22 @@ class Checkpoint:
                 raise CheckpointError(
                     f"{pieces[-1].file}: entries {at}–{size} of {name} ({kind}) are in no file"
                 )
-        for kind, names in [
+        there: list[tuple[str, Mapping[str, object]]] = [
             ("value", self.shapes),
-            *((m, self.state["adam_steps"]) for m in MOMENTS),
-        ]:
+            *((moment, self.state.adam_steps) for moment in MOMENTS),
+        ]
+        for kind, names in there:
             different = names.keys() ^ {name for name, other in self._pieces if other == kind}
             if different:
                 raise CheckpointError(
-                    f"{self.directory / 'state.json'}: does not fit the files of the ranks: only "
-                    f"one of them has {kind} of {min(different)}"
+                    f"{self.directory / CHECKPOINT_STATE}: does not fit the files of the ranks: "
+                    f"only one of them has {kind} of {min(different)}"
                 )
 
 
 def named_checkpoints(run_dir: Path) -> list[Path]:
     """Whatever bears the name of a checkpoint in a run directory, oldest first, sound or not."""
-    home = run_dir / "checkpoints"
+    home = RunDirectory(run_dir).checkpoints
     with supplied(CheckpointError, home):
         found = [p for p in home.iterdir() if is_checkpoint_name(p.name)] if is_dir(home) else []
     return sorted(found, key=step_of)
@@ -194,41 +198,41 @@ def named_checkpoints(run_dir: Path) -> list[Path]:
 def complete_checkpoints(run_dir: Path) -> list[Path]:
     """Directories of complete checkpoints, oldest first."""
     found = [path for path in named_checkpoints(run_dir) if not path.is_symlink()]
-    return [path for path in found if is_file(path / "manifest.json")]
+    return [path for path in found if is_file(path / MANIFEST)]
 
 
 def is_checkpoint(path: Path) -> bool:
     """Whether a path means a checkpoint, sound or not, and no run."""
-    named = is_checkpoint_name(path.name) and path.parent.name == "checkpoints" and exists(path)
-    return named or exists(path / "manifest.json")
+    named = is_checkpoint_name(path.name) and path.parent.name == CHECKPOINTS and exists(path)
+    return named or exists(path / MANIFEST)
 
 
-def open_subject_checkpoint(subject: Path) -> tuple[Checkpoint, list[str]]:
+def open_checkpoint_of(place: Path) -> tuple[Checkpoint, list[str]]:
     """The checkpoint that a RUN or CHECKPOINT argument means: itself, or the run's newest sound
     one with complaints about newer ones.
 
     Raises:
         CheckpointError: there is none, or none that is sound.
     """
-    if is_checkpoint(subject):
+    if is_checkpoint(place):
         # A link to a checkpoint from outside of its run is another name for it.
-        return Checkpoint(subject if _is_inside_run(subject) else subject.resolve(), True), []
-    found, complaints = open_newest(subject)
+        return Checkpoint(place if _is_inside_run(place) else place.resolve(), True), []
+    found, complaints = open_newest(place)
     if found is None:
-        raise no_checkpoint(subject)
+        raise no_checkpoint(place)
     return found, complaints
 
 
-def no_checkpoint(subject: Path) -> CheckpointError:
+def no_checkpoint(place: Path) -> CheckpointError:
     """What a RUN or CHECKPOINT argument that is neither gets."""
     return CheckpointError(
-        f"{subject}: is no checkpoint and no run directory with one; "
+        f"{place}: is no checkpoint and no run directory with one; "
         "a run writes checkpoints every train.save_every steps and at its end"
     )
 
 
 def _is_inside_run(checkpoint: Path) -> bool:
-    return exists(checkpoint.parent.parent / "config.yaml")
+    return exists(RunDirectory(checkpoint.parent.parent).config)
 
 
 def open_newest(run_dir: Path) -> tuple[Checkpoint | None, list[str]]:
@@ -261,18 +265,18 @@ def open_newest(run_dir: Path) -> tuple[Checkpoint | None, list[str]]:
 class Standing(NamedTuple):
     """A checkpoint's state.json, and its bytes on disk."""
 
-    state: dict[str, Any]
+    state: CheckpointState
     bytes: int
 
 
-def newest_state(subject: Path) -> tuple[Standing | None, list[str]]:
+def newest_state(place: Path) -> tuple[Standing | None, list[str]]:
     """How a checkpoint stands, or a run's newest that is whole, and complaints about newer ones.
 
     Nothing is hashed, so a flipped bit in its tensors is not noticed. None if there is none.
     """
     complaints: dict[Path, str] = {}
     while True:
-        found = [subject] if is_checkpoint(subject) else named_checkpoints(subject)
+        found = [place] if is_checkpoint(place) else named_checkpoints(place)
         left = [path for path in found if path not in complaints]
         if not left:
             return None, list(complaints.values())
@@ -292,14 +296,10 @@ def newest_sound(run_dir: Path, ranks: Ranks) -> tuple[Checkpoint | None, list[s
     Raises:
         CheckpointError: there are checkpoints, and none is sound (every rank raises).
     """
-    found = problem = None
-    complaints: list[str] = []
-    if ranks.is_main:
-        try:
+    found, complaints = None, list[str]()
+    with ranks.together():
+        if ranks.is_main:
             found, complaints = open_newest(run_dir)
-        except CheckpointError as error:
-            problem = error
-    ranks.agree(problem)
     directory, complaints = ranks.share((found and found.directory, complaints))
     if directory is None:
         return None, []
@@ -315,16 +315,6 @@ def open_checkpoint(directory: Path, ranks: Ranks, thorough: bool = True) -> Che
     Raises:
         CheckpointError: it is not sound on some rank (every rank raises).
     """
-    found = problem = None
-    try:
+    with ranks.together():
         found = Checkpoint(directory, thorough and ranks.is_main)
-    except CheckpointError as error:
-        problem = error
-    ranks.agree(problem)
-    assert found is not None
     return found
-
-
-def run_of(checkpoint: Path) -> Path:
-    """The run directory that a checkpoint belongs to."""
-    return checkpoint.resolve().parent.parent

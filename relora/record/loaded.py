@@ -16,9 +16,9 @@ from relora.model import ModelConfig, build_model
 from relora.record.checkpoint import (
     Checkpoint,
     is_checkpoint,
-    open_subject_checkpoint,
-    run_of,
+    open_checkpoint_of,
 )
+from relora.record.layout import CHECKPOINT_STATE, MODEL, TOKENIZER, RunDirectory, run_of
 from relora.record.own_files import hash_run_files
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Subject:
+class LoadedRun:
     """A checkpoint of a run, ready to be read."""
 
     run_dir: Path
@@ -40,8 +40,8 @@ class Subject:
         Raises:
             CheckpointError: it is not the one that the checkpoint was written with.
         """
-        directory = self.run_dir / "tokenizer"
-        self._compare(directory, "tokenizer")
+        directory = RunDirectory(self.run_dir).tokenizer
+        self._compare(directory, TOKENIZER)
         return directory
 
     @property
@@ -51,12 +51,33 @@ class Subject:
         Raises:
             CheckpointError: it is not the one that the checkpoint was written with.
         """
-        path = self.run_dir / "model" / "config.json"
-        self._compare(path, "model")
+        path = RunDirectory(self.run_dir).model_json
+        self._compare(path, MODEL)
         return ModelConfig(config=path)
 
+    def merged_model(self) -> PreTrainedModel:
+        """The plain transformers model, on the CPU in fp32: W + s·B·A for each adapted W."""
+        import torch
+
+        from relora.lora.inject import add_adapters, merge_adapters
+        from relora.lora.layers import adapted_layers
+
+        config, checkpoint = self.config, self.checkpoint
+        model = build_model(self.structure, config.seed)
+        if config.clock.has_adapters(checkpoint.step):
+            assert config.lora is not None
+            add_adapters(model, config.lora, seed=None)
+        checkpoint.check_fits(model)
+        with torch.no_grad():
+            for name, param in model.named_parameters():
+                param.copy_(checkpoint.tensor(name))
+        for _, layer in adapted_layers(model):
+            layer.shrink = checkpoint.state.shrink  # decay since the last merge
+        merge_adapters(model)
+        return model.requires_grad_(True)
+
     def _compare(self, path: Path, name: str) -> None:
-        expected = self.checkpoint.state["run_files"].get(name)  # not in checkpoints of old
+        expected = self.checkpoint.state.run_files.get(name)  # not in checkpoints of old
         with supplied(CheckpointError, path):
             if expected is not None and hash_run_files(self.run_dir)[name] != expected:
                 raise CheckpointError(
@@ -65,9 +86,9 @@ class Subject:
                 )
 
 
-def is_subject(path: Path) -> bool:
+def is_run_or_checkpoint(path: Path) -> bool:
     """Whether `path` is a run directory or one of its checkpoints."""
-    return is_file(path / "config.yaml") or is_checkpoint(path)
+    return is_file(RunDirectory(path).config) or is_checkpoint(path)
 
 
 def say_aside(text: str) -> None:
@@ -75,7 +96,7 @@ def say_aside(text: str) -> None:
     print(f"relora: {text}", file=sys.stderr)
 
 
-def open_subject(path: Path, say: Callable[[str], None] = say_aside) -> Subject:
+def load_run(path: Path, say: Callable[[str], None] = say_aside) -> LoadedRun:
     """Find the checkpoint that `path` (a run or a checkpoint) means, and its run.
 
     A flipped bit would load without a word, so every file is hashed. All are held open: the run
@@ -87,23 +108,24 @@ def open_subject(path: Path, say: Callable[[str], None] = say_aside) -> Subject:
     Raises:
         CheckpointError: there is none, or it is damaged.
     """
-    checkpoint, complaints = open_subject_checkpoint(path)
-    run_dir = run_of(checkpoint.directory)
-    if not is_file(run_dir / "config.yaml"):
+    checkpoint, complaints = open_checkpoint_of(path)
+    files = run_of(checkpoint.directory)
+    run_dir = files.path
+    if not is_file(files.config):
         raise CheckpointError(
             f"{checkpoint.directory}: {run_dir} is no run directory: it has no config.yaml"
         )
     for complaint in complaints:
         say(f"passed over {complaint}")
-    return Subject(run_dir, _config_of(checkpoint, run_dir), checkpoint)
+    return LoadedRun(run_dir, _config_of(checkpoint, run_dir), checkpoint)
 
 
 def _config_of(checkpoint: Checkpoint, run_dir: Path) -> Config:
     """The config that a checkpoint was written with, whatever became of the run's file since."""
-    values = checkpoint.state["config"]
+    values = checkpoint.state.config
     if values is None:
         return load_run_config(run_dir)
-    where = f"{checkpoint.directory / 'state.json'}: config"
+    where = f"{checkpoint.directory / CHECKPOINT_STATE}: config"
     try:
         return build_config(values, where, read_model=False)
     except ConfigError as error:
@@ -115,30 +137,8 @@ def structure_of(config: Config) -> ModelConfig:
 
     So what a run started from may go; its checkpoints hold every weight.
     """
-    if not is_file(config.run_dir / "model" / "config.json"):
+    path = RunDirectory(config.run_dir).model_json
+    if not is_file(path):
         return config.model
     checkpointing = config.model.gradient_checkpointing
-    path = config.run_dir / "model" / "config.json"
     return ModelConfig(config=path, gradient_checkpointing=checkpointing)
-
-
-def merged_model(subject: Subject) -> PreTrainedModel:
-    """The plain transformers model on the CPU in fp32, W + s·B·A in place of every adapted W."""
-    import torch
-
-    from relora.lora.inject import add_adapters, merge_adapters
-    from relora.lora.layers import adapted_layers
-
-    config, checkpoint = subject.config, subject.checkpoint
-    model = build_model(subject.structure, config.seed)
-    if config.clock.has_adapters(checkpoint.step):
-        assert config.lora is not None
-        add_adapters(model, config.lora, seed=None)
-    checkpoint.check_fits(model)
-    with torch.no_grad():
-        for name, param in model.named_parameters():
-            param.copy_(checkpoint.tensor(name))
-    for _, layer in adapted_layers(model):
-        layer.shrink = checkpoint.state["shrink"]  # decay since the last merge
-    merge_adapters(model)
-    return model.requires_grad_(True)

@@ -23,6 +23,7 @@ from pathlib import Path
 from relora.engine.distributed import Ranks
 from relora.errors import CheckpointError
 from relora.files import write_atomically
+from relora.record.layout import RunDirectory
 from relora.record.rundir import read_run_state
 
 ANSWER_S = 5.0  # for the others to notice and to leave their marks
@@ -30,7 +31,7 @@ ANSWER_S = 5.0  # for the others to notice and to leave their marks
 
 def forget_marks(run_dir: Path) -> None:
     """Remove what an earlier start has left; before any rank of this one can leave a mark."""
-    shutil.rmtree(run_dir / ".ranks", ignore_errors=True)
+    shutil.rmtree(RunDirectory(run_dir).marks, ignore_errors=True)
 
 
 def mark_failed(run_dir: Path, ranks: Ranks, reason: str) -> None:
@@ -47,11 +48,11 @@ def is_to_tell(run_dir: Path, ranks: Ranks) -> bool:
     if ranks.world == 1:
         return True
     try:
-        (run_dir / ".ranks").mkdir(exist_ok=True)
-        (run_dir / ".ranks" / "told").touch(exist_ok=False)
+        RunDirectory(run_dir).marks.mkdir(exist_ok=True)
+        (RunDirectory(run_dir).marks / "told").touch(exist_ok=False)
     except FileExistsError:
         try:
-            return read_run_state(run_dir).get("status") == "running"
+            return read_run_state(run_dir).status == "running"
         except CheckpointError:  # it is not what a rank has told; this one can
             return True
     except OSError:  # no room for a file without content either
@@ -99,7 +100,7 @@ def break_connections() -> None:
 
 
 def _leave_mark(run_dir: Path, rank: int, reason: str) -> None:
-    directory = run_dir / ".ranks"
+    directory = RunDirectory(run_dir).marks
     with contextlib.suppress(OSError):  # the error that brought us here matters more
         directory.mkdir(exist_ok=True)
         write_atomically(directory / f"{rank:05d}", reason, durable=False)
@@ -108,7 +109,7 @@ def _leave_mark(run_dir: Path, rank: int, reason: str) -> None:
 def _read_marks(run_dir: Path) -> dict[int, str]:
     marks = {}
     with contextlib.suppress(OSError):
-        for path in (run_dir / ".ranks").iterdir():
+        for path in RunDirectory(run_dir).marks.iterdir():
             if path.name.isdecimal():
                 marks[int(path.name)] = path.read_text(encoding="utf8")
     return marks

@@ -21,6 +21,8 @@ from typing import Any
 from relora.engine.distributed import on_terminal
 from relora.errors import CheckpointError
 from relora.files import explain, replacing, supplied
+from relora.record import keys
+from relora.record.layout import RunDirectory
 from relora.record.rundir import check_plain
 
 BAR_WIDTH = 24
@@ -51,13 +53,14 @@ class Metrics:
 
         complaints = []
         with self.noting_trouble():
-            path, log = run_dir / "metrics.jsonl", run_dir / "log.txt"
+            files = RunDirectory(run_dir)
+            path, log = files.metrics, files.log
             for each in (path, log):
                 check_plain(each)
             complaints = drop_after(path, resumed_at)
             self._lines = path.open("a", encoding="utf8")
             self._log = log.open("a", encoding="utf8")
-            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resumed_at + 1)
+            self._board = SummaryWriter(str(files.tensorboard), purge_step=resumed_at + 1)
         for complaint in complaints:
             self.say(complaint)
 
@@ -184,10 +187,10 @@ def drop_after(path: Path, step: int) -> list[str]:
             if number < len(lines):
                 complaints.append(f"{path}: line {number} {error}; it is left out from here on")
             continue
-        again = values["step"] == step and (step == 0 or "train/rollbacks" in values)
+        again = values["step"] == step and (step == 0 or keys.ROLLBACKS in values)
         if values["step"] <= step and not again:
             kept.append(line)
-        if values["step"] == step and "time/save_s" in values:
+        if values["step"] == step and keys.SAVE_S in values:
             saved = len(kept)
     with replacing(path) as temporary:
         temporary.write_bytes(b"".join(line + b"\n" for line in kept[:saved]))
@@ -216,7 +219,7 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     Raises:
         CheckpointError: another line is broken; names it.
     """
-    path = run_dir / "metrics.jsonl"
+    path = RunDirectory(run_dir).metrics
     check_plain(path)
     found = []
     with supplied(CheckpointError, path):

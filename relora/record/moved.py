@@ -16,7 +16,8 @@ from relora.errors import UserError
 from relora.files import exists, is_file
 from relora.load import PATHS, differences, load_run_config
 from relora.record.checkpoint import is_checkpoint, named_checkpoints, newest_state
-from relora.record.loaded import is_subject
+from relora.record.layout import MANIFEST, RunDirectory
+from relora.record.loaded import is_run_or_checkpoint
 from relora.record.rundir import read_stretches
 
 
@@ -60,7 +61,7 @@ def prepared_data(config: Config) -> DataConfig:
 
     As configured if that can be; else where the run had them, under the same settings.
     """
-    if not exists(config.run_dir / "config.yaml"):
+    if not exists(RunDirectory(config.run_dir).config):
         return config.data
     wanted = shard_directory(config.data).name
     for data in (config.data, *data_candidates(config, config.run_dir)):
@@ -98,7 +99,7 @@ def other_contents(old: Config, new: Config) -> Iterator[str]:
     if texts and standing is not None:  # else it begins anew, with what is there
         data = prepared_data(new)
         there = is_file(shard_directory(data) / "index.json")
-        if not there or open_shards(data).fingerprint != standing.state["data"]:
+        if not there or open_shards(data).fingerprint != standing.state.data:
             why = (
                 "other text" if there else "not prepared (relora prepare CONFIG), so it is unknown"
             )
@@ -120,8 +121,8 @@ def _same_weights(one: Path, other: Path) -> bool:
 
 def _weight_files(place: Path) -> dict[str, Path]:
     """The files that tell the weights in a place apart from others, by name."""
-    if is_subject(place):
+    if is_run_or_checkpoint(place):
         checkpoint = [place] if is_checkpoint(place) else named_checkpoints(place)[-1:]
-        found = [each / "manifest.json" for each in checkpoint]  # it has all hashes
+        found = [each / MANIFEST for each in checkpoint]  # it has all hashes
         return {path.name: path for path in found if is_file(path)}
     return {path.name: path for path in place.glob("*.safetensors")}

@@ -14,6 +14,7 @@ from relora.data.tokenizer import tokenizer_hash
 from relora.errors import CheckpointError
 from relora.files import is_file, making, read_json, supplied
 from relora.load import OF_SPEED, leaves
+from relora.record.layout import MODEL, TOKENIZER, RunDirectory
 from relora.record.rundir import describe_environment, record_stretch
 
 if TYPE_CHECKING:
@@ -24,11 +25,11 @@ if TYPE_CHECKING:
 
 def hash_run_files(run_dir: Path) -> dict[str, str]:
     """SHA-256 of what a checkpoint needs of its run directory, by a name of it."""
-    model = read_json(run_dir / "model" / "config.json", CheckpointError)
+    model = read_json(RunDirectory(run_dir).model_json, CheckpointError)
     model.pop("transformers_version", None)
     return {
-        "model": hashlib.sha256(json.dumps(model, sort_keys=True).encode()).hexdigest(),
-        "tokenizer": tokenizer_hash(run_dir / "tokenizer"),
+        MODEL: hashlib.sha256(json.dumps(model, sort_keys=True).encode()).hexdigest(),
+        TOKENIZER: tokenizer_hash(RunDirectory(run_dir).tokenizer),
     }
 
 
@@ -45,23 +46,19 @@ def describe_files(
     """
     files: dict[str, str] = {}
     said: list[str] = []
-    problem = None
     run_dir = config.run_dir
-    if ranks.is_main and is_file(run_dir / "config.yaml"):
-        try:
-            with supplied(CheckpointError, run_dir, "its own files cannot be read or written"):
-                said, files = keep_tokenizer(run_dir, shards), hash_run_files(run_dir)
-                before = checkpoint.state["run_files"].get("model") if checkpoint else None
-                if before not in (None, files["model"]):  # None: not in checkpoints of old
-                    raise CheckpointError(
-                        f"{run_dir / 'model' / 'config.json'}: is not as it was when "
-                        "the newest checkpoint was written; put the old one back"
-                    )
-                complaint = record_stretch(run_dir, step, _environment(config, shards, ranks))
-                said += [complaint] if complaint else []
-        except CheckpointError as error:
-            problem = error
-    ranks.agree(problem)
+    what = "its own files cannot be read or written"
+    with ranks.together(), supplied(CheckpointError, run_dir, what):
+        if ranks.is_main and is_file(RunDirectory(run_dir).config):
+            said, files = keep_tokenizer(run_dir, shards), hash_run_files(run_dir)
+            before = checkpoint.state.run_files.get(MODEL) if checkpoint else None
+            if before not in (None, files[MODEL]):  # None: not in checkpoints of old
+                raise CheckpointError(
+                    f"{RunDirectory(run_dir).model_json}: is not as it was when the newest "
+                    "checkpoint was written; put the old one back"
+                )
+            complaint = record_stretch(run_dir, step, _environment(config, shards, ranks))
+            said += [complaint] if complaint else []
     return files, said
 
 
@@ -77,7 +74,7 @@ def _environment(config: Config, shards: TokenShards, ranks: Ranks) -> dict[str,
 
 def keep_tokenizer(run_dir: Path, shards: TokenShards) -> list[str]:
     """Make the run's tokenizer that of its shards, if it is not; rank 0 alone."""
-    own = run_dir / "tokenizer"
+    own = RunDirectory(run_dir).tokenizer
     with contextlib.suppress(OSError):
         if tokenizer_hash(own) == shards.index["tokenizer_sha256"]:
             return []

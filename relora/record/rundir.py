@@ -2,66 +2,59 @@
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import json
 import os
 import platform
-import re
 import shutil
 import stat
 import subprocess
 import time
-from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any
 
+from pydantic import ConfigDict, Field
+
 from relora.engine.distributed import Ranks
 from relora.engine.signals import follow_launcher
 from relora.errors import CheckpointError
-from relora.files import TEMPORARY, read_json, supplied, write_json
+from relora.files import hold, read_json, supplied, write_json
+from relora.record.checked import Count, Record, checked
+from relora.record.layout import LEFTOVER, RunDirectory
 
 PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "tokenizers", "sentencepiece")
 LOCK_CHARACTERS = 4096
-# What lies in a run directory and is replaced as a whole.
-_LEFTOVER = re.compile(
-    r"(config\.yaml|run_state\.json|environment\.json|metrics\.jsonl|rollbacks\.json|model"
-    rf"|tokenizer){TEMPORARY}"
-)
 PATIENCE_S = 60.0  # for an orphan to finish its step, save and leave
 
 
-def read_run_state(run_dir: Path) -> dict[str, Any]:
-    """What `run_state.json` says: status, reason, step, code. Empty before the first start.
+class RunState(Record):
+    """run_state.json: how a run stands."""
+
+    status: str = Field(description="text")  # running, preempted, failed or finished
+    reason: str = Field(description="text")
+    step: Count = Field(description="a whole number ≥ 0")
+    code: Count = Field(description="a whole number ≥ 0")  # exit code; 0 while running
+
+
+# What a directory says in which nothing has been started; no process ends with such a code.
+NOT_BEGUN = RunState.model_construct(status="unknown", reason="", step=0, code=-1)
+
+
+def read_run_state(run_dir: Path) -> RunState:
+    """What `run_state.json` says; `NOT_BEGUN` before the first start.
 
     Raises:
         CheckpointError: it is there, and is not what a run writes.
     """
-    path = run_dir / "run_state.json"
+    path = RunDirectory(run_dir).state
     if not os.path.lexists(path):
-        return {}
+        return NOT_BEGUN
     try:
-        state = read_json(path, CheckpointError)
-        for field, fits in _STATE.items():
-            if not fits(state.get(field)):
-                raise CheckpointError(f"{path}: {field} is not what a run writes")
+        return checked(RunState, read_json(path, CheckpointError), path)
     except CheckpointError as error:
         # The checkpoints know how far the run is.
         raise CheckpointError(f"{error}; remove it, and the run goes on without") from None
-    return state
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**63
-
-
-_STATE: dict[str, Callable[[Any], bool]] = {
-    "status": lambda value: isinstance(value, str),
-    "reason": lambda value: isinstance(value, str),
-    "step": _is_count,
-    "code": _is_count,
-}
 
 
 def write_run_state(run_dir: Path, status: str, reason: str, step: int, code: int) -> None:
@@ -72,13 +65,13 @@ def write_run_state(run_dir: Path, status: str, reason: str, step: int, code: in
         code: the exit code that goes with it (0 while running).
     """
     values = {"status": status, "reason": reason, "step": step, "code": code}
-    write_json(run_dir / "run_state.json", values)
+    write_json(RunDirectory(run_dir).state, values)
 
 
 def clear_leftovers(run_dir: Path) -> None:
     """Remove what killed processes of this run have left half written; under its lock."""
     for path in run_dir.iterdir():
-        if _LEFTOVER.fullmatch(path.name):
+        if LEFTOVER.fullmatch(path.name):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)
             else:
@@ -94,11 +87,11 @@ def lock(run_dir: Path, patience_s: float = PATIENCE_S) -> IO[str]:
     Raises:
         CheckpointError: another process trains in it, or does not leave.
     """
-    path = run_dir / ".lock"
+    path = RunDirectory(run_dir).lock
     check_plain(path)
     file = path.open("a+", encoding="utf8", errors="replace")
     deadline, told = time.monotonic() + patience_s, False
-    while not _try_lock(file):
+    while not hold(file):
         holder = _read_holder(file)
         pid = holder.get("pid", "unknown")
         if time.monotonic() > deadline or not _is_leaving(holder):
@@ -134,14 +127,6 @@ def check_plain(path: Path) -> None:
         )
 
 
-def _try_lock(file: IO[str]) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
 def _read_holder(file: IO[str]) -> dict[str, Any]:
     """What the holder of the lock wrote about itself; empty while it has not."""
     file.seek(0)
@@ -167,6 +152,15 @@ def _is_leaving(holder: dict[str, Any]) -> bool:
     return status == psutil.STATUS_ZOMBIE or holder.get("launcher") not in (None, parent)
 
 
+class _Stretch(Record):
+    """What a run ran on from a step: that, and whatever `describe_environment` said of it."""
+
+    model_config = ConfigDict(extra="allow")
+
+    # Before there were stretches, the last environment was taken for that of the whole run.
+    from_step: Count = Field(default=0, description="a whole number ≥ 0")
+
+
 def read_stretches(run_dir: Path) -> list[dict[str, Any]]:
     """environment.json: for each stretch of a run what it ran on and `from_step`, oldest first.
 
@@ -175,17 +169,14 @@ def read_stretches(run_dir: Path) -> list[dict[str, Any]]:
     Raises:
         CheckpointError: the file is there and is not what a run writes.
     """
-    path = run_dir / "environment.json"
+    path = RunDirectory(run_dir).environment
     if not os.path.lexists(path):
         return []
     newest = read_json(path, CheckpointError)
     earlier = newest.pop("earlier", [])
-    stretches = [*earlier, newest] if isinstance(earlier, list) else [newest, {"from_step": None}]
-    for stretch in stretches:
-        # Before there were stretches, the last environment was taken for that of the whole run.
-        if not isinstance(stretch, dict) or not _is_count(stretch.setdefault("from_step", 0)):
-            raise CheckpointError(f"{path}: is not what a run writes")
-    return stretches
+    if not isinstance(earlier, list):
+        raise CheckpointError(f"{path}: earlier must be a list")
+    return [checked(_Stretch, each, path).model_dump() for each in (*earlier, newest)]
 
 
 def record_stretch(run_dir: Path, step: int, environment: dict[str, Any]) -> str | None:
@@ -204,7 +195,7 @@ def record_stretch(run_dir: Path, step: int, environment: dict[str, Any]) -> str
     if before and {**before[-1], "from_step": step} == {**environment, "from_step": step}:
         step = before.pop()["from_step"]
     values = {**environment, "from_step": step}
-    write_json(run_dir / "environment.json", values | ({"earlier": before} if before else {}))
+    write_json(RunDirectory(run_dir).environment, values | ({"earlier": before} if before else {}))
     return complaint
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import shutil
 import threading
 import time
@@ -27,12 +26,17 @@ from torch import Tensor
 from relora.engine.distributed import Ranks
 from relora.engine.state import MOMENTS, EngineState
 from relora.errors import CheckpointError
-from relora.files import TEMPORARY, beside, replacing, sync, write_json
+from relora.files import beside, discard, publish, replacing, sync, write_json
 from relora.record.checkpoint import complete_checkpoints
-from relora.record.manifest import FORMAT, describe, rank_file, step_of
-
-# What killed saves leave, those of earlier versions too; anything else there is somebody else's.
-_LEFTOVER = re.compile(rf"step_[0-9]{{8,}}({TEMPORARY}|(\.old|\.[0-9]+)?\.tmp)")
+from relora.record.layout import (
+    CHECKPOINT_STATE,
+    LEFTOVER_OF_SAVES,
+    MANIFEST,
+    RunDirectory,
+    rank_file,
+    step_of,
+)
+from relora.record.manifest import FileRecord, Manifest, describe
 
 
 class Saving:
@@ -54,10 +58,10 @@ class Saving:
         self.step: int = state["step"]
         self.ranks = ranks
         self.seconds = 0.0  # that writing took
-        self.final = run_dir / "checkpoints" / f"step_{self.step:08d}"
+        self.final = RunDirectory(run_dir).checkpoint(self.step)
         # Of this process: a rank that outlived an earlier one may still write into its own.
         self.temporary = beside(self.final)
-        self._files: dict[str, dict[str, Any]] = {}
+        self._files: dict[str, FileRecord] = {}
         self._problem: str | None = None
         self._bug: BaseException | None = None
         problem = None
@@ -138,17 +142,17 @@ class Saving:
             self._bug, self._problem = error, f"rank {self.ranks.rank}: {error!r}"
         self.seconds = time.perf_counter() - began
 
-    def _commit(self, files: dict[str, dict[str, Any]]) -> str | None:
+    def _commit(self, files: dict[str, FileRecord]) -> str | None:
         """Make the directory a checkpoint; what kept rank 0 from it, if anything did."""
         try:
-            write_json(self.temporary / "state.json", self._state)
-            files = {"state.json": describe(self.temporary / "state.json"), **files}
-            write_json(self.temporary / "manifest.json", {"format": FORMAT, "files": files})
+            state = self.temporary / CHECKPOINT_STATE
+            write_json(state, self._state)
+            files = {state.name: describe(state), **files}
+            write_json(self.temporary / MANIFEST, Manifest(files=files).model_dump())
             sync(self.temporary)
             if os.path.lexists(self.final):  # the run went back to before it
-                _discard(self.final)
-            self.temporary.rename(self.final)
-            sync(self.final.parent)
+                discard(self.final)
+            publish(self.temporary, self.final)
         except OSError as error:
             return str(error)
         return None
@@ -181,29 +185,19 @@ def retire(
     """Remove what was abandoned and the oldest checkpoints, never the newest. Rank 0 only."""
     for path in abandoned:
         if path != newest and path.exists():
-            _discard(path)
+            discard(path)
     complete = complete_checkpoints(newest.parent.parent)
     passing = [path for path in complete if not is_milestone(step_of(path))]
     for path in passing[:-keep]:
         if path != newest:
-            _discard(path)
-
-
-def _discard(path: Path) -> None:
-    """Remove a checkpoint. What is no directory has its name and is none: it only loses that."""
-    # First the name that makes it a checkpoint, then the files.
-    doomed = beside(path)
-    path.rename(doomed)
-    if doomed.is_dir() and not doomed.is_symlink():
-        # What a reader still holds open on a network disk stays; the next save tries again.
-        shutil.rmtree(doomed, ignore_errors=True)
+            discard(path)
 
 
 def _make_clear(directory: Path) -> None:
     """Make an empty directory, and remove what killed saves left beside it."""
     directory.parent.mkdir(exist_ok=True)
     for leftover in directory.parent.iterdir():
-        if _LEFTOVER.fullmatch(leftover.name):
+        if LEFTOVER_OF_SAVES.fullmatch(leftover.name):
             # A reader on a network disk may hold it open: the next save tries again.
             shutil.rmtree(leftover, ignore_errors=True)
     directory.mkdir()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from relora.config import Config
 from relora.errors import CheckpointError, ConfigError, UserError
@@ -12,9 +11,9 @@ from relora.files import exists, is_dir, is_file
 from relora.load import MAY_CHANGE, PATHS, differences, load_run_config
 from relora.model import ModelConfig, load_model_config
 from relora.record.checkpoint import complete_checkpoints, newest_state
-from relora.record.manifest import step_of
+from relora.record.layout import RunDirectory, step_of
 from relora.record.moved import other_contents
-from relora.record.rundir import check_plain, read_run_state
+from relora.record.rundir import RunState, check_plain, read_run_state
 from relora.structure import changed_keys
 
 SHOWN = 3  # differences
@@ -45,7 +44,7 @@ def standing(config: Config) -> str | None:
         return f"train refuses it: it holds {error.holds}: {changes}"
     except UserError as error:
         return f"train refuses it: {str(error).splitlines()[0]}"
-    if not is_file(config.run_dir / "config.yaml"):
+    if not is_file(RunDirectory(config.run_dir).config):
         return None
     checkpoints = complete_checkpoints(config.run_dir)
     if not checkpoints:
@@ -63,7 +62,7 @@ def is_finished(config: Config, wanted: Path | None = None) -> bool:
         ConfigError: it holds another run, or one that is past the wanted length already.
         CheckpointError: its checkpoints are gone.
     """
-    saved = config.run_dir / "config.yaml"
+    saved = RunDirectory(config.run_dir).config
     if exists(config.run_dir) and not is_dir(config.run_dir):
         raise ConfigError(f"run_dir: {config.run_dir} is not a directory; choose another")
     check_plain(saved)
@@ -72,7 +71,7 @@ def is_finished(config: Config, wanted: Path | None = None) -> bool:
     _check_same_config(config)
     _check_same_model(config)
     state = read_run_state(config.run_dir)
-    step = state.get("step", 0) if wanted is None else step_of(wanted)
+    step = state.step if wanted is None else step_of(wanted)
     if step > config.total_steps:
         raise ConfigError(
             f"train.steps: {config.total_steps}, but the run in {config.run_dir} is at step "
@@ -81,7 +80,7 @@ def is_finished(config: Config, wanted: Path | None = None) -> bool:
     return wanted is None and _is_complete(config, state)
 
 
-def _is_complete(config: Config, state: dict[str, Any]) -> bool:
+def _is_complete(config: Config, state: RunState) -> bool:
     """Whether a run is finished, and its last checkpoint is there; else it is to be made again.
 
     Args:
@@ -90,16 +89,16 @@ def _is_complete(config: Config, state: dict[str, Any]) -> bool:
     Raises:
         CheckpointError: the run has saved, and no checkpoint is left.
     """
-    if state.get("status") not in ("finished", "preempted") or not state.get("step"):
+    if state.status not in ("finished", "preempted") or not state.step:
         return False
     newest, complaints = newest_state(config.run_dir)
     if newest is None and not complaints:
         raise CheckpointError(
-            f"{config.run_dir}: run_state.json says {state['status']} at step {state['step']}, and "
+            f"{config.run_dir}: run_state.json says {state.status} at step {state.step}, and "
             "there is no checkpoint; put them back, or start anew in another run_dir"
         )
-    last = newest.state["step"] if newest else None
-    return state["status"] == "finished" and state["step"] == config.total_steps == last
+    last = newest.state.step if newest else None
+    return state.status == "finished" and state.step == config.total_steps == last
 
 
 def _check_same_config(config: Config) -> None:
@@ -131,7 +130,7 @@ def _check_same_model(config: Config) -> None:
     Raises:
         AnotherRun: its file has changed since; nothing in the shapes need tell.
     """
-    begun = is_file(config.run_dir / "model" / "config.json")
+    begun = is_file(RunDirectory(config.run_dir).model_json)
     if not begun or (config.model.pretrained and not exists(config.model.pretrained)):
         return
     old = load_model_config(ModelConfig(pretrained=config.run_dir))

@@ -8,6 +8,7 @@ from datetime import datetime
 import numpy as np
 
 from relora.errors import CheckpointError, ConfigError
+from relora.record import keys
 from relora.report import questions
 from relora.report.arms import ArmRuns, perplexity_of, spread
 from relora.report.curves import curves_of, place_of
@@ -169,19 +170,19 @@ def _loss(run: RunFiles) -> float | None:
 
 def _merges(run: RunFiles) -> list[float]:
     """Seconds of each merge."""
-    return [line["time/merge_s"] for line in run.events_with("time/merge_s")]
+    return [line[keys.MERGE_S] for line in run.events_with(keys.MERGE_S)]
 
 
 FINAL = ("loss", "perplexity")  # compared only where they are of the same step
 FIGURES: dict[str, Callable[[RunFiles, Prediction], float | None]] = {
-    "tokens": lambda run, _: _highest(run.log["train/tokens"], run.evaluations.tokens),
-    "seconds": lambda run, _: _highest(run.log["time/elapsed_s"], run.evaluations.seconds),
+    "tokens": lambda run, _: _highest(run.log[keys.TOKENS], run.evaluations.tokens),
+    "seconds": lambda run, _: _highest(run.log[keys.ELAPSED_S], run.evaluations.seconds),
     "loss": lambda run, _: _loss(run),
     "perplexity": lambda run, _: perplexity_of(_loss(run)),
-    "merges": lambda run, _: float(len(run.events_with("relora/merge"))),
-    "tokens_per_s": lambda run, _: run.median("perf/tokens_per_s"),
-    "step_ms": lambda run, _: run.median("perf/step_ms"),
-    "memory_gib": lambda run, _: _highest(run.of_main("perf/memory_gib")),
+    "merges": lambda run, _: float(len(run.events_with(keys.MERGE))),
+    "tokens_per_s": lambda run, _: run.median(keys.TOKENS_PER_S),
+    "step_ms": lambda run, _: run.median(keys.STEP_MS),
+    "memory_gib": lambda run, _: _highest(run.of_main(keys.MEMORY_GIB)),
     "checkpoint_bytes": lambda run, _: run.checkpoint_bytes,
     "merge_s": lambda run, _: float(np.median(_merges(run))) if _merges(run) else None,
     "merges_s": lambda run, _: float(sum(_merges(run))) if _merges(run) else None,

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from relora.record import keys
 from relora.report.arms import ArmRuns, mean_over_seeds, perplexity_of, spread
 from relora.report.read import Evaluations, RunFiles
 from relora.report.records import Column, Curve, Curves
@@ -18,8 +19,8 @@ LR_POINTS = 400  # of a learning-rate curve, beside its corners
 def curves_of(arm: ArmRuns) -> Curves:
     """Mean and spread over the arm's seeds, each seed's own curves, and what happened when."""
     leader = arm.leader
-    merges = [float(line["step"]) for line in leader.events_with("relora/merge")]
-    births = [float(line["step"]) for line in leader.events_with("relora/birth")]
+    merges = [float(line["step"]) for line in leader.events_with(keys.MERGE)]
+    births = [float(line["step"]) for line in leader.events_with(keys.BIRTH)]
     rewarm = leader.config.clock.rewarm
     starts = [step for step in (*births, *merges) if rewarm]
     return Curves(
@@ -44,8 +45,8 @@ def place_of(run: RunFiles, steps: Sequence[float]) -> tuple[np.ndarray, np.ndar
     order = np.argsort(known, kind="stable")
     columns = []
     for logged, evaluated, start in (
-        (log["train/tokens"], evaluations.tokens, run.start.tokens if run.start else 0.0),
-        (log["time/elapsed_s"], evaluations.seconds, run.start.seconds if run.start else 0.0),
+        (log[keys.TOKENS], evaluations.tokens, run.start.tokens if run.start else 0.0),
+        (log[keys.ELAPSED_S], evaluations.seconds, run.start.seconds if run.start else 0.0),
     ):
         values = np.concatenate([logged, evaluated])[order]
         there = np.isfinite(values)
@@ -70,9 +71,9 @@ def _at(run: RunFiles, steps: Sequence[float], **more: Column) -> Curve:
 def _training(log: dict[str, np.ndarray]) -> Curve:
     return Curve(
         step=_plain(log["step"]),
-        tokens=_plain(log["train/tokens"]),
-        seconds=_plain(log["time/elapsed_s"]),
-        loss=_plain(log["train/loss"]),
+        tokens=_plain(log[keys.TOKENS]),
+        seconds=_plain(log[keys.ELAPSED_S]),
+        loss=_plain(log[keys.TRAIN_LOSS]),
     )
 
 

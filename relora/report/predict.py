@@ -9,6 +9,7 @@ from relora.errors import UserError
 from relora.load import OF_SPEED, build_config
 from relora.lora.config import LoRAConfig
 from relora.model import ModelConfig
+from relora.record.layout import RunDirectory
 from relora.report.questions import CountFlops
 from relora.report.read import RunFiles
 from relora.report.records import Predicted
@@ -67,7 +68,7 @@ def _as_of_main(config: Config, run: RunFiles) -> Config:
         if path in OF_SPEED:
             section, _, key = path.partition(".")
             values[section] = {**(values[section] or {}), key: value}
-    return build_config(values, f"{run.path / 'environment.json'}: settings", read_model=False)
+    return build_config(values, f"{RunDirectory(run.path).environment}: settings", read_model=False)
 
 
 def _count(model: ModelConfig, lora: LoRAConfig | None) -> tuple[int, int]:

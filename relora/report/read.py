@@ -19,20 +19,22 @@ from relora.config import Config
 from relora.errors import CheckpointError, ConfigError
 from relora.files import exists, is_file, read_json, supplied
 from relora.load import build_config, leaves, load_run_config
+from relora.record import keys
 from relora.record.checkpoint import newest_state
+from relora.record.layout import CHECKPOINT_STATE, RunDirectory
 from relora.record.metrics import decode_line
 from relora.record.moved import moved_path
 from relora.record.rundir import check_plain, read_run_state, read_stretches
 
 COLUMNS = (
     "step",
-    "train/tokens",
-    "time/elapsed_s",
-    "train/loss",
-    "train/lr",
-    "perf/tokens_per_s",
-    "perf/step_ms",
-    "perf/memory_gib",
+    keys.TOKENS,
+    keys.ELAPSED_S,
+    keys.TRAIN_LOSS,
+    keys.LR,
+    keys.TOKENS_PER_S,
+    keys.STEP_MS,
+    keys.MEMORY_GIB,
 )
 # Of an environment: what decides how long a step takes.
 MACHINE = ("device", "world_size", "threads_per_rank", "platform")
@@ -153,13 +155,13 @@ def read_run(run_dir: Path) -> RunFiles:
     Raises:
         CheckpointError: it is none, or a file in it is broken; names the file and the line.
     """
-    config, metrics = run_dir / "config.yaml", run_dir / "metrics.jsonl"
-    model = run_dir / "model" / "config.json"
+    files = RunDirectory(run_dir)
+    config, metrics, model = files.config, files.metrics, files.model_json
     if not is_file(config):
         what = "it has no config.yaml" if exists(run_dir) else "no such directory"
         raise CheckpointError(f"{run_dir}: is no run directory that has started: {what}")
     state = read_run_state(run_dir)
-    status = str(state.get("status", "unknown"))
+    status = state.status
     if not exists(metrics) and status in ("finished", "unknown"):
         raise CheckpointError(
             f"{run_dir}: is no run directory that has started: it has no metrics.jsonl"
@@ -178,14 +180,14 @@ def read_run(run_dir: Path) -> RunFiles:
         path=run_dir,
         config=settings,
         status=status,
-        reason=str(state.get("reason", "")),
+        reason=state.reason,
         model=read_json(model, CheckpointError) if exists(model) else None,
         stretches=stretches,
         log=log,
         evaluations=evaluations,
         events=events,
         checkpoint_bytes=newest and newest.bytes,
-        data=newest and str(newest.state["data"]),
+        data=newest and newest.state.data,
         start=start,
         silent_s=max(0.0, time.time() - last) if status == "running" and last else None,
         complaints=complaints + unknown,
@@ -237,24 +239,24 @@ def _read_metrics(
     last = None
     for line in read_lines(path) if exists(path) else ():
         last = line.get("time_s", last)
-        if "train/loss" in line:
+        if keys.TRAIN_LOSS in line:
             for key, values in columns.items():
                 values.append(line.get(key))
-        elif "eval/loss" not in line:
+        elif keys.EVAL_LOSS not in line:
             events.append(line)
-        if "eval/loss" in line:
+        if keys.EVAL_LOSS in line:
             evaluated.append(line)
     log = {key: numbers(values) for key, values in columns.items()}
     extra_tokens, extra_s = (start.tokens, start.seconds) if start else (0.0, 0.0)
-    log["train/tokens"] += extra_tokens
-    log["time/elapsed_s"] += extra_s
-    finite = [i for i, line in enumerate(evaluated) if is_number(line["eval/loss"])]
+    log[keys.TOKENS] += extra_tokens
+    log[keys.ELAPSED_S] += extra_s
+    finite = [i for i, line in enumerate(evaluated) if is_number(line[keys.EVAL_LOSS])]
     kept = [evaluated[i] for i in finite]
     evaluations = Evaluations(
         numbers([line["step"] for line in kept]),
-        numbers([line.get("train/tokens") for line in kept]) + extra_tokens,
-        numbers([line.get("time/elapsed_s") for line in kept]) + extra_s,
-        numbers([line["eval/loss"] for line in kept]),
+        numbers([line.get(keys.TOKENS) for line in kept]) + extra_tokens,
+        numbers([line.get(keys.ELAPSED_S) for line in kept]) + extra_s,
+        numbers([line[keys.EVAL_LOSS] for line in kept]),
         len(evaluated) - (finite[-1] + 1 if finite else 0),
     )
     return log, evaluations, events, last if is_number(last) else None
@@ -285,11 +287,11 @@ def _read_start(config: Config, run_dir: Path) -> tuple[Start | None, list[str]]
         return None, [*complaints, unknown]
     state = found.state
     try:
-        source = build_config(state["config"], f"{given}: state.json", read_model=False)
-    except (ConfigError, KeyError, TypeError, AttributeError):
+        source = build_config(state.config or {}, f"{given}: {CHECKPOINT_STATE}", read_model=False)
+    except ConfigError:
         return None, [*complaints, unknown]
     if source.model.pretrained is not None:
         before = source.model.pretrained
         complaints.append(f"{given} itself starts from {before}, whose cost is not counted")
-    tokens = float(state["consumed"] * source.data.sequence_length)
-    return Start(str(given), source, state["step"], tokens, float(state["elapsed_s"])), complaints
+    tokens = float(state.consumed * source.data.sequence_length)
+    return Start(str(given), source, state.step, tokens, state.elapsed_s), complaints

@@ -1,20 +1,17 @@
-"""Spectra of updates, from `RUN/spectra/step_XXXXXXXX.safetensors`, put together for the report."""
+"""Spectra of updates that runs have measured, put together for the report."""
 
 from __future__ import annotations
 
 import itertools
-import json
 import math
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from relora.model import layer_kind
+from relora.record import keys
+from relora.record.spectra_files import Measurement, read_measurements
 from relora.report.arms import ArmRuns, spread
 from relora.report.read import RunFiles
 from relora.report.records import (
@@ -28,50 +25,9 @@ from relora.report.records import (
 
 MEASURED = tuple(SpectraFigures.model_fields)
 PAIRED = 5  # arms of which every pair is compared
-_FILE = re.compile(r"step_(\d{8,})\.safetensors")
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """One file: what was measured after a step."""
-
-    file: Any  # open: a run that goes back removes what it measured after that
-    step: int
-    merge: int | None  # None = the end of the run, or between merges
-    layers: dict[str, dict[str, Any]]
-
-    def tensor(self, layer: str, kind: str) -> np.ndarray | None:
-        """A tensor of the file, or None if it has none of that name."""
-        name = f"{layer}|{kind}"
-        return self.file.get_tensor(name) if name in self.file.keys() else None  # noqa: SIM118
-
-    def median(self, figure: str) -> float | None:
-        """Over the layers that have it."""
-        values = [_number(layer.get(figure)) for layer in self.layers.values()]
-        known = [value for value in values if value is not None]
-        return float(np.median(known)) if known else None
 
 
 Seed = tuple[RunFiles, list[Measurement]]
-
-
-def read_measurements(run_dir: Path) -> tuple[list[Measurement], list[str]]:
-    """A run's measurements by step, and a complaint about each file that cannot be read."""
-    found, complaints = [], []
-    for path in sorted((run_dir / "spectra").glob("step_*.safetensors")):
-        if not _FILE.fullmatch(path.name):
-            continue
-        try:
-            if not path.is_file():  # a FIFO would be waited for
-                raise OSError("no plain file")
-            file = safe_open(path, framework="numpy").__enter__()
-            metadata = file.metadata() or {}
-            layers = {layer["name"]: layer for layer in json.loads(metadata["layers"])}
-            merge = int(metadata["merge"]) if metadata.get("merge") else None
-            found.append(Measurement(file, int(metadata["step"]), merge, layers))
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-            complaints.append(f"{path}: is left out, since it cannot be read: {error!r}")
-    return sorted(found, key=lambda measurement: measurement.step), complaints
 
 
 def spectra_of_arms(
@@ -120,7 +76,7 @@ def _arm(arm: ArmRuns, seeds: Sequence[Seed]) -> ArmSpectra:
 
 def _most_lost(run: RunFiles) -> float | None:
     """Largest share of a merge's update that rounding has kept from the weights."""
-    lost = [line["relora/rounding_loss"] for line in run.events_with("relora/rounding_loss")]
+    lost = [line[keys.ROUNDING_LOSS] for line in run.events_with(keys.ROUNDING_LOSS)]
     return max(lost, default=None)
 
 

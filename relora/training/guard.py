@@ -22,6 +22,7 @@ from relora.files import NO_ROOM, is_file, making, write_atomically
 from relora.load import dump_config, load_run_config
 from relora.model import save_structure
 from relora.record import lost
+from relora.record.layout import RunDirectory
 from relora.record.lost import describe_loss, forget_marks
 from relora.record.moved import moved_lines
 from relora.record.rundir import (
@@ -91,7 +92,7 @@ def _begin(config: Config, ranks: Ranks) -> tuple[StopRequest, Any, list[str], i
     stop, claim = StopRequest(), None
     try:
         claim, moved = _claim(config, ranks)
-        return stop, claim, moved, read_run_state(config.run_dir).get("step", 0)
+        return stop, claim, moved, read_run_state(config.run_dir).step
     except BaseException:
         # Nothing has begun: whoever called goes on, and hears its own signals.
         if claim is not None:
@@ -157,11 +158,12 @@ def _open_run_dir(config: Config) -> tuple[Any, list[str]]:
     claim = lock(run_dir, min(PATIENCE_S, 30 * config.deepspeed.timeout_minutes))
     forget_marks(run_dir)
     clear_leftovers(run_dir)
-    begun = is_file(run_dir / "config.yaml")
+    files = RunDirectory(run_dir)
+    begun = is_file(files.config)
     moved = moved_lines(load_run_config(run_dir), config) if begun else []
-    write_atomically(run_dir / "config.yaml", dump_config(config))
+    write_atomically(files.config, dump_config(config))
     # Read only if it is to be written: what the run started from may be gone by now.
-    if not is_file(run_dir / "model" / "config.json"):
-        with making(run_dir / "model", replace=True) as temporary:
+    if not is_file(files.model_json):
+        with making(files.model, replace=True) as temporary:
             save_structure(config.model, temporary)
     return claim, moved

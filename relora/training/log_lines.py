@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from relora.config import Config
 from relora.load import leaves
+from relora.record import keys
 from relora.restart.schedule import Clock
 from relora.version import __version__
 from relora.words import format_count, format_duration
@@ -109,7 +110,7 @@ def timeline(clock: Clock) -> str:
 
 def step_line(clock: Clock, step: int, values: Mapping[str, float]) -> str:
     """One log line: where the run is, how it does, how fast, how long still."""
-    remaining = (clock.total - step) * values["perf/step_ms"] / 1000
+    remaining = (clock.total - step) * values[keys.STEP_MS] / 1000
     return " | ".join(
         [
             f"step {step:>{len(str(clock.total))}}/{clock.total}",
@@ -156,9 +157,9 @@ def merge_line(step: int, layers: int, values: Mapping[str, float]) -> str:
 def spectra_line(step: int, values: Mapping[str, float]) -> str:
     """What the weights have gained: medians over the layers."""
     parts = [f"effective rank {values['spectra/total_effective_rank']:.1f} since the start"]
-    if "spectra/cycle_effective_rank" in values:
+    if keys.CYCLE_EFFECTIVE_RANK in values:
         parts.append(f"{values['spectra/cycle_effective_rank']:.1f} in this cycle")
-    if "spectra/overlap" in values:
+    if keys.OVERLAP in values:
         parts.append(f"{values['spectra/overlap']:.0%} shared with the last")
     return f"SPECTRA at step {step}: {', '.join(parts)} ({values['time/spectra_s']:.1f} s)"
 

@@ -24,19 +24,16 @@ from relora.engine.evaluation import (
 from relora.engine.precision import precision_of
 from relora.engine.signals import StopRequest
 from relora.errors import NumericsError
+from relora.record import keys
+from relora.record.rollbacks import Rollback, record_rollbacks
+from relora.record.spectra_files import drop_measurements
 from relora.restart import invariants
 from relora.restart.restart import merge_and_restart, shrink_
 from relora.training import log_lines
 from relora.training.config import SpikeConfig
 from relora.training.run import Run, find_checkpoint, finish_save, give_birth, save
-from relora.training.spectra import check_start, draw, drop_after, keep_start, measure
-from relora.training.spikes import (
-    Rollback,
-    check_limit,
-    position_after,
-    record_rollbacks,
-    threshold_of,
-)
+from relora.training.spectra import check_start, draw, keep_start, measure
+from relora.training.spikes import check_limit, position_after, threshold_of
 
 PROBE_TOKENS = 256
 SAMPLE_TOKENS = 48
@@ -125,7 +122,7 @@ def train_run(run: Run, stop: StopRequest, update: Update = update) -> bool | No
 def _begin(run: Run) -> None:
     """What is due at the step that a run begins or goes on at."""
     if run.ranks.is_main:
-        drop_after(run.config.run_dir, run.step)
+        drop_measurements(run.config.run_dir, run.step)
     if run.progress.owes_merge:
         length = run.config.data.sequence_length
         tokens = torch.from_numpy(run.shards.train[:length].astype("int64"))
@@ -214,12 +211,12 @@ def _restart(run: Run, batch: Tensor) -> None:
     deviation = invariants.check_function(before, after, tolerance, number)
     invariants.check_copies(run.places, number)
     values = {
-        "relora/merge": number,
-        "relora/update_ratio": report.update_ratio,
-        "relora/rounding_loss": report.rounding_loss,
-        "relora/zeroed_share": report.zeroed_share,
-        "relora/probe_deviation": deviation,
-        "time/merge_s": time.perf_counter() - began,
+        keys.MERGE: number,
+        keys.UPDATE_RATIO: report.update_ratio,
+        keys.ROUNDING_LOSS: report.rounding_loss,
+        keys.ZEROED_SHARE: report.zeroed_share,
+        keys.PROBE_DEVIATION: deviation,
+        keys.MERGE_S: time.perf_counter() - began,
     }
     run.metrics.write(run.step, values)
     run.metrics.say(log_lines.merge_line(run.step, report.layers, values))
@@ -230,8 +227,8 @@ def _measure(run: Run, merge: int | None) -> None:
     began = time.perf_counter()
     values = measure(run, merge)
     if run.ranks.is_main:
-        run.metrics.figure(run.step, "spectra/singular_values", draw(run.config.run_dir, run.step))
-    values["time/spectra_s"] = time.perf_counter() - began
+        run.metrics.figure(run.step, keys.SINGULAR_VALUES, draw(run.config.run_dir, run.step))
+    values[keys.SPECTRA_S] = time.perf_counter() - began
     run.metrics.write(run.step, values)
     run.metrics.say(log_lines.spectra_line(run.step, values))
 
@@ -242,7 +239,7 @@ def _note_skipped(run: Run, in_a_row: int) -> None:
     run.metrics.say(
         f"the update after step {run.step} was not finite: skipped ({in_a_row} in a row)"
     )
-    run.metrics.write(run.step, {"train/skipped": run.progress.skipped})
+    run.metrics.write(run.step, {keys.SKIPPED: run.progress.skipped})
     if in_a_row >= limit:
         raise NumericsError(
             f"{limit} updates in a row were not finite (loss or gradient) after step {run.step}; "
@@ -273,8 +270,15 @@ def _has_jumped(run: Run, loss: float, spike: SpikeConfig) -> bool:
     check_limit(run.rollbacks, spike, run.step, loss, threshold)
     finish_save(run)
     checkpoint, _ = find_checkpoint(run.config, run.ranks, run.saves.wanted)
-    step, consumed = (checkpoint.step, checkpoint.state["consumed"]) if checkpoint else (0, 0)
-    new = Rollback(step, consumed, run.progress.consumed, run.step, loss, threshold)
+    step, consumed = (checkpoint.step, checkpoint.state.consumed) if checkpoint else (0, 0)
+    new = Rollback(
+        step=step,
+        consumed=consumed,
+        skip_to=run.progress.consumed,
+        spike_step=run.step,
+        loss=loss,
+        threshold=threshold,
+    )
     record_rollbacks(run.config.run_dir, [*run.rollbacks, new], run.ranks)
     run.metrics.say(f"{new.describe()}; going back to step {step}")
     return True
@@ -285,7 +289,7 @@ def _pass_over(run: Run) -> None:
     place = position_after(run.progress.consumed, run.rollbacks)
     for number, rollback in enumerate(run.rollbacks, 1):
         if run.progress.consumed <= rollback.consumed < place:
-            run.metrics.write(run.step, {"train/rollbacks": number, **rollback.figures()})
+            run.metrics.write(run.step, {keys.ROLLBACKS: number, **rollback.figures()})
             run.metrics.say(f"rollback {number}: {rollback.describe()}; its data is skipped")
     run.progress.consumed = place
 
@@ -296,23 +300,23 @@ def _log(run: Run, loss: float, auxiliary: float | None, lr: float, grad_norm: f
     seconds = sum(run.progress.interval) / len(run.progress.interval)
     run.progress.interval.clear()
     values = {
-        "train/loss": loss,
-        "train/lr": lr,
-        "train/grad_norm": grad_norm,
-        "train/tokens": run.progress.consumed * config.data.sequence_length,
-        "train/skipped": run.progress.skipped,
-        "perf/tokens_per_s": config.tokens_per_step / seconds,
-        "perf/step_ms": seconds * 1000,
-        "perf/memory_gib": memory_gib(run.ranks.device),
-        "time/elapsed_s": run.elapsed,
+        keys.TRAIN_LOSS: loss,
+        keys.LR: lr,
+        keys.GRAD_NORM: grad_norm,
+        keys.TOKENS: run.progress.consumed * config.data.sequence_length,
+        keys.SKIPPED: run.progress.skipped,
+        keys.TOKENS_PER_S: config.tokens_per_step / seconds,
+        keys.STEP_MS: seconds * 1000,
+        keys.MEMORY_GIB: memory_gib(run.ranks.device),
+        keys.ELAPSED_S: run.elapsed,
     }
     if auxiliary is not None:
-        values["train/auxiliary_loss"] = auxiliary
+        values[keys.AUXILIARY_LOSS] = auxiliary
     if run.progress.loss_scale:
-        values["train/loss_scale"] = run.progress.loss_scale.value
+        values[keys.LOSS_SCALE] = run.progress.loss_scale.value
     cycle = config.clock.place_in_cycle(run.step)
     if cycle is not None:
-        values["relora/cycle"] = cycle[0]
+        values[keys.CYCLE] = cycle[0]
     run.metrics.write(run.step, values)
     run.metrics.say(log_lines.step_line(config.clock, run.step, values))
 
@@ -330,17 +334,17 @@ def _evaluate(run: Run) -> None:
     )
     loss, tokens = evaluate_loss(run.engine, batches, run.ranks)
     values = {
-        "eval/loss": loss,
-        "eval/perplexity": perplexity(loss),
-        "eval/tokens": tokens,
-        "train/tokens": run.progress.consumed * run.config.data.sequence_length,
-        "time/eval_s": time.perf_counter() - began,
-        "time/elapsed_s": run.elapsed,
+        keys.EVAL_LOSS: loss,
+        keys.PERPLEXITY: perplexity(loss),
+        keys.EVAL_TOKENS: tokens,
+        keys.TOKENS: run.progress.consumed * run.config.data.sequence_length,
+        keys.EVAL_S: time.perf_counter() - began,
+        keys.ELAPSED_S: run.elapsed,
     }
     run.metrics.write(run.step, values)
     run.metrics.say(log_lines.eval_line(run.step, values))
     if run.config.train.sample_prompt is not None:
-        run.metrics.text(run.step, "eval/sample", _sample(run, run.config.train.sample_prompt))
+        run.metrics.text(run.step, keys.SAMPLE, _sample(run, run.config.train.sample_prompt))
     if run.step == run.config.clock.total:
         run.metrics.conclude(log_lines.hyperparameters(run.config), values)
 

@@ -27,8 +27,8 @@ from relora.record.checkpoint import (
     named_checkpoints,
     no_checkpoint,
 )
-from relora.record.loaded import is_subject, structure_of
-from relora.record.manifest import is_checkpoint_name
+from relora.record.layout import RunDirectory, is_checkpoint_name
+from relora.record.loaded import is_run_or_checkpoint, structure_of
 from relora.record.moved import prepared_data
 from relora.structure import check_context
 
@@ -39,7 +39,7 @@ def checkpoint_to_resume(run_dir: Path, path: Path) -> Path:
     Raises:
         ConfigError: there is none, or it belongs to another run.
     """
-    home = run_dir / "checkpoints"
+    home = RunDirectory(run_dir).checkpoints
     names = [checkpoint.name for checkpoint in complete_checkpoints(run_dir)]
     has = f"{home} has {', '.join(names)}" if names else f"{home} has none"
     resolved = Path(os.path.realpath(path))
@@ -64,7 +64,7 @@ def check_model(config: Config, thorough: bool = True) -> PreTrainedModel:
     """
     structure, pretrained = structure_of(config), config.model.pretrained
     if structure is config.model:  # the run has no copy of it yet
-        if pretrained is not None and not is_subject(pretrained):
+        if pretrained is not None and not is_run_or_checkpoint(pretrained):
             check_pretrained(pretrained)
         elif pretrained is not None and not (
             is_checkpoint(pretrained) or named_checkpoints(pretrained)

@@ -22,21 +22,22 @@ from relora.lora.inject import add_adapters
 from relora.lora.layers import adapted_layers, names_of
 from relora.model import build_meta_model, build_model, make_trainable
 from relora.plan.advice import idle_settings
+from relora.record import keys
 from relora.record.checkpoint import (
     Checkpoint,
     named_checkpoints,
     newest_sound,
     open_checkpoint,
 )
-from relora.record.loaded import is_subject, merged_model, open_subject, structure_of
-from relora.record.manifest import step_of
+from relora.record.layout import step_of
+from relora.record.loaded import is_run_or_checkpoint, load_run, structure_of
 from relora.record.metrics import Metrics
 from relora.record.own_files import describe_files
+from relora.record.rollbacks import Rollback, read_rollbacks
 from relora.record.rundir import installed_versions, write_run_state
 from relora.record.saving import Saving
 from relora.restart.restart import shrink_
 from relora.training import log_lines
-from relora.training.spikes import Rollback, read_rollbacks
 
 
 @dataclass
@@ -114,7 +115,7 @@ def start_run(
     """
     checkpoint, complaints = find_checkpoint(config, ranks, wanted)
     step = checkpoint.step if checkpoint else 0
-    if checkpoint and checkpoint.state["data"] != shards.fingerprint:
+    if checkpoint and checkpoint.state.data != shards.fingerprint:
         raise DataError(
             f"{shards.directory}: holds other tokens than the run in {config.run_dir} was trained "
             "on so far; put the old shards back, or start in another run_dir"
@@ -144,15 +145,15 @@ def _build_progress(config: Config, ranks: Ranks, checkpoint: Checkpoint | None)
     step = checkpoint.step if checkpoint else 0
     progress = Progress(*_build_engine(config, ranks, step, checkpoint), step)
     if precision_of(config.deepspeed.precision).scales_loss:
-        progress.loss_scale = LossScale(*(checkpoint.state["loss_scale"] if checkpoint else ()))
+        progress.loss_scale = LossScale(*((checkpoint and checkpoint.state.loss_scale) or ()))
     if checkpoint:
         state = checkpoint.state
-        shrink_(progress.engine.module, state["shrink"])
-        progress.consumed, progress.skipped = state["consumed"], state["skipped"]
-        progress.started -= state["elapsed_s"]
-        progress.losses = state["losses"] if config.train.spike else []
+        shrink_(progress.engine.module, state.shrink)
+        progress.consumed, progress.skipped = state.consumed, state.skipped
+        progress.started -= state.elapsed_s
+        progress.losses = state.losses if config.train.spike else []
         # A boundary at what was to be the end was no merge; now it is one.
-        progress.owes_merge = state["merges"] < config.clock.merges_before(step)
+        progress.owes_merge = state.merges < config.clock.merges_before(step)
     return progress
 
 
@@ -245,17 +246,17 @@ def _build_engine(
 def _first_model(config: Config, ranks: Ranks) -> Any:
     """The model at step 0: from scratch, from a transformers directory, or from another run."""
     pretrained = config.model.pretrained
-    if pretrained is None or not is_subject(pretrained):
+    if pretrained is None or not is_run_or_checkpoint(pretrained):
         return build_model(config.model, config.seed)
     # Rank 0 chooses: the other run may be at work, and all must start from one checkpoint.
     opened = None
     with ranks.together():
         if ranks.is_main:
-            opened = open_subject(pretrained)
+            opened = load_run(pretrained)
     directory = ranks.share(opened and opened.checkpoint.directory)
     with ranks.together():
-        opened = opened or open_subject(directory)
-    model = merged_model(opened)
+        opened = opened or load_run(directory)
+    model = opened.merged_model()
     return make_trainable(model, config.model.gradient_checkpointing)
 
 
@@ -269,7 +270,7 @@ def give_birth(run: Run) -> None:
     progress.engine, progress.places = _build_engine(run.config, run.ranks, run.step, state)
     trainable, total = run.places.count_parameters()
     seconds = time.perf_counter() - began
-    run.metrics.write(run.step, {"relora/birth": 1, "time/birth_s": seconds})
+    run.metrics.write(run.step, {keys.BIRTH: 1, keys.BIRTH_S: seconds})
     run.metrics.say(log_lines.birth_line(run.step, len(run.frozen), trainable, total, seconds))
 
 
@@ -308,7 +309,7 @@ def save(run: Run, background: bool) -> None:
     run.saves.newest = run.step
     if not background:
         _commit_save(run)
-    run.metrics.write(run.step, {"time/save_s": time.perf_counter() - began})
+    run.metrics.write(run.step, {keys.SAVE_S: time.perf_counter() - began})
 
 
 def finish_save(run: Run) -> None:
@@ -317,7 +318,7 @@ def finish_save(run: Run) -> None:
     if saving is not None:
         began = time.perf_counter()
         _commit_save(run)
-        values = {"time/commit_s": time.perf_counter() - began, "time/write_s": saving.seconds}
+        values = {keys.COMMIT_S: time.perf_counter() - began, keys.WRITE_S: saving.seconds}
         run.metrics.write(run.step, values)
 
 

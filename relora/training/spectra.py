@@ -2,8 +2,8 @@
 
 Measured while training, at each merge and at the end of the run, for every adapted weight (in full
 rank: for those that would be adapted). W_start, which the cumulative update W + s·B·A − W_start is
-counted from, lies in `RUN/spectra/start/`, a file a layer; each measurement is a file
-`RUN/spectra/step_XXXXXXXX.safetensors`. Ranks share the layers between them.
+counted from, and each measurement are files (see `record.spectra_files`). Ranks share the layers
+between them.
 
 Orientation is that of the map x ↦ x Wᵀ: `left` directions are in the output's space (out, d),
 `right` ones in the input's (in, d), also where a model keeps its weight transposed.
@@ -11,9 +11,7 @@ Orientation is that of the map x ↦ x Wᵀ: `left` directions are in the output
 
 from __future__ import annotations
 
-import json
 import math
-import re
 import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -21,8 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
 from torch import Tensor
 
 from relora.analysis import (
@@ -35,16 +32,23 @@ from relora.analysis import (
     stable_rank,
 )
 from relora.errors import CheckpointError
-from relora.files import TEMPORARY, replacing
 from relora.lora.choose import linear_layers
 from relora.lora.layers import AdaptedLayer, adapted_layers, kind_of, names_of
 from relora.model import layer_kind
+from relora.record import keys
+from relora.record.layout import RunDirectory
+from relora.record.spectra_files import (
+    directions_of_cycle,
+    join_parts,
+    open_start,
+    read_tensors,
+    write_part,
+    write_start,
+)
 from relora.training.run import Run
 
 # Smaller dimension up to which all singular values are computed: a second or two a layer.
 EXACT_UP_TO = 2048
-# What a measurement leaves, whole or not.
-_FILE = re.compile(rf"step_([0-9]{{8,}})\.(safetensors|rank_[0-9]{{4,}})({TEMPORARY}|\.tmp)?")
 # Figures of a layer whose medians over the layers go into metrics.jsonl.
 MEDIANS = (
     "cycle_stable_rank",
@@ -58,21 +62,6 @@ MEDIANS = (
 )
 
 
-def measurements(run_dir: Path) -> list[Path]:
-    """The files of a run's measurements, in the order of steps."""
-    found = ((path, _FILE.fullmatch(path.name)) for path in (run_dir / "spectra").glob("step_*"))
-    whole = [(int(m[1]), path) for path, m in found if m and m[2] == "safetensors" and not m[3]]
-    return [path for _, path in sorted(whole)]
-
-
-def drop_after(run_dir: Path, step: int) -> None:
-    """Remove the measurements of later steps, unfinished ones too; they come again. Rank 0 only."""
-    for path in (run_dir / "spectra").glob("step_*"):
-        match = _FILE.fullmatch(path.name)
-        if match is not None and int(match[1]) > step:
-            path.unlink()
-
-
 @torch.no_grad()
 def keep_start(run: Run) -> None:
     """Write W_start of every layer, to be read at each measurement. Collective.
@@ -80,18 +69,12 @@ def keep_start(run: Run) -> None:
     Raises:
         CheckpointError: it cannot be written (every rank raises).
     """
-    directory = run.config.run_dir / "spectra" / "start"
     trouble = _Trouble(run)
-    if run.ranks.is_main:
-        with trouble.noted():
-            directory.mkdir(parents=True, exist_ok=True)
-    trouble.tell()
     for name, mine in _shared_out(run):
         weight = run.places.gather([run.places[names_of(name).weight]], "value")[0]
         if mine:
             with trouble.noted():
-                path = directory / f"{name}.safetensors"
-                _write(path, {"weight": weight}, {"step": str(run.step)})
+                write_start(run.config.run_dir, name, weight, run.step)
     trouble.tell()
 
 
@@ -107,41 +90,41 @@ def measure(run: Run, merge: int | None) -> dict[str, float]:
     Raises:
         CheckpointError: W_start is gone, or nothing can be written (every rank raises).
     """
-    ranks, settings = run.ranks, run.config.spectra
+    ranks, settings, run_dir = run.ranks, run.config.spectra, run.config.run_dir
     assert settings is not None
     earlier: dict[str, Tensor] = {}
     tensors: dict[str, Tensor] = {}
     figures: dict[str, dict[str, Any]] = {}
     trouble = _Trouble(run)
     with trouble.noted():
-        earlier = _directions_of_cycle(run, run.config.clock.merges_before(run.step - 1))
+        earlier = directions_of_cycle(run_dir, run.config.clock.merges_before(run.step - 1))
     for name, mine in _shared_out(run):
         layer = run.engine.module.get_submodule(name)
         names = names_of(name)[: 3 if isinstance(layer, AdaptedLayer) else 1]
         held = run.places.gather([run.places[each] for each in names], "value")
         if mine:
             with trouble.noted():
-                with _open_start(run, name) as file:
+                with open_start(run_dir, name, run.config.spectra_start) as file:
                     start = file.get_tensor("weight")
                 figures[name], found = measure_layer(
                     layer, held, start, earlier.get(name), settings.directions
                 )
                 tensors |= {f"{name}|{key}": tensor for key, tensor in found.items()}
-    part = _part(run, ranks.rank)
+    part = RunDirectory(run_dir).part_of_measurement(run.step, ranks.rank)
     with trouble.noted():
-        _write(part, tensors)
+        write_part(part, tensors)
     trouble.tell(part)
     everyone = {name: row for rows in ranks.gather(figures) for name, row in rows.items()}
     layers = [{"name": name, **everyone[name]} for name, _ in _shared_out(run)]
     if ranks.is_main:
         with trouble.noted():
-            _join(run, merge, layers)
+            join_parts(run_dir, run.step, ranks.world, merge, layers)
     trouble.tell(part)
     medians = {}
     for key in MEDIANS:
         known = [row[key] for row in layers if row[key] is not None]
         if known:
-            medians[f"spectra/{key}"] = statistics.median(known)
+            medians[f"{keys.SPECTRA}{key}"] = statistics.median(known)
     return medians
 
 
@@ -153,7 +136,7 @@ def draw(run_dir: Path, step: int) -> Any:
     """
     from matplotlib.figure import Figure
 
-    tensors = load_file(run_dir / "spectra" / f"step_{step:08d}.safetensors")
+    tensors = read_tensors(run_dir, step)
     kinds: dict[tuple[str, str, int], list[Tensor]] = {}
     for key, values in tensors.items():
         name, _, what = key.partition("|")
@@ -185,10 +168,10 @@ def check_start(run: Run) -> None:
     Raises:
         CheckpointError: it is not, and the next measurement would end the run (every rank raises).
     """
-    trouble = _Trouble(run)
+    run_dir, trouble = run.config.run_dir, _Trouble(run)
     for name, mine in _shared_out(run):
         if mine:
-            with trouble.noted(), _open_start(run, name):
+            with trouble.noted(), open_start(run_dir, name, run.config.spectra_start):
                 pass
     trouble.tell()
 
@@ -207,8 +190,8 @@ class _Trouble:
             yield
         except (OSError, SafetensorError, ValueError, torch.linalg.LinAlgError) as error:
             self.problem = self.problem or CheckpointError(
-                f"{self.run.config.run_dir / 'spectra'}: {error}; the checkpoints are intact, and "
-                "with spectra: null the run goes on without measuring"
+                f"{RunDirectory(self.run.config.run_dir).spectra}: {error}; the checkpoints are "
+                "intact, and with spectra: null the run goes on without measuring"
             )
 
     def tell(self, part: Path | None = None) -> None:
@@ -277,56 +260,3 @@ def measure_layer(
             tensors[f"{kind}_values"] = one.values
             tensors[f"{kind}_left"], tensors[f"{kind}_right"] = one.left, one.right
     return figures, tensors
-
-
-@contextmanager
-def _open_start(run: Run, layer: str) -> Iterator[Any]:
-    """The file of a layer's W_start, if it is that of the step which is wanted."""
-    path = run.config.run_dir / "spectra" / "start" / f"{layer}.safetensors"
-    with safe_open(path, framework="pt") as file:
-        step, wanted = (file.metadata() or {}).get("step"), run.config.spectra_start
-        if step != str(wanted):  # spectra.start has been changed since
-            raise ValueError(f"{path.name} is of step {step}, spectra.start says {wanted}")
-        yield file
-
-
-def _directions_of_cycle(run: Run, merge: int) -> dict[str, Tensor]:
-    """Left directions of the cycle that ended in a merge, by layer; empty if there was none."""
-    for path in reversed(measurements(run.config.run_dir)) if merge else ():
-        with safe_open(path, framework="pt") as file:
-            if (file.metadata() or {}).get("merge") == str(merge):
-                ending = "|cycle_left"
-                names = [key for key in file.keys() if key.endswith(ending)]  # noqa: SIM118
-                found = {key.removesuffix(ending): file.get_tensor(key) for key in names}
-                return {
-                    n: x for n, x in found.items() if file.get_tensor(f"{n}|cycle_values").any()
-                }
-    return {}
-
-
-def _join(run: Run, merge: int | None, layers: list[dict[str, Any]]) -> None:
-    """Make one file of those that the ranks have written. Rank 0 only."""
-    # Not those of ranks that there were before a kill.
-    parts = [_part(run, rank) for rank in range(run.ranks.world)]
-    tensors = {name: tensor for part in parts for name, tensor in load_file(part).items()}
-    metadata = {
-        "step": str(run.step),
-        "merge": str(merge or ""),
-        "layers": json.dumps(layers),
-    }
-    path = run.config.run_dir / "spectra" / f"step_{run.step:08d}.safetensors"
-    _write(path, tensors, metadata)
-    for part in parts:
-        part.unlink()
-
-
-def _part(run: Run, rank: int) -> Path:
-    """What a rank writes of the measurement of this step."""
-    return run.config.run_dir / "spectra" / f"step_{run.step:08d}.rank_{rank:04d}"
-
-
-def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a file whole or not at all."""
-    plain = {name: t.float().cpu().contiguous() for name, t in tensors.items()}
-    with replacing(path, durable=False) as temporary:
-        save_file(plain, temporary, metadata=metadata)

@@ -1,0 +1,161 @@
+"""What lies in a run directory, by name. No other file of the package spells these names.
+
+config.yaml             the resolved config
+run_state.json          how the run stands or ended, with its exit code
+environment.json        what each stretch of it ran on
+metrics.jsonl           every figure, a JSON object a line
+log.txt  tensorboard/   the same for people
+model/  tokenizer/      the model's structure, and the tokenizer, as transformers keeps them
+checkpoints/step_XXXXXXXX/
+    rank_XXXXX.safetensors …  state.json  manifest.json
+spectra/step_XXXXXXXX.safetensors …   measurements
+spectra/start/LAYER.safetensors …     the weights that they are counted from
+rollbacks.json          what the run went back from, if it did
+.lock                   held by the process that trains in it
+.ranks/                 marks of ranks that failed, while they do
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from relora.files import TEMPORARY
+
+CONFIG = "config.yaml"
+STATE = "run_state.json"
+ENVIRONMENT = "environment.json"
+METRICS = "metrics.jsonl"
+ROLLBACKS = "rollbacks.json"
+MODEL = "model"
+MODEL_JSON = "config.json"  # transformers' own name for a model's structure
+TOKENIZER = "tokenizer"
+CHECKPOINTS = "checkpoints"
+CHECKPOINT_STATE = "state.json"
+MANIFEST = "manifest.json"
+
+# What killed processes leave of what is replaced as a whole.
+LEFTOVER = re.compile(
+    rf"({'|'.join(map(re.escape, (CONFIG, STATE, ENVIRONMENT, METRICS, ROLLBACKS, MODEL)))}"
+    rf"|{TOKENIZER}){TEMPORARY}"
+)
+# Of saves, those of earlier versions too; anything else there is somebody else's.
+LEFTOVER_OF_SAVES = re.compile(rf"step_[0-9]{{8,}}({TEMPORARY}|(\.old|\.[0-9]+)?\.tmp)")
+RANK_FILE = re.compile(r"rank_[0-9]{5,}\.safetensors")
+_CHECKPOINT = re.compile(r"step_([0-9]{8,})")
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """The paths in a run directory."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved config; a directory that has it is a run's."""
+        return self.path / CONFIG
+
+    @property
+    def state(self) -> Path:
+        """How the run stands."""
+        return self.path / STATE
+
+    @property
+    def environment(self) -> Path:
+        """What it ran on."""
+        return self.path / ENVIRONMENT
+
+    @property
+    def metrics(self) -> Path:
+        """Its figures."""
+        return self.path / METRICS
+
+    @property
+    def log(self) -> Path:
+        """What it said."""
+        return self.path / "log.txt"
+
+    @property
+    def tensorboard(self) -> Path:
+        """The figures for TensorBoard."""
+        return self.path / "tensorboard"
+
+    @property
+    def rollbacks(self) -> Path:
+        """What it went back from."""
+        return self.path / ROLLBACKS
+
+    @property
+    def lock(self) -> Path:
+        """Held by the process that trains in it."""
+        return self.path / ".lock"
+
+    @property
+    def marks(self) -> Path:
+        """Of ranks that failed."""
+        return self.path / ".ranks"
+
+    @property
+    def model(self) -> Path:
+        """The model's structure, a directory for transformers."""
+        return self.path / MODEL
+
+    @property
+    def model_json(self) -> Path:
+        """The file in `model` that says what it is."""
+        return self.model / MODEL_JSON
+
+    @property
+    def tokenizer(self) -> Path:
+        """The tokenizer, a directory for transformers."""
+        return self.path / TOKENIZER
+
+    @property
+    def checkpoints(self) -> Path:
+        """The directory of all checkpoints."""
+        return self.path / CHECKPOINTS
+
+    def checkpoint(self, step: int) -> Path:
+        """The directory of the checkpoint of a step."""
+        return self.checkpoints / f"step_{step:08d}"
+
+    @property
+    def spectra(self) -> Path:
+        """The directory of measurements."""
+        return self.path / "spectra"
+
+    def measurement(self, step: int) -> Path:
+        """The file of what was measured after a step."""
+        return self.spectra / f"step_{step:08d}.safetensors"
+
+    def part_of_measurement(self, step: int, rank: int) -> Path:
+        """What a rank writes of it."""
+        return self.spectra / f"step_{step:08d}.rank_{rank:04d}"
+
+    def spectra_start(self, layer: str) -> Path:
+        """The weight that a layer's updates are counted from."""
+        return self.spectra / "start" / f"{layer}.safetensors"
+
+
+def run_of(checkpoint: Path) -> RunDirectory:
+    """The run directory that a checkpoint belongs to, with links followed."""
+    return RunDirectory(checkpoint.resolve().parent.parent)
+
+
+def rank_file(rank: int) -> str:
+    """Name of the file of a checkpoint that a rank writes."""
+    return f"rank_{rank:05d}.safetensors"
+
+
+def is_checkpoint_name(name: str) -> bool:
+    """Whether a directory of this name is a checkpoint and no unfinished or doomed one."""
+    return _CHECKPOINT.fullmatch(name) is not None
+
+
+def step_of(directory: Path) -> int:
+    """The step in a checkpoint directory's name."""
+    match = _CHECKPOINT.fullmatch(directory.name)
+    assert match is not None
+    return int(match[1])
