@@ -4,7 +4,7 @@
 #   PYTHON   interpreter that makes the environment, 3.11 or newer   (python3)
 #   VENV     where it lies; made if it is not there                   (.venv)
 #   DEVICES  ranks on this machine             (all GPUs; 2 on a machine without)
-#   CONSTRAINTS  versions to install           (launch/constraints.txt; take another VENV for others)
+#   CONSTRAINTS  versions it gets              (launch/constraints.txt); others want another VENV
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$ROOT" || exit

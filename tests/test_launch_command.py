@@ -548,9 +548,13 @@ def test_what_was_ignored_at_the_start_stays_ignored(tmp_path: Path) -> None:
         os.killpg(process.popen.pid, number)
     step = logged_step(run_dir)
     process.wait_for_step(run_dir, step + 5)
-    os.kill(process.popen.pid, signal.SIGTERM)  # which was not
+    os.kill(process.popen.pid, signal.SIGTERM)  # which was not; so a lone process is stopped
     assert process.wait() == 75, process.text
-    assert run_state(run_dir)["reason"] == "stopped by SIGTERM"
+    state = run_state(run_dir)
+    assert state["status"] == "preempted"
+    assert state["reason"] == "stopped by SIGTERM"
+    assert checkpoints(run_dir) == [f"step_{state['step']:08d}"]
+    assert f"stopped at step {state['step']}; the same command goes on" in process.text
     # A preparation goes on too, and so do those who tokenize for it.
     process = Process(tmp_path / "text.txt", "prepare", config, preexec=ignore_hangup)
     while process.popen.poll() is None:
@@ -558,20 +562,6 @@ def test_what_was_ignored_at_the_start_stays_ignored(tmp_path: Path) -> None:
             os.killpg(process.popen.pid, signal.SIGHUP)
         time.sleep(0.02)
     assert process.wait() == 0, process.text
-
-
-def test_a_lone_process_is_stopped_by_sigterm(tmp_path: Path) -> None:
-    run_dir = tmp_path / "run"
-    config = make_config(run_dir, train__steps=2000, train__eval_every=None)
-    process = Process(tmp_path / "output.txt", "train", config)
-    process.wait_for_step(run_dir, 5)
-    os.kill(process.popen.pid, signal.SIGTERM)
-    assert process.wait() == 75, process.text
-    state = run_state(run_dir)
-    assert state["status"] == "preempted"
-    assert state["reason"] == "stopped by SIGTERM"
-    assert checkpoints(run_dir) == [f"step_{state['step']:08d}"]
-    assert f"stopped at step {state['step']}; the same command goes on" in process.text
 
 
 def test_a_closed_terminal_stops_a_run_and_loses_no_step(tmp_path: Path) -> None:

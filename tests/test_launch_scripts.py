@@ -13,9 +13,12 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 from runs import logged_step, make_config, run_state, series, wait_for
 
@@ -138,12 +141,10 @@ def test_ci_runs_the_documented_test_command_and_nothing_else() -> None:
     assert lines == ["#!/usr/bin/env bash", 'exec bash "$(dirname "$0")/../launch/test.sh"']
 
 
-def test_every_pin_is_exact_and_names_no_build() -> None:
-    pins = [
-        line
-        for line in (ROOT / "launch" / "constraints.txt").read_text().splitlines()
-        if not line.startswith("#")
-    ]
+@pytest.mark.parametrize("file", ["constraints.txt", "constraints-oldest.txt"])
+def test_every_pin_is_exact_and_names_no_build(file: str) -> None:
+    lines = (ROOT / "launch" / file).read_text().splitlines()
+    pins = [line for line in lines if not line.startswith("#")]
     assert pins == sorted(pins, key=str.lower)
     for pin in pins:
         name, equals, version = pin.partition("==")
@@ -151,6 +152,16 @@ def test_every_pin_is_exact_and_names_no_build() -> None:
         assert equals
         assert "+" not in version
         assert not name.startswith(("nvidia-", "triton"))
+
+
+def test_the_oldest_pins_are_the_lowest_that_pyproject_allows() -> None:
+    lines = (ROOT / "launch" / "constraints-oldest.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if "==" in line)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for wanted in map(Requirement, project["dependencies"]):
+        (lowest,) = (each.version for each in wanted.specifier if each.operator == ">=")
+        assert Version(pins[wanted.name]) in wanted.specifier
+        assert Version(pins[wanted.name]).release[:2] == Version(lowest + ".0").release[:2]
 
 
 # Set-up
@@ -425,6 +436,19 @@ def test_test_runs_linters_before_tests_and_covers_only_the_whole(tree: Tree) ->
     assert "--cov-fail-under=85" in log[-1]
     _, log = tree.run("launch/test.sh", "tests/test_plan.py", "-x")
     assert log[-1] == "pytest tests/test_plan.py -x"
+    _, log = tree.run("launch/test.sh", "unit", "-x")
+    assert log[-1].endswith(" -m unit -x")
+    assert "--cov" not in log[-1]
+
+
+def test_other_versions_than_the_pinned_are_installed_and_not_linted(tree: Tree) -> None:
+    for tool in ("ruff", "mypy", "shellcheck", "pytest"):
+        tree.fake(tool, RECORD, "tools")
+    oldest = "launch/constraints-oldest.txt"
+    done, log = tree.run("launch/test.sh", "unit", CONSTRAINTS=oldest, VENV=f"{tree.root}/old")
+    assert done.returncode == 0, done.stderr
+    assert (tree.root / "old/constraints.txt").read_text() == (tree.root / oldest).read_text()
+    assert [line.split()[0] for line in log if not line.startswith("python")] == ["pytest"]
 
 
 def test_multi_node_asks_every_machine_before_it_starts(tree: Tree) -> None:

@@ -53,7 +53,15 @@ def spoilt(bad: Iterable[int], rank: int = 0, value: float = math.nan, good: Any
 
 
 @pytest.mark.parametrize(
-    ("stage", "value"), [(0, "nan"), (1, "nan"), (2, "nan"), (3, "nan"), (0, "inf"), (2, "inf")]
+    ("stage", "value"),
+    [
+        (0, "nan"),
+        (1, "nan"),
+        (2, "inf"),
+        (3, "nan"),
+        pytest.param(2, "nan", marks=pytest.mark.slow),
+        pytest.param(0, "inf", marks=pytest.mark.slow),
+    ],
 )
 def test_a_skipped_update_moves_the_data_and_not_the_clock(
     stage: int, value: str, tmp_path: Path
