@@ -18,7 +18,6 @@ rollbacks.json          what the run went back from, if it did
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 from relora.files import TEMPORARY
@@ -46,85 +45,29 @@ RANK_FILE = re.compile(r"rank_[0-9]{5,}\.safetensors")
 _CHECKPOINT = re.compile(r"step_([0-9]{8,})")
 
 
-@dataclass(frozen=True)
 class RunDirectory:
     """The paths in a run directory."""
 
-    path: Path
-
-    @property
-    def config(self) -> Path:
-        """The resolved config; a directory that has it is a run's."""
-        return self.path / CONFIG
-
-    @property
-    def state(self) -> Path:
-        """How the run stands."""
-        return self.path / STATE
-
-    @property
-    def environment(self) -> Path:
-        """What it ran on."""
-        return self.path / ENVIRONMENT
-
-    @property
-    def metrics(self) -> Path:
-        """Its figures."""
-        return self.path / METRICS
-
-    @property
-    def log(self) -> Path:
-        """What it said."""
-        return self.path / "log.txt"
-
-    @property
-    def tensorboard(self) -> Path:
-        """The figures for TensorBoard."""
-        return self.path / "tensorboard"
-
-    @property
-    def rollbacks(self) -> Path:
-        """What it went back from."""
-        return self.path / ROLLBACKS
-
-    @property
-    def lock(self) -> Path:
-        """Held by the process that trains in it."""
-        return self.path / ".lock"
-
-    @property
-    def marks(self) -> Path:
-        """Of ranks that failed."""
-        return self.path / ".ranks"
-
-    @property
-    def model(self) -> Path:
-        """The model's structure, a directory for transformers."""
-        return self.path / MODEL
-
-    @property
-    def model_json(self) -> Path:
-        """The file in `model` that says what it is."""
-        return self.model / MODEL_JSON
-
-    @property
-    def tokenizer(self) -> Path:
-        """The tokenizer, a directory for transformers."""
-        return self.path / TOKENIZER
-
-    @property
-    def checkpoints(self) -> Path:
-        """The directory of all checkpoints."""
-        return self.path / CHECKPOINTS
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / CONFIG  # a directory that has it is a run's
+        self.state = path / STATE
+        self.environment = path / ENVIRONMENT
+        self.metrics = path / METRICS
+        self.log = path / "log.txt"
+        self.tensorboard = path / "tensorboard"
+        self.rollbacks = path / ROLLBACKS
+        self.lock = path / ".lock"
+        self.marks = path / ".ranks"
+        self.model = path / MODEL
+        self.model_json = self.model / MODEL_JSON
+        self.tokenizer = path / TOKENIZER
+        self.checkpoints = path / CHECKPOINTS
+        self.spectra = path / "spectra"
 
     def checkpoint(self, step: int) -> Path:
         """The directory of the checkpoint of a step."""
         return self.checkpoints / f"step_{step:08d}"
-
-    @property
-    def spectra(self) -> Path:
-        """The directory of measurements."""
-        return self.path / "spectra"
 
     def measurement(self, step: int) -> Path:
         """The file of what was measured after a step."""
