@@ -47,13 +47,13 @@ PATHS = (
 )
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     """Read a config file, apply `a.b=c` overrides, validate all of it.
 
     Raises:
         ConfigError: one message with every problem.
     """
-    values = read_yaml(path)
+    values = read_yaml(Path(path))
     for override in overrides:
         apply_override(values, override)
     return build_config(values, str(path))

@@ -19,10 +19,11 @@ import relora
 from ranks import Outcomes, Scenario, run_ranks
 from relora.data.loader import train_batches
 from relora.data.shards import open_shards
-from relora.errors import ConfigError, NumericsError
+from relora.errors import CheckpointError, ConfigError, NumericsError
 from relora.load import load_config
 from relora.model import build_model
 from runs import make_config, metric_lines, series, train, undisturbed
+from runs import relora as run_relora
 from test_method_reference import SEQUENCE, run_reference, settings, shards
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
@@ -134,6 +135,21 @@ def test_the_readmes_example_runs_as_it_stands(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert len(re.findall(r"^\d+ [\d.]+$", done.stdout, flags=re.MULTILINE)) == 22
+
+
+def test_a_run_is_loaded_and_merged_in_python(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    assert train(tmp_path / "run", "train.stop_after=15") == 75
+    loaded = relora.load_run(str(tmp_path / "run"))
+    assert (loaded.checkpoint.step, loaded.config.method) == (15, "ReLoRA")
+    model = loaded.merged_model()
+    assert not list(relora.adapted_layers(model))
+    assert run_relora("export", tmp_path / "run", "--to", tmp_path / "export") == 0
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "export").state_dict()
+    assert all(torch.equal(exported[name], value) for name, value in model.state_dict().items())
+    with pytest.raises(CheckpointError, match="is no checkpoint and no run directory"):
+        relora.load_run(tmp_path)
 
 
 # --- against the reference in float64 -------------------------------------------------------------

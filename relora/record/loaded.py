@@ -96,7 +96,7 @@ def say_aside(text: str) -> None:
     print(f"relora: {text}", file=sys.stderr)
 
 
-def load_run(path: Path, say: Callable[[str], None] = say_aside) -> LoadedRun:
+def load_run(path: Path | str, say: Callable[[str], None] = say_aside) -> LoadedRun:
     """Find the checkpoint that `path` (a run or a checkpoint) means, and its run.
 
     A flipped bit would load without a word, so every file is hashed. All are held open: the run
@@ -108,7 +108,7 @@ def load_run(path: Path, say: Callable[[str], None] = say_aside) -> LoadedRun:
     Raises:
         CheckpointError: there is none, or it is damaged.
     """
-    checkpoint, complaints = open_checkpoint_of(path)
+    checkpoint, complaints = open_checkpoint_of(Path(path))
     files = run_of(checkpoint.directory)
     run_dir = files.path
     if not is_file(files.config):
