@@ -71,7 +71,6 @@ _HOMES = {
     "reset_moments": "restart.moments",
     "train": "commands.train",
 }
-__all__ = ["__version__", *_HOMES]
 
 
 def __getattr__(name: str) -> Any:

@@ -226,11 +226,9 @@ def measure(ranks: Any, config: Config) -> dict[str, float]:
         for batch in batches:
             run.engine.backward(loss_of(run.engine, batch).total)
     seen: set[int] = set()
-    places = list(run.places)
+    places = list(run.state)
     remainders = [p.remainder for p in places if p.remainder is not None]
-    moments = [
-        run.places.moment(p, k) for p in places if p.count for k in ("exp_avg", "exp_avg_sq")
-    ]
+    moments = [run.state.moment(p, k) for p in places if p.count for k in ("exp_avg", "exp_avg_sq")]
     found = {
         "weights": bytes_of((p.live for p in places), seen),
         "masters": bytes_of((p.master for p in places if p.master is not None), seen),
@@ -240,7 +238,7 @@ def measure(ranks: Any, config: Config) -> dict[str, float]:
         "remainder or host": bytes_of(remainders, seen),
         "received": ring.received,
     }
-    run.places.release_()
+    run.state.release_()
     deepspeed.destroy(run.engine)
     return found
 

@@ -35,6 +35,7 @@ README = (Path(__file__).parent.parent / "README.md").read_text()
 def test_it_is_imported_in_no_time_and_its_names_are_there_and_explained() -> None:
     code = "import relora, sys; assert not {'torch', 'pydantic'} & sys.modules.keys(); dir(relora)"
     subprocess.run([sys.executable, "-c", code], check=True)
+    assert set(relora.__all__) == {"__version__", *relora._HOMES}
     assert set(relora.__all__) <= set(dir(relora))
     for name in set(relora.__all__) - {"__version__"}:
         assert getattr(relora, name).__doc__

@@ -147,7 +147,7 @@ def train_recorded(
             return result
 
         def restart(*args: Any) -> Any:
-            pairs = [(p.name, whole(p.param)) for p in run.places]
+            pairs = [(p.name, whole(p.param)) for p in run.state]
             record["unmerged"][run.step] = {name: t.double().cpu().numpy() for name, t in pairs}
             return real_restart(*args)
 
@@ -175,16 +175,16 @@ def remember(run: Any, record: dict[str, Any]) -> None:
     """Everything after this step, whole tensors by (name, kind); what Adam and fp16 count."""
     state, replica = {}, hashlib.sha256()
     trainable = []
-    for place in run.places:
+    for place in run.state:
         for kind, tensor in copies(place.param).items():
             state[place.name, kind] = tensor
             replica.update(tensor.contiguous().view(torch.uint8).cpu().numpy().tobytes())
         if place.flat is not None:
             trainable.append(place)
         elif place.remainder is not None:
-            state[place.name, "exact"] = run.places.gather([place], "value")[0]
+            state[place.name, "exact"] = run.state.gather([place], "value")[0]
     for kind in ("exp_avg", "exp_avg_sq"):
-        tensors = run.places.gather(trainable, kind)
+        tensors = run.state.gather(trainable, kind)
         state |= {(p.name, kind): t for p, t in zip(trainable, tensors, strict=True)}
     for name, layer in adapted_layers(run.engine.module):  # `decay: merged`, see the layer
         for kind in ("live", "shards", "exact"):
@@ -194,7 +194,7 @@ def remember(run: Any, record: dict[str, Any]) -> None:
     record["states"].append({key: tensor.double().cpu().numpy() for key, tensor in state.items()})
     record["steps"].append(run.step)
     record["replicas"].append(replica.hexdigest())
-    record["adam_steps"] = {place.name: run.places.adam_step(place) for place in trainable}
+    record["adam_steps"] = {place.name: run.state.adam_step(place) for place in trainable}
     scale = run.progress.loss_scale
     record["scale"] = scale and (scale.value, scale.calm)
 

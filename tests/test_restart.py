@@ -311,8 +311,8 @@ def state_of(run: Any) -> dict[tuple[str, str], np.ndarray]:
     """Values and moments by (name, kind), whole."""
     kinds = ("value", "exp_avg", "exp_avg_sq")
     return {
-        (place.name, kind): run.places.gather([place], kind)[0].numpy()
-        for place in run.places
+        (place.name, kind): run.state.gather([place], kind)[0].numpy()
+        for place in run.state
         for kind in kinds[: 1 if place.flat is None else 3]
     }
 
@@ -324,8 +324,8 @@ def restart_every_way(ranks: Any, model: Path, root: Path, stage: int) -> dict[s
     for merge, (name, reset) in enumerate(RESETS.items(), 1):
         before = state_of(run)
         with Meter() as meter:
-            report = merge_and_restart(run.places, merge, seed=5, reset=ResetConfig(**reset))
-        check_copies(run.places, merge)
+            report = merge_and_restart(run.state, merge, seed=5, reset=ResetConfig(**reset))
+        check_copies(run.state, merge)
         found[name] = (before, state_of(run), report, merge, meter.received)
     return found
 
@@ -357,17 +357,17 @@ def follow_rules(ranks: Any, model: Path, root: Path, stage: int) -> tuple[Any, 
         for name in CHOSEN
     }
     report = merge_and_restart(
-        run.places, 2, layers=CHOSEN, reinit=along, transport=carried, directions=directions
+        run.state, 2, layers=CHOSEN, reinit=along, transport=carried, directions=directions
     )
     assert (report.layers, report.zeroed_share) == (2, 0)
-    check_copies(run.places, 2)
+    check_copies(run.state, 2)
     return before, state_of(run), {name: rows.numpy() for name, rows in directions.items()}
 
 
 def tamper(ranks: Any, model: Path, root: Path, stage: int) -> dict[str, str]:
     """What the invariants say when something has been tampered with, by what it was."""
     run = start(ranks, model, root / f"tamper_{stage}", stage)
-    places, said = run.places, {}
+    places, said = run.state, {}
     check_copies(places, 1)
 
     def complaint() -> str:

@@ -228,7 +228,7 @@ def differ_on(ranks: Any, config: str, stage: int) -> tuple[int, str]:
 
     def disturbed(run: Any, *arguments: Any) -> Any:
         if stage < 3 and ranks.rank == 1 and run.step == 2:
-            run.places[REPLICATED[stage]].live.data[3] += 1e-3
+            run.state[REPLICATED[stage]].live.data[3] += 1e-3
         return update(run, *arguments)
 
     def restart(state: Any, *arguments: Any) -> Any:

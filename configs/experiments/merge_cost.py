@@ -127,7 +127,7 @@ def measure(ranks: Any, config: dict[str, Any], repeats: int) -> dict[str, Any]:
         deepspeed.train_step(run.engine, [batch], loss_of, 1e-4, 1.0)
 
     def restart(reset: ResetConfig) -> Callable[[], object]:
-        return lambda: merge_and_restart(run.places, 1, 0, reset)
+        return lambda: merge_and_restart(run.state, 1, 0, reset)
 
     steps = [timed(step) for _ in range(3)]
     ways = {
@@ -161,7 +161,7 @@ def measure(ranks: Any, config: dict[str, Any], repeats: int) -> dict[str, Any]:
         "step": statistics.median(steps),
         "ways": found,
         "layers": len(layers),
-        "parameters": sum(p.numel for p in run.places),
+        "parameters": sum(p.numel for p in run.state),
         "largest": max(shape.numel() for shape in shapes) * 4,
     }
 

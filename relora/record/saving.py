@@ -42,8 +42,8 @@ from relora.record.manifest import FileRecord, Manifest, describe
 class Saving:
     """A checkpoint under way: what goes into it is fixed, and this rank's file is being written.
 
-    Making one is collective. The places may change as soon as it is made. It takes host memory for
-    this rank's share of the checkpoint until the file is written.
+    Making one is collective. The engine's state may change as soon as it is made. It takes host
+    memory for this rank's share of the checkpoint until the file is written.
 
     Args:
         state: what state.json shall hold, `step` among it.
@@ -53,7 +53,7 @@ class Saving:
     """
 
     def __init__(
-        self, run_dir: Path, places: EngineState, state: dict[str, Any], ranks: Ranks
+        self, run_dir: Path, views: EngineState, state: dict[str, Any], ranks: Ranks
     ) -> None:
         self.step: int = state["step"]
         self.ranks = ranks
@@ -75,13 +75,13 @@ class Saving:
         self._raise_any([problem])
         self._state = {
             **state,
-            "shapes": {place.name: list(place.shape) for place in places},
-            "adam_steps": {p.name: places.adam_step(p) for p in places if p.flat is not None},
+            "shapes": {view.name: list(view.shape) for view in views},
+            "adam_steps": {p.name: views.adam_step(p) for p in views if p.flat is not None},
         }
         # Copies, also on a CPU, where `.to` would give the very tensor that training goes on with.
         pieces = {
             f"{name}|{kind}|{start}": torch.empty(part.shape, dtype=torch.float32).copy_(part)
-            for name, kind, start, part in _own_pieces(places, ranks)
+            for name, kind, start, part in _own_pieces(views, ranks)
         }
         self._writer = threading.Thread(target=self._write, args=(pieces,), name="checkpoint")
         self._writer.start()
@@ -203,17 +203,17 @@ def _make_clear(directory: Path) -> None:
     directory.mkdir()
 
 
-def _own_pieces(places: EngineState, ranks: Ranks) -> Iterator[tuple[str, str, int, Tensor]]:
+def _own_pieces(views: EngineState, ranks: Ranks) -> Iterator[tuple[str, str, int, Tensor]]:
     """What this rank writes: (name, kind, start, flat tensor), over ranks each entry once.
 
     Masters and remainders are not among it: `value` is the one joined from what they complete.
     """
-    for place in places:
-        for kind in ("value", *(MOMENTS if place.flat is not None else ())):
-            start, piece, shared = places.piece(place, kind)
+    for view in views:
+        for kind in ("value", *(MOMENTS if view.flat is not None else ())):
+            start, piece, shared = views.piece(view, kind)
             if shared:  # cut in equal parts, so that all write at once
                 size = -(-piece.numel() // ranks.world)
                 start = ranks.rank * size
                 piece = piece[start : start + size]
             if piece.numel():
-                yield place.name, kind, start, piece
+                yield view.name, kind, start, piece

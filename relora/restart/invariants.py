@@ -41,22 +41,20 @@ def check_function(before: Tensor, after: Tensor, tolerance: float, merge: int) 
 
 
 @torch.no_grad()
-def check_copies(places: EngineState, merge: int) -> None:
+def check_copies(state: EngineState, merge: int) -> None:
     """Replicas hold the same bits on all ranks, and fp32 masters equal what the forward reads.
 
     Raises:
         NumericsError: with the first parameter's name (every rank raises).
     """
-    names = [place.name for place in places]
-    bad = torch.tensor([_master_differs(place) for place in places], dtype=torch.int64)
-    sums = torch.tensor(
-        [checksum(place.live, place.remainder) for place in places], dtype=torch.int64
-    )
+    names = [view.name for view in state]
+    bad = torch.tensor([_master_differs(view) for view in state], dtype=torch.int64)
+    sums = torch.tensor([checksum(view.live, view.remainder) for view in state], dtype=torch.int64)
     if dist.get_world_size() > 1:
-        device = places[names[0]].live.device
+        device = state[names[0]].live.device
         bad, low, high = bad.to(device), sums.to(device), sums.to(device).clone()
         dist.all_reduce(bad, op=dist.ReduceOp.MAX)
-        if not places.partitioned:  # under ZeRO 3 ranks hold different shards, not replicas
+        if not state.partitioned:  # under ZeRO 3 ranks hold different shards, not replicas
             dist.all_reduce(low, op=dist.ReduceOp.MIN)
             dist.all_reduce(high, op=dist.ReduceOp.MAX)
             if bool((low != high).any()):
@@ -73,8 +71,8 @@ def check_copies(places: EngineState, merge: int) -> None:
         )
 
 
-def _master_differs(place: ParameterView) -> bool:
-    if place.master is None or not place.count:
+def _master_differs(view: ParameterView) -> bool:
+    if view.master is None or not view.count:
         return False
-    live = place.live.narrow(0, place.start - place.live_start, place.count)
-    return not torch.equal(place.master.to(live), live)
+    live = view.live.narrow(0, view.start - view.live_start, view.count)
+    return not torch.equal(view.master.to(live), live)

@@ -24,6 +24,7 @@ from relora.engine.evaluation import (
 from relora.engine.precision import precision_of
 from relora.engine.signals import StopRequest
 from relora.errors import NumericsError
+from relora.lora.layers import adapted_layers
 from relora.record import keys
 from relora.record.rollbacks import Rollback, record_rollbacks
 from relora.record.spectra_files import drop_measurements
@@ -205,11 +206,12 @@ def _restart(run: Run, batch: Tensor) -> None:
     began = time.perf_counter()
     rows = batch[:1, :PROBE_TOKENS]
     before = invariants.probe(run.engine, rows)
-    report = merge_and_restart(run.places, number, config.seed, config.relora.reset)
+    layers = config.clock.restarting(run.step, [n for n, _ in adapted_layers(run.engine.module)])
+    report = merge_and_restart(run.state, number, config.seed, config.relora.reset, layers)
     after = invariants.probe(run.engine, rows)
     tolerance = config.relora.tolerance or precision_of(config.deepspeed.precision).tolerance
     deviation = invariants.check_function(before, after, tolerance, number)
-    invariants.check_copies(run.places, number)
+    invariants.check_copies(run.state, number)
     values = {
         keys.MERGE: number,
         keys.UPDATE_RATIO: report.update_ratio,

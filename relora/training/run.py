@@ -45,7 +45,7 @@ class Progress:
     """Where a run is: its weights, in their engine, and what it counts."""
 
     engine: Any
-    places: EngineState
+    state: EngineState
     step: int = 0  # optimizer updates done
     consumed: int = 0  # sequences taken from the data
     skipped: int = 0  # updates that were not finite
@@ -86,9 +86,9 @@ class Run:
         return self.progress.engine
 
     @property
-    def places(self) -> EngineState:
+    def state(self) -> EngineState:
         """What the engine holds of each parameter."""
-        return self.progress.places
+        return self.progress.state
 
     @property
     def step(self) -> int:
@@ -169,7 +169,7 @@ def _adapters_share(config: Config) -> tuple[frozenset[str], list[str]]:
 def _header(run: Run, left: Sequence[str]) -> Iterator[str]:
     """What is said before the first step: the run, what trains in full, what does nothing."""
     config, shards = run.config, run.shards
-    yield from log_lines.header(config, run.places.count_parameters(), shards, run.ranks)
+    yield from log_lines.header(config, run.state.count_parameters(), shards, run.ranks)
     for line in left:
         yield f"{'in full':9} {line}"
     sequences = len(shards.validation) // config.data.sequence_length
@@ -195,7 +195,7 @@ def _measured_shapes(run: Run) -> dict[str, tuple[int, ...]]:
         return {}
     module = run.engine.module
     names = [name for name, _ in adapted_layers(module)] or list(linear_layers(module))
-    return {name: tuple(run.places[names_of(name).weight].shape) for name in names}
+    return {name: tuple(run.state[names_of(name).weight].shape) for name in names}
 
 
 def find_checkpoint(
@@ -238,9 +238,9 @@ def _build_engine(
     )
     rounded = config.relora is not None and config.relora.precision == "rounded"
     remainder = config.relora.remainder if config.relora else "host"
-    places = EngineState(engine, remainder=None if rounded else remainder)
-    places.restore_(start if source is None else Layered(source, start))
-    return engine, places
+    state = EngineState(engine, remainder=None if rounded else remainder)
+    state.restore_(start if source is None else Layered(source, start))
+    return engine, state
 
 
 def _first_model(config: Config, ranks: Ranks) -> Any:
@@ -263,12 +263,12 @@ def _first_model(config: Config, ranks: Ranks) -> Any:
 def give_birth(run: Run) -> None:
     """End the warm start: the same weights and moments in a new engine, with adapters beside."""
     began = time.perf_counter()
-    state = capture(run.places, lambda name: name not in run.frozen)
-    run.places.release_()
+    source = capture(run.state, lambda name: name not in run.frozen)
+    run.state.release_()
     deepspeed.destroy(run.engine)
     progress = run.progress
-    progress.engine, progress.places = _build_engine(run.config, run.ranks, run.step, state)
-    trainable, total = run.places.count_parameters()
+    progress.engine, progress.state = _build_engine(run.config, run.ranks, run.step, source)
+    trainable, total = run.state.count_parameters()
     seconds = time.perf_counter() - began
     run.metrics.write(run.step, {keys.BIRTH: 1, keys.BIRTH_S: seconds})
     run.metrics.say(log_lines.birth_line(run.step, len(run.frozen), trainable, total, seconds))
@@ -277,7 +277,7 @@ def give_birth(run: Run) -> None:
 def start_again(run: Run) -> Run:
     """The run as its files say, as after a kill; without a checkpoint that is its beginning."""
     run.metrics.close()
-    run.places.release_()
+    run.state.release_()
     deepspeed.destroy(run.engine)
     return start_run(run.config, run.shards, run.ranks, run.saves.wanted)
 
@@ -305,7 +305,7 @@ def save(run: Run, background: bool) -> None:
         "versions": installed_versions(),
     }
     began = time.perf_counter()
-    run.saves.under_way = Saving(run.config.run_dir, run.places, state, run.ranks)
+    run.saves.under_way = Saving(run.config.run_dir, run.state, state, run.ranks)
     run.saves.newest = run.step
     if not background:
         _commit_save(run)

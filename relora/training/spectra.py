@@ -71,7 +71,7 @@ def keep_start(run: Run) -> None:
     """
     trouble = _Trouble(run)
     for name, mine in _shared_out(run):
-        weight = run.places.gather([run.places[names_of(name).weight]], "value")[0]
+        weight = run.state.gather([run.state[names_of(name).weight]], "value")[0]
         if mine:
             with trouble.noted():
                 write_start(run.config.run_dir, name, weight, run.step)
@@ -101,7 +101,7 @@ def measure(run: Run, merge: int | None) -> dict[str, float]:
     for name, mine in _shared_out(run):
         layer = run.engine.module.get_submodule(name)
         names = names_of(name)[: 3 if isinstance(layer, AdaptedLayer) else 1]
-        held = run.places.gather([run.places[each] for each in names], "value")
+        held = run.state.gather([run.state[each] for each in names], "value")
         if mine:
             with trouble.noted():
                 with open_start(run_dir, name, run.config.spectra_start) as file:
