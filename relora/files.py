@@ -280,21 +280,6 @@ def settle(directory: Path) -> None:
     sync(directory)
 
 
-def publish(temporary: Path, path: Path) -> None:
-    """Give a directory that is whole and on disk its name, and see that on disk too."""
-    temporary.rename(path)
-    sync(path.parent)
-
-
-def discard(path: Path) -> None:
-    """Remove a directory: first its name, by which it counts. Anything else only loses that."""
-    doomed = beside(path)
-    path.rename(doomed)
-    if doomed.is_dir() and not doomed.is_symlink():
-        # What a reader still holds open on a network disk stays; the next save tries again.
-        shutil.rmtree(doomed, ignore_errors=True)
-
-
 def hold(file: IO[Any], wait: bool = False) -> bool:
     """Lock an open file for as long as it stays open; False if another process holds it.
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from relora.errors import CheckpointError
-from relora.files import discard, hold, publish
+from relora.files import hold
 from relora.record.checked import checked
 from relora.record.manifest import CheckpointState
 from relora.record.rundir import NOT_BEGUN, RunState, read_run_state, read_stretches
@@ -162,16 +162,3 @@ def test_a_file_is_held_by_one_process_until_it_is_closed(tmp_path: Path) -> Non
         assert path.read_text() == "me"
         assert hold(other)
         assert hold(other, wait=True)
-
-
-def test_a_directory_is_published_and_discarded_by_its_name(tmp_path: Path) -> None:
-    made, final = tmp_path / "made", tmp_path / "final"
-    made.mkdir()
-    (made / "file").write_text("x")
-    publish(made, final)
-    assert (final / "file").read_text() == "x"
-    discard(final)
-    (tmp_path / "plain").write_text("somebody's")
-    discard(tmp_path / "plain")  # loses its name alone
-    (left,) = tmp_path.iterdir()
-    assert left.read_text() == "somebody's"

@@ -26,7 +26,7 @@ from torch import Tensor
 from relora.engine.distributed import Ranks
 from relora.engine.state import MOMENTS, EngineState
 from relora.errors import CheckpointError
-from relora.files import beside, discard, publish, replacing, sync, write_json
+from relora.files import beside, replacing, sync, write_json
 from relora.record.checkpoint import complete_checkpoints
 from relora.record.layout import (
     CHECKPOINT_STATE,
@@ -151,8 +151,9 @@ class Saving:
             write_json(self.temporary / MANIFEST, Manifest(files=files).model_dump())
             sync(self.temporary)
             if os.path.lexists(self.final):  # the run went back to before it
-                discard(self.final)
-            publish(self.temporary, self.final)
+                _discard(self.final)
+            self.temporary.rename(self.final)
+            sync(self.final.parent)
         except OSError as error:
             return str(error)
         return None
@@ -185,12 +186,22 @@ def retire(
     """Remove what was abandoned and the oldest checkpoints, never the newest. Rank 0 only."""
     for path in abandoned:
         if path != newest and path.exists():
-            discard(path)
+            _discard(path)
     complete = complete_checkpoints(newest.parent.parent)
     passing = [path for path in complete if not is_milestone(step_of(path))]
     for path in passing[:-keep]:
         if path != newest:
-            discard(path)
+            _discard(path)
+
+
+def _discard(path: Path) -> None:
+    """Remove a checkpoint. What is no directory has its name and is none: it only loses that."""
+    # First the name that makes it a checkpoint, then the files.
+    doomed = beside(path)
+    path.rename(doomed)
+    if doomed.is_dir() and not doomed.is_symlink():
+        # What a reader still holds open on a network disk stays; the next save tries again.
+        shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _make_clear(directory: Path) -> None:
