@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from relora.engine.options import mistakes
+from relora.engine.extra import mistakes
 from relora.engine.precision import precision_of
 from relora.errors import ConfigError
 from relora.structure import check_context, read_model_json

@@ -111,6 +111,20 @@ def test_imports_go_down(module: str) -> None:
             assert other == own or lower or (own, other) in NEIGHBOURS, f"{module} → {found.target}"
 
 
+def test_no_files_import_each_other_in_a_circle() -> None:
+    """Nor late, inside functions; what only a checker of types reads does not count."""
+    ahead = {
+        module: {i.target for i in imports_of(module) if i.target in MODULES and not i.typing}
+        for module in MODULES
+    }
+    while True:  # take away what imports nothing that is left
+        leaves = {m for m in ahead if not ahead[m] & ahead.keys() - {m}}
+        if not leaves:
+            break
+        ahead = {m: targets for m, targets in ahead.items() if m not in leaves}
+    assert not ahead
+
+
 def test_every_room_and_every_neighbour_is_there() -> None:
     assert all(name in MODULES for name in FLOOR_OF)
     assert {m for m in MODULES if m.count(".") == 1} <= FLOOR_OF.keys()
