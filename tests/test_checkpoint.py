@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from relora.engine.distributed import lone_rank
-from relora.engine.state import MOMENTS
+from relora.engine.views import MOMENTS
 from relora.errors import CheckpointError
 from relora.load import build_config, load_config
 from relora.record import saving

@@ -39,7 +39,7 @@ from ranks import Outcomes, Scenario, Unasked, run_ranks
 from relora.config import Config
 from relora.data.loader import train_batches
 from relora.engine import deepspeed
-from relora.engine.state import ParameterView
+from relora.engine.views import ParameterView
 from relora.load import build_config
 from relora.lora.choose import find_targets
 from relora.lora.draws import draw_a

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from relora.engine.distributed import Ranks
-from relora.engine.state import MOMENTS
+from relora.engine.views import MOMENTS
 from relora.errors import CheckpointError
 from relora.files import exists, is_dir, is_file, supplied
 from relora.record.layout import (

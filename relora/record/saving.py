@@ -24,7 +24,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from relora.engine.distributed import Ranks
-from relora.engine.state import MOMENTS, EngineState
+from relora.engine.state import EngineState
+from relora.engine.views import MOMENTS
 from relora.errors import CheckpointError
 from relora.files import beside, replacing, sync, write_json
 from relora.record.checkpoint import complete_checkpoints

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from relora.engine.codec import checksum
 from relora.engine.deepspeed import Engine
-from relora.engine.state import EngineState, ParameterView
+from relora.engine.state import EngineState
+from relora.engine.views import ParameterView
 from relora.errors import NumericsError
 
 

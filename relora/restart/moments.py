@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from relora.engine.state import MOMENTS, EngineState, ParameterView
+from relora.engine.state import EngineState
+from relora.engine.views import MOMENTS, ParameterView
 from relora.lora.draws import seeded_generator
 from relora.lora.layers import parameter_roles
 from relora.restart.config import ResetConfig

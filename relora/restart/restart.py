@@ -18,7 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from relora.engine.state import MOMENTS, EngineState, ParameterView
+from relora.engine.state import EngineState
+from relora.engine.views import MOMENTS, ParameterView
 from relora.lora.layers import AdaptedLayer, adapted_layers, names_of
 from relora.restart.config import ResetConfig
 from relora.restart.moments import DEFAULT_RESET, Moments, reset_moments
