@@ -158,10 +158,14 @@ def test_training_flops_add_up_over_phases_and_merges(tmp_path: Path) -> None:
 
 
 def test_a_model_file_that_changes_is_read_again(tmp_path: Path) -> None:
-    before = flops_per_token(config_of(tmp_path, LLAMA), False).forward
-    after = flops_per_token(config_of(tmp_path, {**LLAMA, "num_hidden_layers": 6}), False).forward
-    head, blocks = 2 * 512 * 32, before - 2 * 512 * 32
-    assert after == head + 2 * blocks
+    one, two, three = (
+        flops_per_token(config_of(tmp_path, {**LLAMA, "num_hidden_layers": n}), False).forward
+        for n in (3, 6, 9)
+    )
+    head = 2 * 512 * 32
+    assert three - two == two - one > 0
+    # Beside blocks and head, torch 2.6 counts the angles of the positions.
+    assert 0 <= one - head - (two - one) < 8
 
 
 class Ring(TorchDispatchMode):

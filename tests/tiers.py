@@ -48,6 +48,7 @@ TIERS = {
     "test_data_text::test_a_long_document_has_the_ids_of_the_whole_by_ours": "process",
     "test_data_text::test_text_without_words_is_kept_to_the_letter": "process",
     "test_data_tokenizer": "process",
+    "test_estimate::test_flops_are_those_that_torch_counts": "process",
     "test_estimate::test_the_ceiling_is_that_of_the_design": "process",
     "test_hostile_input::test_a_mutated_config_is_planned_or_refused": "process",
     "test_model_json::test_a_mutated_model_is_planned_or_refused_in_one_message": "process",
