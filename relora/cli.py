@@ -16,7 +16,7 @@ from typing import Any
 
 from relora.cores import limit_spinning
 from relora.engine.launcher import speaks_for_machine
-from relora.engine.signals import follow_launcher, ignore
+from relora.engine.signals import follow_launcher, undisturbed
 from relora.errors import ConfigError
 from relora.files import as_user_error, mend_standard_streams
 from relora.version import __version__
@@ -217,12 +217,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"relora: {verb} was stopped by Ctrl-C", file=sys.stderr)
         return 128 + signal.SIGINT
     except Exception as error:
-        ignore()  # the launcher stops a rank when another fails, in the middle of its message
         told = as_user_error(error)
         if told is None:
             raise
         if speaks_for_machine():  # one message a machine, not one a rank
-            print(f"relora: {told}", file=sys.stderr)
+            with undisturbed():  # by the launcher, which stops a rank when another fails
+                print(f"relora: {told}", file=sys.stderr)
         return told.code
 
 

@@ -80,6 +80,18 @@ def _logs_of_libraries_go_somewhere() -> None:
                 handler.stream = sys.stdout  # and not setStream, which would flush the old one
 
 
+@pytest.fixture(autouse=True)
+def _signals_stay_as_they_are() -> Iterator[None]:
+    """What one test has the process ignore, the children of all later ones would ignore too."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    after = {number: signal.getsignal(number) for number in numbers}
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    assert after == before
+
+
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A config JSON of a Llama with about 8,000 parameters."""

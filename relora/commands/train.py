@@ -9,7 +9,7 @@ from relora.config import Config
 from relora.engine import deepspeed
 from relora.engine.distributed import is_lost_rank, read_rank, read_ranks, read_world
 from relora.engine.launcher import speaks_for_machine
-from relora.engine.signals import kept
+from relora.engine.signals import handlers_kept
 from relora.errors import LostRankError
 from relora.load import check_world
 from relora.record.standing import is_finished
@@ -36,7 +36,7 @@ def train(config: Config, resume: str = "auto") -> int:
     Raises:
         UserError: a config, data, checkpoint or numbers that a user can mend; see its `code`.
     """
-    with kept():  # who called from Python goes on, and hears its own signals
+    with handlers_kept():  # who called from Python goes on, and hears its own signals
         return _train(config, resume)
 
 

@@ -182,7 +182,7 @@ def caught(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def kept() -> Iterator[None]:
+def handlers_kept() -> Iterator[None]:
     """Whatever handlers a block sets, those of before are in place after it."""
     before = {number: signal.getsignal(number) for number in (*HEEDED, LAUNCHER_GONE, EXIT_NOW)}
     try:
@@ -192,10 +192,16 @@ def kept() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def ignore() -> None:
-    """From here on nothing but the message of how this process ends is left to do."""
-    for number in HEEDED:
-        signal.signal(number, signal.SIG_IGN)
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """A block that no wish to stop interrupts: a message that is the last thing to do."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are not for it to set, and do not come to it
+        return
+    with handlers_kept():
+        for number in HEEDED:
+            signal.signal(number, signal.SIG_IGN)
+        yield
 
 
 def name_of(number: int) -> str:
