@@ -70,9 +70,9 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     cut = make_config(directory / "cut", **CHANGES)
     first = launch(whole, directory / "whole.txt")
     second = launch(cut, directory / "cut.txt")
+    ports = [port_of(process) for process in (first, second)]  # while both are there
     second.wait_for_step(directory / "cut", 14)
     pids = [second.popen.pid, *second.descendants()]
-    ports = [port_of(process) for process in (first, second)]
     asked = logged_step(directory / "cut")
     os.kill(second.popen.pid, signal.SIGTERM)
     assert second.wait() == 75, second.text
@@ -95,6 +95,7 @@ def port_of(process: Process) -> str:
     """MASTER_PORT of a launch's first rank."""
     import psutil
 
+    wait_for(lambda: bool(process.ranks()), process.popen.pid)
     return psutil.Process(process.ranks()[0]).environ()["MASTER_PORT"]
 
 
