@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from relora.commands.train import train
     from relora.config import Config
     from relora.engine.state import EngineState
+    from relora.lean import make_lean
     from relora.load import load_config
     from relora.lora.config import LoRAConfig
     from relora.lora.inject import add_adapters, merge_adapters, parameter_groups, remove_adapters
@@ -46,6 +47,7 @@ __all__ = [
     "add_adapters",
     "load_config",
     "load_run",
+    "make_lean",
     "merge_adapters",
     "merge_and_restart",
     "parameter_groups",
@@ -64,6 +66,7 @@ _HOMES = {
     "add_adapters": "lora.inject",
     "load_config": "load",
     "load_run": "record.loaded",
+    "make_lean": "lean",
     "merge_adapters": "lora.inject",
     "merge_and_restart": "restart.restart",
     "parameter_groups": "lora.inject",

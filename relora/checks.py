@@ -32,6 +32,7 @@ def cross_checks(config: Config, read_model: bool) -> Iterator[str]:
     yield from _check_lengths(config)
     yield from _check_saving(config)
     yield from _check_spectra(config)
+    yield from _check_graphs(config)
     micro_batch_size = config.batch.micro_batch_size
     yield from mistakes(config.deepspeed, config.optimizer, micro_batch_size, ask=read_model)
     if read_model and config.model.config is not None:
@@ -72,6 +73,33 @@ def _check_relora(config: Config, relora: ReLoRAConfig) -> Iterator[str]:
         yield (
             f"lora.lr: {config.lora.lr:g} would do nothing beside relora.lr {relora.lr:g}: they "
             "are the same rate; remove one"
+        )
+
+
+def _check_graphs(config: Config) -> Iterator[str]:
+    model, lora = config.model, config.lora
+    precision = precision_of(config.deepspeed.precision)
+    if model.half_residual:
+        if not (model.lean and precision.autocast):
+            yield "model.half_residual: would do nothing without model.lean and precision: bf16"
+        elif precision.scales_loss:
+            yield (
+                f"model.half_residual: {config.deepspeed.precision} overflows where blocks add up; "
+                "take precision: bf16, or half_residual: false"
+            )
+    if lora is None:
+        return
+    if lora.dropout and lora.graph == "effective":
+        yield (
+            "lora.graph: effective knows no dropout, which acts on the adapter's input alone; take "
+            "graph: low_rank, or dropout: 0"
+        )
+    if lora.keep_effective is not None and (lora.dropout or lora.graph == "low_rank"):
+        yield "lora.keep_effective: would do nothing with the low-rank graph; remove it"
+    if lora.keep_effective and config.deepspeed.zero_stage == 3:
+        yield (
+            "lora.keep_effective: true would hold whole on each rank what ZeRO 3 partitions; take "
+            "false, or zero_stage 2"
         )
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from relora.errors import ConfigError, UserError
 from relora.files import explain, is_file, read_json, read_text, supplied
@@ -57,6 +57,15 @@ class ModelConfig(Section):
     config: Path | None = None
     pretrained: Path | None = None
     gradient_checkpointing: bool = False
+    # The backward pass makes normed and gated activations anew, elementwise, and does not keep
+    # them: in RMSNorms and SwiGLU MLPs, wherever they are; other blocks are as they were.
+    lean: bool = True
+    # Tokens that the output head and the loss are computed for at a time; null = all at once. Only
+    # models whose loss is the cross-entropy of their head's output can do it; others do not.
+    loss_chunk: int | None = Field(default=1024, ge=1)
+    # What blocks add to is kept in the half precision of products: half its bytes, and every
+    # block's addition rounded. Needs lean blocks.
+    half_residual: bool = False
 
     @model_validator(mode="after")
     def _exactly_one(self) -> ModelConfig:

@@ -312,8 +312,8 @@ def in_float64() -> None:
     torch.Tensor.float = torch.Tensor.double  # type: ignore[method-assign]
     real_model, real_adapters = under_test.build_model, under_test.add_adapters
 
-    def add_adapters(model: Any, config: Any, seed: int) -> list[str]:
-        names = real_adapters(model, config, seed)
+    def add_adapters(model: Any, *arguments: Any) -> list[str]:
+        names = real_adapters(model, *arguments)
         model.double()
         return names
 

@@ -23,6 +23,7 @@ from relora.engine.options import deepspeed_json
 from relora.engine.precision import dtype_of, precision_of
 from relora.errors import ConfigError
 from relora.lora.inject import parameter_groups
+from relora.lora.layers import constant_weights
 
 Engine = Any  # deepspeed.DeepSpeedEngine; the import happens late
 
@@ -141,12 +142,15 @@ def train_step(
     if stage > 0 and loss_scale is not None:
         engine.optimizer.override_loss_scale(loss_scale)  # it multiplies and divides by itself
         factor = 1.0
+    # ZeRO 3 holds weights where they are used and no longer.
+    constant = constant_weights(engine.module) if stage < 3 else nullcontext()
     losses: list[Tensor] = []
     others: list[Tensor] = []
     last = len(micro_batches) - 1
     # Stages 1–3 collect local gradients and reduce them when the block ends; stage 0 reduces in
     # the backward pass outside no_sync.
-    with engine.coalesce_grad_reduction() if stage > 0 and last > 0 else nullcontext():
+    together = engine.coalesce_grad_reduction() if stage > 0 and last > 0 else nullcontext()
+    with constant, together:
         for index, batch in enumerate(micro_batches):
             with engine.no_sync() if stage == 0 and index < last else nullcontext():
                 loss = loss_of(engine, batch)

@@ -59,8 +59,10 @@ def evaluate_loss(
         # A rank without rows left still takes part in the forward pass, with one that counts 0.
         rows = batch[: max(real, 1)].to(ranks.device)
         predicted = real * (rows.shape[1] - 1)
-        logits = model(input_ids=rows).logits
-        total += cross_entropy(logits, rows).item() * predicted
+        output = model(input_ids=rows, labels=rows)
+        whole = output.logits is not None  # a model that chunks its loss has no other
+        loss = cross_entropy(output.logits, rows) if whole else output.loss
+        total += loss.item() * predicted
         tokens += predicted
     model.train(was_training)
     total, tokens = ranks.sum([total, tokens])

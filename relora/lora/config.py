@@ -20,6 +20,13 @@ class LoRAConfig(Section):
     # blocks, that is every linear layer but the output head.
     targets: list[str] | None = Field(default=None, min_length=1)
 
+    # How adapted layers are computed, see `graphs`: through r features beside the base's output, or
+    # with W + s·B·A in its place. The same function, and other products; auto takes the fewer.
+    graph: Literal["auto", "low_rank", "effective"] = "auto"
+    # Whether W + s·B·A is formed once a step and kept, which takes the base's bytes once more, or
+    # for each micro-batch; null = kept where forming it would cost more than 2 % of a step.
+    keep_effective: bool | None = None
+
     # Learning rate once there are adapters; null = optimizer.lr. `relora.lr` is the same for runs
     # that merge.
     lr: float | None = Field(default=None, gt=0)

@@ -20,7 +20,13 @@ from relora.lora.layers import (
 )
 
 
-def add_adapters(model: nn.Module, config: LoRAConfig, seed: int | None = 0) -> list[str]:
+def add_adapters(
+    model: nn.Module,
+    config: LoRAConfig,
+    seed: int | None = 0,
+    tokens: int | None = None,
+    micro_batches: int = 1,
+) -> list[str]:
     """Turn the targets into adapted layers, in place; returns their names.
 
     Their weights are frozen; biases, embeddings, norms and the head go on training in full. B is
@@ -31,6 +37,8 @@ def add_adapters(model: nn.Module, config: LoRAConfig, seed: int | None = 0) -> 
             has as many outputs as an embedding has rows.
         seed: keys the draw of A, with the layer's name; None leaves A undrawn, for whoever fills
             it with something else, or has a model without numbers.
+        tokens: of a micro-batch, by which `lora.graph: auto` chooses; None for many.
+        micro_batches: of a step.
 
     Raises:
         ConfigError: see `find_targets`.
@@ -45,6 +53,7 @@ def add_adapters(model: nn.Module, config: LoRAConfig, seed: int | None = 0) -> 
         layer.__class__ = adapted_class(kind, plain)
         assert isinstance(layer, AdaptedLayer)
         layer.add_lora_(config.rank, config.scale, config.dropout)
+        layer.choose_graph_(config.graph, config.keep_effective, tokens, micro_batches)
         if seed is not None:
             with torch.no_grad():
                 layer.lora_A.copy_(draw_a(layer.lora_A.shape, seed, 0, names_of(name).a))

@@ -18,7 +18,8 @@ name in `KINDS`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -27,6 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 from transformers.pytorch_utils import Conv1D
+
+from relora.lora.graphs import Graph, cheaper_graph, forming_share, linear, multiply
 
 Role = Literal["A", "B", "base", "other"]
 
@@ -47,6 +50,9 @@ class AdaptedLayer(nn.Module):
         lora_B: (out, r) trainable, kept in fp32.
         scale: s, the factor of the update.
         shrink: d, what weight decay has left of the frozen weight since the last merge.
+        graph: how the layer is computed, see `graphs`.
+        keeps_effective: whether d·W + s·B·A is formed once for all of `constant_weights`, at two
+            bytes an entry in half precision, or where it is used, at 2·out·in·r FLOPs each time.
         plain: the class of layers that this kind adapts; of a layer, the class that it had before.
     """
 
@@ -56,6 +62,9 @@ class AdaptedLayer(nn.Module):
     scale: float
     shrink: float
     lora_dropout: float
+    graph: Graph
+    keeps_effective: bool
+    made: dict[Any, Any] | None  # of the weights, while they are constant
     plain: ClassVar[type[nn.Module]]
 
     @classmethod
@@ -83,6 +92,28 @@ class AdaptedLayer(nn.Module):
         self.scale = scale
         self.shrink = 1.0
         self.lora_dropout = dropout
+        self.graph = "low_rank"
+        self.keeps_effective = False
+        self.made = None
+
+    def choose_graph_(
+        self,
+        graph: Literal["auto", "low_rank", "effective"],
+        keep: bool | None,
+        tokens: int | None,
+        micro_batches: int,
+    ) -> None:
+        """Set how the layer is computed; arguments as in `LoRAConfig` and `add_adapters`."""
+        outputs, inputs = self.matrix(self.weight).shape
+        if graph == "auto":
+            graph = "low_rank" if self.lora_dropout else cheaper_graph(outputs, inputs, tokens)
+        self.graph = graph
+        if keep is None:
+            keep = (
+                tokens is not None
+                and forming_share(self.lora_A.shape[0], tokens, micro_batches) > 0.02
+            )
+        self.keeps_effective = keep
 
     def delta(self, a: Tensor, b: Tensor, shape: torch.Size, start: int, stop: int) -> Tensor:
         """Entries start..stop of s·B·A as it lies in the flattened weight, in the dtype of A and B.
@@ -100,9 +131,50 @@ class AdaptedLayer(nn.Module):
 
     def update(self, x: Tensor) -> Tensor:
         """s · (drop(x) Aᵀ) Bᵀ for x (…, in); returns (…, out)."""
-        x = F.dropout(x, self.lora_dropout, self.training)
         # The scale where the tensor is smallest: r is far below in and out.
-        return F.linear(F.linear(x, self.lora_A) * self.scale, self.lora_B)
+        return F.linear(self._inner(x) * self.scale, self.lora_B)
+
+    def add_update(self, output: Tensor, x: Tensor, shrink: float = 1.0) -> Tensor:
+        """d·output (…, out) + s · (drop(x) Aᵀ) Bᵀ for x (…, in), in one pass over the output."""
+        inner, b = self._inner(x), self.lora_B
+        rows = torch.addmm(
+            output.reshape(-1, b.shape[0]),
+            inner.reshape(-1, b.shape[1]),
+            b.t(),
+            beta=shrink,
+            alpha=self.scale,
+        )
+        return rows.view(output.shape)
+
+    def _inner(self, x: Tensor) -> Tensor:
+        """drop(x) Aᵀ."""
+        return F.linear(F.dropout(x, self.lora_dropout, self.training), self.lora_A)
+
+    def effective(self, dtype: torch.dtype) -> Tensor:
+        """The matrix (out, in) of d·W + s·B·A in a dtype."""
+        return self._once(("effective", dtype), self._form, dtype)
+
+    def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(s·A, s·B) in a dtype."""
+        return self._once(("factors", dtype), self._cast, dtype)
+
+    def _form(self, dtype: torch.dtype) -> Tensor:
+        a, b = self.factors(dtype)
+        weight = self.matrix(self.weight).to(dtype)
+        return torch.addmm(weight, b, a, beta=self.shrink, alpha=1 / self.scale)
+
+    def _cast(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        a, b = (multiply(factor, self.scale, dtype) for factor in (self.lora_A, self.lora_B))
+        return a, b
+
+    @torch.no_grad()
+    def _once(self, key: tuple[str, torch.dtype], make: Callable[..., Any], *arguments: Any) -> Any:
+        """What `make` gives; within `constant_weights` made once."""
+        if self.made is None or (key[0] == "effective" and not self.keeps_effective):
+            return make(*arguments)
+        if key not in self.made:
+            self.made[key] = make(*arguments)
+        return self.made[key]
 
 
 class _Linear(AdaptedLayer):
@@ -147,14 +219,16 @@ class _Linear(AdaptedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (…, in) → (…, out)."""
+        if self.graph == "effective":
+            factors = self.lora_A, self.lora_B
+            return linear(x, self.weight, *factors, self.bias, self.effective, self.factors)
         # Of a transposed weight too: addmm under autocast wants one dtype for all three; linear
         # casts each by itself.
         weight = self.matrix(self.weight)
         if self.shrink == 1:
-            return F.linear(x, weight, self.bias) + self.update(x)
-        # One kernel adds and multiplies, so d costs nothing; the bias is not to shrink.
-        output = torch.add(self.update(x), F.linear(x, weight), alpha=self.shrink)
-        return output if self.bias is None else output + self.bias
+            return self.add_update(F.linear(x, weight, self.bias), x)
+        output = self.add_update(F.linear(x, weight), x, self.shrink)
+        return output if self.bias is None else output + self.bias  # which is not to shrink
 
 
 class LoRALinear(_Linear, nn.Linear):
@@ -210,6 +284,20 @@ def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:
     for name, module in model.named_modules():
         if isinstance(module, AdaptedLayer):
             yield name, module
+
+
+@contextmanager
+def constant_weights(model: nn.Module) -> Iterator[None]:
+    """Within it no weight of an adapted layer changes, as in the micro-batches of an optimizer
+    step, so what is made of them is made once."""
+    layers = [layer for _, layer in adapted_layers(model)]
+    for layer in layers:
+        layer.made = {}
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.made = None
 
 
 def names_of(layer: str) -> Names:

@@ -17,6 +17,7 @@ from relora.engine.precision import LossScale, dtype_of, precision_of
 from relora.engine.sources import Layered, Source, weights_of
 from relora.engine.state import EngineState, capture
 from relora.errors import DataError
+from relora.lean import make_lean
 from relora.lora.choose import describe_left, find_targets, linear_layers
 from relora.lora.inject import add_adapters
 from relora.lora.layers import adapted_layers, names_of
@@ -218,13 +219,17 @@ def _build_engine(
         model = _first_model(config, ranks)
     else:  # its structure is enough, and the run directory has that
         model = build_model(structure_of(config), config.seed)
+    batch, formats = config.batch, precision_of(config.deepspeed.precision)
+    half = dtype_of(formats.autocast) if formats.autocast and config.model.half_residual else None
+    make_lean(model, config.model.lean, config.model.loss_chunk, half)
     if config.clock.has_adapters(step):
         assert config.lora is not None
-        add_adapters(model, config.lora, config.seed)
+        tokens = batch.micro_batch_size * config.data.sequence_length
+        micro_batches = batch.global_batch_size // (batch.micro_batch_size * ranks.world)
+        add_adapters(model, config.lora, config.seed, tokens, micro_batches)
     if isinstance(source, Checkpoint):
         source.check_fits(model)
     start = weights_of(model)
-    formats = precision_of(config.deepspeed.precision)
     for _, layer in adapted_layers(model):
         if not formats.is_deepspeeds:  # which casts by itself, from fp32
             layer.weight.data = layer.weight.data.to(dtype_of(formats.base))

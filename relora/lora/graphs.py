@@ -1,0 +1,175 @@
+"""How an adapted layer is computed: which products, and what is kept for the backward pass.
+
+    low rank    y = d·x Wᵀ + b + s·(drop(x) Aᵀ) Bᵀ
+    effective   y = x (d·W + s·B·A)ᵀ + b
+
+Both are the same function of x, A and B and have the same gradients. Of T tokens through a weight
+(m, n) at rank r, W frozen, forward and backward pass multiply 4Tmn + 6Tr(m + n) by the first way
+and 4Tmn + 4Tr(m + n) by the second, with 2mnr for each time that its weight is formed. The
+effective graph keeps x alone, and not even that where x can be made again from what is kept anyhow
+(`Recomputed`). Dropout acts on the adapter's input alone, so it needs the low-rank graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Graph = Literal["low_rank", "effective"]
+
+_SOURCE, _CAST = "_relora_source", "_relora_cast"  # attributes of tensors
+
+
+def cheaper_graph(outputs: int, inputs: int, tokens: int | None) -> Graph:
+    """The graph with fewer products for a micro-batch of so many tokens; None for very many.
+
+    It does not ask how many micro-batches a step has, so that a run computes alike on any number
+    of ranks.
+    """
+    if tokens is None or tokens * (inputs + outputs) > inputs * outputs:
+        return "effective"
+    return "low_rank"
+
+
+def forming_share(rank: int, tokens: int, micro_batches: int) -> float:
+    """FLOPs of forming W + s·B·A in both passes of every micro-batch and not once a step, as a
+    share of the layer's own 4·tokens·inputs·outputs a micro-batch."""
+    return rank * (1 - 1 / (2 * micro_batches)) / tokens
+
+
+class Recomputed:
+    """How a tensor is made again from others, once for all that need it in the backward pass.
+
+    It holds no tensor between the passes, so gradient checkpointing frees what it would free.
+    """
+
+    def __init__(self, function: Callable[..., tuple[Tensor, ...]]) -> None:
+        """`function` gives the tensor first, bit for bit; what else it gives is for its maker."""
+        self._function = function
+        self._made: tuple[Tensor, ...] | None = None
+
+    def again(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """What the function gives, as in the forward pass; the same tensors until `forget`."""
+        if self._made is None:
+            self._made = self._function(*inputs)
+        return self._made
+
+    def forget(self) -> None:
+        """The maker of the tensor has its gradient: nobody needs it any more."""
+        self._made = None
+
+
+class _Source(NamedTuple):
+    """What is kept of a layer's input: what it is made of by a recipe, or itself."""
+
+    inputs: tuple[Tensor, ...]
+    recipe: Recomputed | None = None
+
+
+def mark_recomputed(tensor: Tensor, recipe: Recomputed, *inputs: Tensor) -> None:
+    """Note on a tensor that a recipe makes it of `inputs`; layers that read it keep those alone."""
+    setattr(tensor, _SOURCE, _Source(tuple(x.detach() for x in inputs), recipe))
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which products with a tensor are computed: autocast's, or its own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def multiply(tensor: Tensor, other: Tensor | float, dtype: torch.dtype) -> Tensor:
+    """tensor · other, computed in their own dtype and rounded to another, in one pass."""
+    return torch.mul(tensor, other, out=torch.empty_like(tensor, dtype=dtype))
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    bias: Tensor | None = None,
+    effective: Callable[[torch.dtype], Tensor] | None = None,
+    factors: Callable[[torch.dtype], tuple[Tensor, Tensor]] | None = None,
+) -> Tensor:
+    """x (…, n) times the transpose of a weight (m, n), or of what A (r, n) and B (m, r) make of it:
+    (…, m).
+
+    Under autocast all products are in its dtype.
+
+    Args:
+        effective: gives the matrix W + s·B·A (m, n) in a dtype, also in the backward pass.
+        factors: s·A and s·B in a dtype, asked likewise.
+    """
+    dtype = compute_dtype(x)
+    source, cast = _source(x, dtype)
+    return _Linear.apply(
+        x, cast, weight, a, b, bias, effective, factors, source.recipe, *source.inputs
+    )
+
+
+def _source(x: Tensor, dtype: torch.dtype) -> tuple[_Source, Tensor]:
+    """What to keep of x, and x in a dtype without a gradient; cast once for all that read it."""
+    if x.dtype == dtype:
+        plain = x.detach()
+        return getattr(x, _SOURCE, None) or _Source((plain,)), plain
+    known = getattr(x, _CAST, None)
+    if known is None or known[0] != x._version or known[1].dtype != dtype:
+        known = (x._version, x.detach().to(dtype))
+        setattr(x, _CAST, known)
+    return _Source((known[1],)), known[1]
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        cast: Tensor,
+        weight: Tensor,
+        a: Tensor | None,
+        b: Tensor | None,
+        bias: Tensor | None,
+        effective: Callable[[torch.dtype], Tensor] | None,
+        factors: Callable[[torch.dtype], tuple[Tensor, Tensor]] | None,
+        recipe: Recomputed | None,
+        *inputs: Tensor,
+    ) -> Tensor:
+        dtype = cast.dtype
+        matrix = effective(dtype) if effective else weight.to(dtype)
+        ctx.save_for_backward(weight, a, b, None if effective else matrix, *inputs)
+        ctx.effective, ctx.factors, ctx.recipe = effective, factors, recipe
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.dtype = x.dtype
+        return F.linear(cast, matrix, None if bias is None else bias.to(dtype))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        weight, a, b, matrix, *inputs = ctx.saved_tensors
+        for_x, _, for_weight, for_a, for_b, for_bias = ctx.needs_input_grad[:6]
+        dtype = gradient.dtype
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        x: Any = None
+        if for_weight or for_a or for_b:
+            x = ctx.recipe.again(*inputs)[0] if ctx.recipe else inputs[0]
+            x = x.reshape(-1, x.shape[-1])
+        d_x = d_weight = d_a = d_b = d_bias = None
+        if for_x:
+            matrix = ctx.effective(dtype) if ctx.effective else matrix
+            assert matrix is not None
+            d_x = rows.mm(matrix).view(*gradient.shape[:-1], -1).to(ctx.dtype)
+        if for_weight:
+            d_weight = rows.t().mm(x).to(weight.dtype)
+        if for_a or for_b:
+            scaled_a, scaled_b = ctx.factors(dtype)
+            if for_b:
+                d_b = rows.t().mm(x.mm(scaled_a.t())).to(b.dtype)
+            if for_a:
+                d_a = rows.mm(scaled_b).t().mm(x).to(a.dtype)
+        if for_bias:
+            d_bias = rows.sum(0).to(ctx.bias_dtype)
+        return d_x, None, d_weight, d_a, d_b, d_bias, *(None for _ in range(3 + len(inputs)))
