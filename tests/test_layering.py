@@ -177,6 +177,27 @@ def test_reading_a_config_imports_nothing_heavy() -> None:
     assert {"relora.structure", "relora.restart.schedule", "relora.data.config"} <= reached
 
 
+def test_no_two_modules_define_one_public_name() -> None:
+    """Who reads a call knows what is called. A method's name is its class's own matter."""
+    owners: dict[str, list[str]] = {}
+    for module, path in MODULES.items():
+        for node in ast.parse(path.read_text()).body:
+            for name in _names_of(node):
+                if not name.startswith("_"):
+                    owners.setdefault(name, []).append(module)
+    assert {name: found for name, found in owners.items() if len(found) > 1} == {}
+
+
+def _names_of(node: ast.stmt) -> set[str]:
+    """What a statement at the top of a module defines; `import` only names what others define."""
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        return {node.name}
+    if isinstance(node, ast.Assign | ast.AnnAssign):
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        return {n.id for each in targets for n in ast.walk(each) if isinstance(n, ast.Name)}
+    return set()
+
+
 def test_lora_knows_neither_files_nor_processes() -> None:
     for module in MODULES:
         if is_in(module, "relora.lora") and module != "relora.lora.peft_format":

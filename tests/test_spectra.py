@@ -891,7 +891,7 @@ def test_tensorboard_has_every_number_of_the_metrics(
 def test_the_picture_shows_the_median_values_of_each_kind(runs: Callable[[str], Path]) -> None:
     run_dir = runs("llama")
     found = read(run_dir, 18)
-    (axes,) = spectra.draw(run_dir, 18).axes
+    (axes,) = spectra.draw_spectrum(run_dir, 18).axes
     drawn = {line.get_label(): line.get_ydata() for line in axes.get_lines()}
     dotted = [line for line in axes.get_lines() if line.get_linestyle() == ":"]
     kinds = {".".join(name.split(".")[-2:]) for name in found.figures}
@@ -913,7 +913,7 @@ def test_layers_of_one_name_and_other_sizes_can_be_drawn(tmp_path: Path) -> None
     }
     (tmp_path / "spectra").mkdir()
     save_file(values, tmp_path / "spectra" / "step_00000003.safetensors")
-    (axes,) = spectra.draw(tmp_path, 3).axes
+    (axes,) = spectra.draw_spectrum(tmp_path, 3).axes
     assert sorted(len(line.get_ydata()) for line in axes.get_lines()) == [8, 16, 32]
 
 

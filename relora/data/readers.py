@@ -42,7 +42,7 @@ _SPACES = re.compile(r"[ \t\n\r]*")
 _DECODER = json.JSONDecoder()
 
 
-def kind_of(path: Path) -> str:
+def suffix_of(path: Path) -> str:
     """The suffix that says what is in a file, without that of its compression."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in PACKED:
@@ -58,7 +58,7 @@ def require_readable(path: Path) -> None:
         raise DataError(f"{path}: is a directory; name its files, for example {path}/**/*.txt")
     if not stat.S_ISREG(mode):
         raise DataError(f"{path}: is no plain file; write what it gives to one")
-    if kind_of(path) not in (*TEXT, *_READERS):
+    if suffix_of(path) not in (*TEXT, *_READERS):
         raise DataError(
             f"{path}: cannot tell what is in it; allowed are {', '.join((*TEXT, *_READERS))}, "
             "each also with .gz or .zst"
@@ -73,7 +73,7 @@ def read_file(path: Path, field: str, cut: CutConfig | None = None) -> Iterator[
     Raises DataError naming the file, and the line or row where there is one.
     """
     require_readable(path)
-    kind = kind_of(path)
+    kind = suffix_of(path)
     if kind not in TEXT:
         with opened(path) as file:
             yield from _READERS[kind](file, path, field)

@@ -14,10 +14,10 @@ from relora.data.config import TokenizerConfig, settings_of
 from relora.data.sentencepiece_model import train_sentencepiece, write_sentencepiece
 from relora.data.text import AnyDocument, stretches
 from relora.data.transformers_tokenizer import (
+    copy_tokenizer,
     ids_of_text,
     open_directory,
     parse_file,
-    take_over,
 )
 from relora.errors import ConfigError, DataError, UserError
 
@@ -62,7 +62,7 @@ def build_tokenizer(
             model = path.read_bytes()
         write_sentencepiece(model, directory, sample, where)
     else:
-        take_over(config.path, directory, sample, config.add_bos)
+        copy_tokenizer(config.path, directory, sample, config.add_bos)
 
 
 def describe_tokenizer(config: TokenizerConfig) -> dict[str, Any]:

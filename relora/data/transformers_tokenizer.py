@@ -122,7 +122,7 @@ def ids_of_text(tokenizer: Any) -> Callable[[str], list[int]]:
     return lambda text: tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
 
-def take_over(name: str, directory: Path, sample: list[str], add_bos: bool | None) -> None:
+def copy_tokenizer(name: str, directory: Path, sample: list[str], add_bos: bool | None) -> None:
     """Copy a transformers tokenizer, from here or the hub, as one that is all in tokenizer.json.
 
     Args:

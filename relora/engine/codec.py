@@ -11,7 +11,7 @@ from torch import Tensor
 
 from relora.engine import precision
 
-REMAINDER = precision.dtype_of(precision.REMAINDER)
+REMAINDER_DTYPE = precision.dtype_of(precision.REMAINDER)
 
 
 def decode(live: Tensor, remainder: Tensor | None) -> Tensor:

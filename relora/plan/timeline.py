@@ -108,7 +108,7 @@ def _event(clock: Clock, start: int, stop: int) -> str:
     return "△" if clock.birth and start <= clock.birth < stop else ""
 
 
-def draw(config: Config, path: Path) -> None:
+def draw_timeline(config: Config, path: Path) -> None:
     """The learning rate with phases, birth and merges, as a PNG."""
     import matplotlib as mpl
 

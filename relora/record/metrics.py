@@ -187,7 +187,7 @@ def drop_after(path: Path, step: int) -> list[str]:
             if number < len(lines):
                 complaints.append(f"{path}: line {number} {error}; it is left out from here on")
             continue
-        again = values["step"] == step and (step == 0 or keys.ROLLBACKS in values)
+        again = values["step"] == step and (step == 0 or keys.ROLLBACK_COUNT in values)
         if values["step"] <= step and not again:
             kept.append(line)
         if values["step"] == step and keys.SAVE_S in values:

@@ -20,7 +20,7 @@ from relora.engine.distributed import Ranks
 from relora.engine.signals import follow_launcher
 from relora.errors import CheckpointError
 from relora.files import hold, read_json, supplied, write_json
-from relora.record.checked import Count, Record, checked
+from relora.record.checked import Count, JsonRecord, checked
 from relora.record.layout import LEFTOVER, RunDirectory
 
 PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "tokenizers", "sentencepiece")
@@ -28,7 +28,7 @@ LOCK_CHARACTERS = 4096
 PATIENCE_S = 60.0  # for an orphan to finish its step, save and leave
 
 
-class RunState(Record):
+class RunState(JsonRecord):
     """run_state.json: how a run stands."""
 
     status: str = Field(description="text")  # running, preempted, failed or finished
@@ -58,7 +58,7 @@ def read_run_state(run_dir: Path) -> RunState:
 
 
 def write_run_state(run_dir: Path, status: str, reason: str, step: int, code: int) -> None:
-    """Record how the run stands; launchers lose exit codes, this file keeps them.
+    """JsonRecord how the run stands; launchers lose exit codes, this file keeps them.
 
     Args:
         status: running, preempted, failed or finished.
@@ -152,7 +152,7 @@ def _is_leaving(holder: dict[str, Any]) -> bool:
     return status == psutil.STATUS_ZOMBIE or holder.get("launcher") not in (None, parent)
 
 
-class _Stretch(Record):
+class _Stretch(JsonRecord):
     """What a run ran on from a step: that, and whatever `describe_environment` said of it."""
 
     model_config = ConfigDict(extra="allow")

@@ -37,7 +37,7 @@ from relora.record.layout import (
     rank_file,
     step_of,
 )
-from relora.record.manifest import FileRecord, Manifest, describe
+from relora.record.manifest import FileRecord, Manifest, describe_file
 
 
 class Saving:
@@ -136,7 +136,7 @@ class Saving:
         try:
             with replacing(path) as temporary:
                 save_file(pieces, temporary, metadata={"step": str(self.step)})
-            self._files = {path.name: describe(path)}
+            self._files = {path.name: describe_file(path)}
         except (OSError, SafetensorError) as error:
             self._problem = f"rank {self.ranks.rank}: {error}"
         except BaseException as error:  # a bug, to be raised where it is heard
@@ -148,7 +148,7 @@ class Saving:
         try:
             state = self.temporary / CHECKPOINT_STATE
             write_json(state, self._state)
-            files = {state.name: describe(state), **files}
+            files = {state.name: describe_file(state), **files}
             write_json(self.temporary / MANIFEST, Manifest(files=files).model_dump())
             sync(self.temporary)
             if os.path.lexists(self.final):  # the run went back to before it

@@ -33,7 +33,7 @@ from relora.restart.restart import merge_and_restart, shrink_
 from relora.training import log_lines
 from relora.training.config import SpikeConfig
 from relora.training.run import Run, find_checkpoint, finish_save, give_birth, save
-from relora.training.spectra import check_start, draw, keep_start, measure
+from relora.training.spectra import check_start, draw_spectrum, keep_start, measure
 from relora.training.spikes import check_limit, position_after, threshold_of
 
 PROBE_TOKENS = 256
@@ -229,7 +229,9 @@ def _measure(run: Run, merge: int | None) -> None:
     began = time.perf_counter()
     values = measure(run, merge)
     if run.ranks.is_main:
-        run.metrics.figure(run.step, keys.SINGULAR_VALUES, draw(run.config.run_dir, run.step))
+        run.metrics.figure(
+            run.step, keys.SINGULAR_VALUES, draw_spectrum(run.config.run_dir, run.step)
+        )
     values[keys.SPECTRA_S] = time.perf_counter() - began
     run.metrics.write(run.step, values)
     run.metrics.say(log_lines.spectra_line(run.step, values))
@@ -291,7 +293,7 @@ def _pass_over(run: Run) -> None:
     place = position_after(run.progress.consumed, run.rollbacks)
     for number, rollback in enumerate(run.rollbacks, 1):
         if run.progress.consumed <= rollback.consumed < place:
-            run.metrics.write(run.step, {keys.ROLLBACKS: number, **rollback.figures()})
+            run.metrics.write(run.step, {keys.ROLLBACK_COUNT: number, **rollback.figures()})
             run.metrics.say(f"rollback {number}: {rollback.describe()}; its data is skipped")
     run.progress.consumed = place
 

@@ -124,11 +124,11 @@ def measure(run: Run, merge: int | None) -> dict[str, float]:
     for key in MEDIANS:
         known = [row[key] for row in layers if row[key] is not None]
         if known:
-            medians[f"{keys.SPECTRA}{key}"] = statistics.median(known)
+            medians[f"{keys.SPECTRA_PREFIX}{key}"] = statistics.median(known)
     return medians
 
 
-def draw(run_dir: Path, step: int) -> Any:
+def draw_spectrum(run_dir: Path, step: int) -> Any:
     """A measurement as a matplotlib figure: singular values of each kind of layer, medians.
 
     Most of what it costs is text and axes, so there is one of each, and few ticks; a logarithmic
