@@ -211,7 +211,7 @@ def measure(ranks: Any, config: Config) -> dict[str, float]:
     """Each part of a real engine on this rank, in bytes, and what a step of it receives."""
     from relora.engine import deepspeed
     from relora.engine.evaluation import loss_of
-    from relora.training.run import start_run
+    from relora.training.start import start_run
 
     config.run_dir.mkdir(parents=True, exist_ok=True)
     tokens = np.random.default_rng(0).integers(0, 500, 4000).astype(np.uint16)
@@ -442,7 +442,7 @@ def device_peak(ranks: Any, config: Config) -> int:
     """Most bytes that two steps of a real engine have allocated on the device."""
     from relora.engine import deepspeed
     from relora.engine.evaluation import loss_of
-    from relora.training.run import start_run
+    from relora.training.start import start_run
 
     config.run_dir.mkdir(parents=True, exist_ok=True)
     tokens = np.random.default_rng(0).integers(0, 32000, 20_000).astype(np.uint16)

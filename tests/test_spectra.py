@@ -29,7 +29,7 @@ from ranks import Outcomes, Scenario, run_ranks
 from relora.record import spectra_files
 from relora.record.metrics import Metrics
 from relora.training import spectra
-from relora.training.loop import update
+from relora.training.phases import log_step, update
 from runs import (
     SEQUENCE,
     Process,
@@ -730,10 +730,9 @@ def leg(ranks: Any, config: str, harm: str, *stops: int | None) -> tuple[list[in
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Metrics, "figure", lambda *_: None)
-        if harm == "full":
-            small_files_on(ranks, patch, 1, 2000)
+        log = small_files_on(ranks, patch, 1, 2000) if harm == "full" else log_step
         try:
-            return legs(ranks, config, *stops, update=harmed), ""
+            return legs(ranks, config, *stops, update=harmed, log=log), ""
         except UserError as error:
             return [error.code], str(error)
         finally:

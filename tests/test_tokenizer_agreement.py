@@ -463,7 +463,8 @@ def test_a_run_its_samples_prompts_and_export_all_begin_as_documents_do(
     import torch
     from transformers import GenerationMixin
 
-    from runs import make_config, relora
+    from relora.training.phases import evaluate_run
+    from runs import make_config, relora, watched
 
     begins(tmp_path / "theirs")
     model = {"model_type": "qwen2", "vocab_size": 330, "hidden_size": 32, "intermediate_size": 64}
@@ -484,12 +485,19 @@ def test_a_run_its_samples_prompts_and_export_all_begin_as_documents_do(
         assert relora("prepare", config) == 0
         prompts: list[list[int]] = []
 
-        def sampled(engine: Any, ids: torch.Tensor, count: int) -> torch.Tensor:
-            prompts.append(ids[0].tolist())  # noqa: B023
-            return ids
+        def evaluate(run: Any) -> None:
+            seen: list[torch.Tensor] = []
+            look = run.engine.module.register_forward_pre_hook(
+                lambda _, args, inputs: seen.append(inputs["input_ids"]),
+                with_kwargs=True,
+            )
+            evaluate_run(run)
+            look.remove()
+            # A text is one row, and grows by a token at a time; the split is read in fours.
+            prompts.append(next(ids for ids in seen if len(ids) == 1)[0].tolist())  # noqa: B023
 
-        monkeypatch.setattr("relora.training.loop.continue_greedily", sampled)
-        assert relora("train", config) == 0
+        with watched(evaluate=evaluate):
+            assert relora("train", config) == 0
         assert relora("export", tmp_path / name, "--to", tmp_path / f"{name} export") == 0
         exported = AutoTokenizer.from_pretrained(tmp_path / f"{name} export")
         capsys.readouterr()

@@ -24,12 +24,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from relora.config import Config
+from relora.engine.codec import store_base_
 from relora.engine.precision import Name, dtype_of, precision_of
 from relora.errors import ConfigError, UserError
 from relora.lora.choose import find_targets
 from relora.lora.config import LoRAConfig
 from relora.lora.inject import add_adapters
-from relora.lora.layers import adapted_layers, kind_of, parameter_roles
+from relora.lora.layers import kind_of, parameter_roles
 from relora.model import ModelConfig, build_meta_model, find_model_directory, load_model_config
 from relora.record.layout import MODEL_JSON
 from relora.structure import one_line
@@ -280,8 +281,7 @@ def _fake_model(model_config: ModelConfig, lora: str, precision: Name, masks: bo
     if lora:
         add_adapters(model, LoRAConfig.model_validate_json(lora), seed=None)
     formats = precision_of(precision)
-    for _, layer in adapted_layers(model):
-        layer.weight.data = layer.weight.data.to(dtype_of(formats.base))
+    store_base_(model, formats)
     if formats.is_deepspeeds:
         for param in model.parameters():
             param.data = param.data.to(dtype_of(formats.trained))

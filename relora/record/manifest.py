@@ -62,6 +62,7 @@ class CheckpointState(JsonRecord):
     data: str = Field(description="text")
     config: dict[str, Any] | None = Field(default=None, description="a mapping")
     run_files: dict[str, str] = Field(default={}, description="a hash for each name")
+    versions: dict[str, str | None] = Field(default={}, description="a version for each package")
     shapes: dict[str, list[Count]] = Field(description="a list of whole numbers for each parameter")
     adam_steps: dict[str, Amount] = Field(description="a number ≥ 0 for each parameter")
 

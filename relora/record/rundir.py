@@ -64,8 +64,8 @@ def write_run_state(run_dir: Path, status: str, reason: str, step: int, code: in
         status: running, preempted, failed or finished.
         code: the exit code that goes with it (0 while running).
     """
-    values = {"status": status, "reason": reason, "step": step, "code": code}
-    write_json(RunDirectory(run_dir).state, values)
+    state = RunState(status=status, reason=reason, step=step, code=code)
+    write_json(RunDirectory(run_dir).state, state.model_dump())
 
 
 def clear_leftovers(run_dir: Path) -> None:
