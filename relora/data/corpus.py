@@ -227,7 +227,7 @@ def _read_dataset(source: SourceConfig) -> Iterator[Document]:
 
 def _load_dataset(source: SourceConfig, name: str) -> Any:
     """A `datasets.Dataset` or `IterableDataset`: one split."""
-    import datasets
+    import datasets  # seconds, and most sources do without
 
     with _whatever_it_raises(name):
         if source.dataset:

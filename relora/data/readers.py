@@ -269,8 +269,7 @@ def _read_parquet(file: BinaryIO, path: Path, field: str) -> Iterator[Document]:
 
 
 def _parquet_rows(file: BinaryIO, path: Path, field: str) -> Iterator[Document]:
-    import pyarrow
-    from pyarrow import parquet
+    from pyarrow import ArrowException, parquet  # 40 MB in each process, for this format alone
 
     try:
         table = parquet.ParquetFile(file)
@@ -286,7 +285,7 @@ def _parquet_rows(file: BinaryIO, path: Path, field: str) -> Iterator[Document]:
                 number += 1
     except DataError:
         raise
-    except (pyarrow.ArrowException, MemoryError, LookupError, TypeError, ValueError) as error:
+    except (ArrowException, MemoryError, LookupError, TypeError, ValueError) as error:
         raise DataError(f"{path}: broken Parquet: {files.explain(error)}") from error
 
 

@@ -22,6 +22,19 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+import sentencepiece
+from google.protobuf.message import DecodeError
+from sentencepiece import sentencepiece_model_pb2
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+)
+
 from relora.data.config import TokenizerConfig
 from relora.data.transformers_tokenizer import JUST_THE_FILE, PROBES
 from relora.errors import DataError
@@ -48,8 +61,6 @@ def train_sentencepiece(config: TokenizerConfig, sample: list[str]) -> bytes:
     Pieces may hold newlines and whole indents, and never mix letters with punctuation; digits
     stand alone.
     """
-    import sentencepiece
-
     model = io.BytesIO()
     # The first is sentencepiece's space, the second its mark for unknown text, which makes it
     # drop the whole stretch, as NUL does. All three reach the model as bytes.
@@ -100,9 +111,6 @@ def write_sentencepiece(model: bytes, directory: Path, sample: list[str], name: 
     Raises DataError, calling it `name`, if it is no model, has no EOS, or gives other ids than
     sentencepiece on `sample`.
     """
-    import sentencepiece
-    from google.protobuf.message import DecodeError
-
     try:
         proto = _parse(model)
         reference = sentencepiece.SentencePieceProcessor(model_proto=model)
@@ -140,8 +148,6 @@ def write_sentencepiece(model: bytes, directory: Path, sample: list[str], name: 
 
 def _parse(model: bytes) -> Any:
     """The ModelProto; its class is made at run time, out of a type checker's sight."""
-    from sentencepiece import sentencepiece_model_pb2
-
     messages: Any = sentencepiece_model_pb2
     return messages.ModelProto.FromString(model)
 
@@ -208,8 +214,6 @@ def _tie(reference: Any, scores: list[float], ids: list[int], expected: list[int
 
 def _convert(proto: Any) -> Any:
     """A sentencepiece ModelProto as a `tokenizers.Tokenizer` that gives the same ids."""
-    from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
-
     kinds, trainer = proto.SentencePiece, proto.trainer_spec
     is_bpe = trainer.model_type == trainer.BPE
     control = [p.piece for p in proto.pieces if p.type in (kinds.CONTROL, kinds.UNKNOWN)]
@@ -318,8 +322,6 @@ def _normalizers(proto: Any, symbols: list[str], is_bpe: bool) -> Any:
     In sentencepiece's order (normalizer.cc): the table of characters, which leaves user-defined
     symbols alone, then extra spaces, then the one space before or after the text.
     """
-    from tokenizers import Regex, normalizers
-
     spec = proto.normalizer_spec
     steps: list[Any] = []
     if spec.precompiled_charsmap:
@@ -347,8 +349,6 @@ def _table(charsmap: bytes, symbols: list[str]) -> list[Any]:
     `tokenizers` looks up a base and its marks as one character and finds the first alone, so that
     the marks of `\u00bd\u0301` or the line feed of CR LF would be lost: here they are held apart.
     """
-    from tokenizers import Regex, normalizers
-
     table = normalizers.Precompiled(charsmap)
     marks = r"[\p{M}\x{200d}\x{ff9e}\x{ff9f}]"
     characters = (chr(c) for c in range(1, 0x20000) if not 0xD800 <= c < 0xE000)
@@ -366,8 +366,6 @@ def _table(charsmap: bytes, symbols: list[str]) -> list[Any]:
 
 
 def _decoder(proto: Any) -> Any:
-    from tokenizers import decoders
-
     steps: list[Any] = [decoders.ByteFallback(), decoders.Fuse()]
     at_end = proto.trainer_spec.treat_whitespace_as_suffix  # sentencepiece leaves it there
     if proto.normalizer_spec.add_dummy_prefix and not at_end:

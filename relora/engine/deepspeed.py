@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import distributed_c10d
 
 from relora.engine.config import DeepSpeedConfig, OptimizerConfig
 from relora.engine.distributed import Ranks
@@ -100,7 +101,7 @@ def build_engine(
 def config_model() -> Any:
     """The class by which DeepSpeed reads its own config. Takes a second or two, for the import."""
     _import_deepspeed()
-    from deepspeed.runtime.config import DeepSpeedConfig as Parsed
+    from deepspeed.runtime.config import DeepSpeedConfig as Parsed  # as quietly
 
     return Parsed
 
@@ -216,8 +217,6 @@ def _step_unsharded(
 def _limit_waiting(timeout: timedelta) -> None:
     # DeepSpeed makes groups of its own, waits in them before it hands them out, and gives them
     # torch's default, 30 minutes on gloo.
-    from torch.distributed import distributed_c10d
-
     for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
         setattr(distributed_c10d, name, timeout)
 

@@ -73,7 +73,7 @@ def precision_of(name: Name) -> Precision:
 
 def dtype_of(name: str) -> torch.dtype:
     """torch's own object for one of its names."""
-    import torch
+    import torch  # configs are checked without
 
     dtype = getattr(torch, name)
     assert isinstance(dtype, torch.dtype)

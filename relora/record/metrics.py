@@ -18,6 +18,9 @@ from pathlib import Path
 from textwrap import indent
 from typing import Any
 
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+
 from relora.engine.distributed import on_terminal
 from relora.errors import CheckpointError
 from relora.files import explain, replacing, supplied
@@ -49,8 +52,6 @@ class Metrics:
         self._drawn: tuple[int, set[str]] = (-1, set())  # what TensorBoard has of the newest step
         if not active:
             return
-        from torch.utils.tensorboard import SummaryWriter
-
         complaints = []
         with self.noting_trouble():
             files = RunDirectory(run_dir)
@@ -119,8 +120,6 @@ class Metrics:
         """The run's settings and final figures, for TensorBoard's HParams tab."""
         if not self.active or self.problem:
             return
-        from torch.utils.tensorboard.summary import hparams
-
         plain = {k: v if isinstance(v, bool | int | float) else str(v) for k, v in settings.items()}
         with self.noting_trouble():
             # SummaryWriter.add_hparams would make a run of its own beside this one.

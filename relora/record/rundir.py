@@ -14,6 +14,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any
 
+import psutil
+import torch
 from pydantic import ConfigDict, Field
 
 from relora.engine.distributed import Ranks
@@ -140,8 +142,6 @@ def _read_holder(file: IO[str]) -> dict[str, Any]:
 
 def _is_leaving(holder: dict[str, Any]) -> bool:
     """Whether the holder is dead, or an orphan: its launcher is not its parent any more."""
-    import psutil
-
     if holder.get("host") != platform.node():  # out of sight
         return False
     try:
@@ -214,8 +214,6 @@ def installed_versions() -> dict[str, str | None]:
 
 def describe_environment(ranks: Ranks) -> dict[str, Any]:
     """Versions, git commit, devices and world size: what a reader needs to place the figures."""
-    import torch
-
     on_gpu = ranks.device.type == "cuda"
     return {
         "relora": installed_versions()["relora"],
