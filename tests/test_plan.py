@@ -22,7 +22,7 @@ from relora.lora.config import LoRAConfig
 from relora.lora.inject import add_adapters
 from relora.model import ModelConfig, build_meta_model, count_parameters
 from relora.plan.estimate import full_rank_twin, memory_by_part, peak_memory, training_flops
-from relora.plan.page import count_by_group
+from relora.plan.shape import count_by_group
 from relora.plan.timeline import phases
 from relora.training.config import parse_count
 from relora.training.log_lines import phases_line

@@ -1,6 +1,6 @@
-"""A model without its memory: its matrices, what a step multiplies, and what it would keep.
+"""A step without its memory: what it multiplies, and what it would keep.
 
-All come from the real modules, built and run on tensors that have shapes and no storage, so any
+Both come from the real modules, built and run on tensors that have shapes and no storage, so any
 architecture that trains here is counted here, in seconds, at any size. What cannot be run so, since
 its steps depend on numbers, is named and not guessed.
 """
@@ -27,12 +27,11 @@ from relora.config import Config
 from relora.engine.codec import store_base_
 from relora.engine.precision import Name, dtype_of, precision_of
 from relora.errors import ConfigError, UserError
-from relora.lora.choose import find_targets
 from relora.lora.config import LoRAConfig
 from relora.lora.inject import add_adapters
-from relora.lora.layers import kind_of, parameter_roles
-from relora.model import ModelConfig, build_meta_model, find_model_directory, load_model_config
-from relora.record.layout import MODEL_JSON
+from relora.lora.layers import parameter_roles
+from relora.model import ModelConfig, build_meta_model, load_model_config
+from relora.plan.shape import linear_modules, model_key
 from relora.structure import one_line
 
 # Layers that go through a sequence step by step, by the ends of their classes' names.
@@ -40,34 +39,6 @@ RECURRENT = re.compile(
     r"(Mamba2?|Ssm|SSM|RgLru|xLSTM|mLSTM|GatedDeltaNet|KimiDelta|Lightning)\w*"
     r"(Mixer|Attention|Layer|Net|Cell)$|RgLru$|RwkvSelfAttention$|MambaMixer$|DeltaNet$"
 )
-
-
-class Matrix(NamedTuple):
-    """The weight of a linear layer, by what multiplies with it."""
-
-    inputs: int
-    outputs: int
-    adapted: bool  # has A and B beside it once adapters are born
-
-
-class Shape(NamedTuple):
-    """What a model is made of."""
-
-    matrices: tuple[Matrix, ...]  # of linear layers, the output head among them
-    parameters: tuple[tuple[int, bool], ...]  # (entries, whether adapters freeze it)
-
-    def adapted(self) -> list[Matrix]:
-        """The matrices with adapters."""
-        return [matrix for matrix in self.matrices if matrix.adapted]
-
-    def sizes(self, rank: int | None) -> list[tuple[int, bool]]:
-        """(entries, trainable) of every parameter, with adapters of a rank or in full rank."""
-        if rank is None:
-            return [(size, True) for size, _ in self.parameters]
-        sizes = [(size, not frozen) for size, frozen in self.parameters]
-        for matrix in self.adapted():
-            sizes += [(rank * matrix.inputs, True), (rank * matrix.outputs, True)]
-        return sizes
 
 
 class Kept(NamedTuple):
@@ -82,58 +53,15 @@ class Kept(NamedTuple):
     uncounted: tuple[str, ...]  # what the figures leave out, in words
 
 
-def shape_of(config: Config) -> Shape:
-    """The shape of a config's model; `adapted` says what its `lora` section would adapt."""
-    return _shape(*_key(config))
-
-
 def dry_run(config: Config, adapters: bool) -> Kept:
     """What one micro-batch keeps and multiplies, with or without adapters."""
-    model, content, lora = _key(config)
+    model, content, lora = model_key(config)
     batch = (config.batch.micro_batch_size, config.data.sequence_length)
     return _dry_run(model, content, lora if adapters else "", config.deepspeed.precision, batch)
 
 
-def _key(config: Config) -> tuple[ModelConfig, str, str]:
-    """All that the shape depends on, hashable: the JSON may change under the same path."""
-    model = config.model
-    path = model.config
-    if path is None:
-        assert model.pretrained is not None
-        path = find_model_directory(model.pretrained) / MODEL_JSON
-    lora = config.lora.model_dump_json() if config.lora else ""
-    return model, f"{path.resolve()} {path.read_text(encoding='utf8')}", lora
-
-
-@cache
-def _shape(model_config: ModelConfig, content: str, lora: str) -> Shape:
-    model = build_meta_model(model_config)
-    targets = find_targets(model, LoRAConfig.model_validate_json(lora)) if lora else []
-    adapted = {id(model.get_submodule(name)) for name in targets}
-    linear = _linear(model)
-    matrices = []
-    for module in linear:
-        kind = kind_of(module)
-        assert kind is not None
-        outputs, inputs = kind.matrix(module.weight).shape
-        matrices.append(Matrix(inputs, outputs, id(module) in adapted))
-    frozen = {id(m.weight) for m in linear if id(m) in adapted}
-    return Shape(
-        tuple(matrices),
-        tuple((p.numel(), id(p) in frozen) for p in model.parameters()),
-    )
-
-
-def _linear(model: nn.Module) -> list[Any]:
-    """The linear layers, in the order of `Shape.matrices`."""
-
-    linear: Any = (m for m in model.modules() if kind_of(m) is not None)
-    return [m for m in linear if m.weight.dim() == 2]
-
-
 def blocks_of(model: nn.Module) -> list[nn.Module]:
     """The blocks that transformers' gradient checkpointing runs again in the backward pass."""
-
     return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
 
 
@@ -223,7 +151,7 @@ def _guess(model_config: ModelConfig, lora: str, batch: tuple[int, int], why: st
     """Every linear layer once a token, for a model that cannot be run without numbers."""
 
     model = build_meta_model(model_config)
-    linear = _linear(model)
+    linear = linear_modules(model)
     matrices = sum(m.weight.numel() for m in linear)
     if lora:
         add_adapters(model, LoRAConfig.model_validate_json(lora), seed=None)
@@ -313,7 +241,7 @@ class _Tally:
         self.logits = self.tokens * _vocabulary(model)
         self.rows: list[int] = []
         self.done = False  # with its forward pass; others follow
-        for number, module in enumerate(_linear(model)):
+        for number, module in enumerate(linear_modules(model)):
             self.rows.append(0)
             module.register_forward_hook(lambda _, __, output, n=number: self._count(n, output))
         self.outside = self.copies = self.inputs = 0.0

@@ -13,7 +13,8 @@ from typing import NamedTuple
 from relora.config import Config
 from relora.engine.options import zero_sizes
 from relora.engine.precision import precision_of
-from relora.plan.dryrun import dry_run, shape_of
+from relora.plan.dryrun import dry_run
+from relora.plan.shape import shape_of
 
 # At the peak of the loss, in bytes a logit: log-probabilities, their gradient, that of the logits,
 # all fp32, when transformers' copies of the logits are gone again.
