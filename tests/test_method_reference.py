@@ -122,6 +122,7 @@ def train_recorded(
     recorded: Collection[int] = range(1000),
     stops: Sequence[int] = (),
     update: Callable[..., Any] = update,
+    first_scale: float | None = None,
 ) -> dict[str, Any]:
     """Train through `relora.training.loop`, and record what every update left where.
 
@@ -129,6 +130,7 @@ def train_recorded(
         recorded: steps whose states are kept (of the last leg of the run; see `stops`).
         stops: steps after which the run is stopped and goes on from its checkpoint.
         update: takes the optimizer steps.
+        first_scale: of the loss, where precision needs one; None for the usual.
     """
     make_run_dir(settings(model, run_dir, changes), ranks)
     record: dict[str, Any] = {"losses": [], "norms": [], "rates": [], "unmerged": {}}
@@ -152,6 +154,8 @@ def train_recorded(
     for stop in (*stops, None):
         config = settings(model, run_dir, {**changes, "train.stop_after": stop})
         run = start_run(config, shards(), ranks)  # type: ignore[arg-type]
+        if run.step == 0 and run.progress.loss_scale and first_scale is not None:
+            run.progress.loss_scale.value = first_scale
         phases = Phases(update=recording, restart=restart)
         finished = train_run(run, Unasked(), phases)  # type: ignore[arg-type]
         assert finished == (stop is None)
@@ -251,7 +255,8 @@ def _unscaled(layer: AdaptedLayer, *where: Any) -> Tensor:
 
 
 real_delta, WRITE = LoRALinear.delta, "write_pieces_"
-MUTANTS = {
+MUTANTS: dict[str, Callable[[Run, Tensor], None]] = {
+    "no restarts": lambda *_: None,
     "writes miss the masters": _restarting(ParameterView, WRITE, _live_only),
     "writes miss the weights": _restarting(ParameterView, WRITE, _master_only),
     "merges forget the scale": _restarting(LoRALinear, "delta", _unscaled),

@@ -40,6 +40,16 @@ RECURRENT = re.compile(
     r"(Mixer|Attention|Layer|Net|Cell)$|RgLru$|RwkvSelfAttention$|MambaMixer$|DeltaNet$"
 )
 
+# What running without numbers raises where a model's steps depend on them.
+DEPENDS_ON_NUMBERS = (
+    fake_tensor.DataDependentOutputException,
+    fake_tensor.DynamicOutputShapeException,
+    fake_tensor.UnsupportedOperatorException,
+    fake_tensor.UnsupportedFakeTensorException,
+    GuardOnDataDependentSymNode,
+    NotImplementedError,
+)
+
 
 class Kept(NamedTuple):
     """What one micro-batch takes: bytes kept for its backward pass, logits apart, and products."""
@@ -75,7 +85,7 @@ def _dry_run(
     for masks in (False, True):
         try:
             return _run(model_config, lora, precision, batch, masks)
-        except _depends_on_numbers() as error:
+        except DEPENDS_ON_NUMBERS as error:
             return _guess(model_config, lora, batch, one_line(error))
         except UserError:
             raise
@@ -134,22 +144,8 @@ def _formulas() -> dict[Any, Any]:
     }
 
 
-def _depends_on_numbers() -> tuple[type[Exception], ...]:
-    """What running without numbers raises where a model's steps depend on them."""
-
-    return (
-        fake_tensor.DataDependentOutputException,
-        fake_tensor.DynamicOutputShapeException,
-        fake_tensor.UnsupportedOperatorException,
-        fake_tensor.UnsupportedFakeTensorException,
-        GuardOnDataDependentSymNode,
-        NotImplementedError,
-    )
-
-
 def _guess(model_config: ModelConfig, lora: str, batch: tuple[int, int], why: str) -> Kept:
     """Every linear layer once a token, for a model that cannot be run without numbers."""
-
     model = build_meta_model(model_config)
     linear = linear_modules(model)
     matrices = sum(m.weight.numel() for m in linear)

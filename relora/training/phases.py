@@ -185,7 +185,7 @@ def _sample(run: Run, prompt: str) -> str:
 class Phases(NamedTuple):
     """Who does what in a run. Who watches one, or disturbs it, wraps one of these."""
 
-    start: Callable[..., Run] = start_run
+    start: Callable[..., Run] = start_run  # of a process; one that goes back starts by itself
     update: Callable[[Run, list[Tensor], float], deepspeed.StepResult] = update
     birth: Callable[[Run], None] = give_birth
     restart: Callable[[Run, Tensor], None] = restart_adapters
