@@ -17,6 +17,7 @@ import pytest
 
 from relora.commands.compare import read_report
 from relora.errors import CheckpointError, ConfigError
+from relora.record.metrics import iter_metrics
 from relora.report import curve_figures as figures
 from relora.report.arms import (
     ArmRuns,
@@ -30,7 +31,7 @@ from relora.report.build import build_report
 from relora.report.cells import shown, signed
 from relora.report.page import draw_all, to_html, to_markdown, write_report
 from relora.report.questions import at_equal_memory
-from relora.report.read import Evaluations, RunFiles, read_lines, read_run
+from relora.report.read import Evaluations, RunFiles, read_run
 from relora.report.records import AtEqual, EqualRow, Report, Spread
 from relora.report.style import DARK, LIGHT
 from relora.report.tables import tables
@@ -201,11 +202,11 @@ def test_within_a_memory_the_best_that_fits_is_named() -> None:
 def test_lines_are_read_without_losing_any(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(f'{{"step": {n}}}\n' for n in range(5000)) + '{"step": 99')
-    assert [line["step"] for line in read_lines(path)] == list(range(5000))
+    assert [line["step"] for line in iter_metrics(tmp_path)] == list(range(5000))
     # Two broken lines that would make one good one when joined.
     path.write_text('{"step": 1}\n{"step": 2\n"a": 3}\n')
     with pytest.raises(CheckpointError, match="line 2 is not valid JSON"):
-        list(read_lines(path))
+        list(iter_metrics(tmp_path))
 
 
 def test_what_a_start_had_cost_is_counted(run: RunFiles, tmp_path: Path) -> None:

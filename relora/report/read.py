@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,14 +16,14 @@ import numpy as np
 
 from relora.config import Config
 from relora.errors import CheckpointError, ConfigError
-from relora.files import exists, is_file, read_json, supplied
+from relora.files import exists, is_file, read_json
 from relora.load import build_config, leaves, load_run_config
 from relora.record import keys
 from relora.record.checkpoint import newest_state
 from relora.record.layout import CHECKPOINT_STATE, RunDirectory
-from relora.record.metrics import decode_line
+from relora.record.metrics import iter_metrics
 from relora.record.moved import moved_path
-from relora.record.rundir import check_plain, read_run_state, read_stretches
+from relora.record.rundir import read_run_state, read_stretches
 
 COLUMNS = (
     "step",
@@ -63,6 +62,11 @@ class Evaluations:
     loss: np.ndarray
     lost: int = 0  # evaluations after the last finite one
 
+    def at(self, steps: np.ndarray) -> Evaluations:
+        """Those of some steps, all of which there must be."""
+        rows = np.searchsorted(self.step, steps)
+        return Evaluations(steps, self.tokens[rows], self.seconds[rows], self.loss[rows])
+
 
 @dataclass(frozen=True)
 class Stretch:
@@ -72,10 +76,6 @@ class Stretch:
     end: int  # as far as the run has got
     environment: dict[str, Any]
 
-    def holds(self, steps: np.ndarray) -> np.ndarray:
-        """Which of the steps are its own."""
-        return (steps > self.begin) & (steps <= self.end)
-
     @property
     def speed(self) -> dict[str, Any]:
         """What decides how long a step takes."""
@@ -83,7 +83,7 @@ class Stretch:
         return {k: v for k, v in flat.items() if k in MACHINE or k.startswith("settings.")}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RunFiles:
     """One run directory."""
 
@@ -105,8 +105,7 @@ class RunFiles:
     @property
     def step(self) -> int:
         """Updates done, as far as the metrics say."""
-        logged = [*self.log["step"][-1:], *self.evaluations.step[-1:]]
-        return int(max(logged, default=0))
+        return _last_step(self.log, self.evaluations)
 
     @property
     def main(self) -> Stretch:
@@ -140,8 +139,9 @@ class RunFiles:
 
     def of_main(self, key: str) -> np.ndarray:
         """A training figure in the longest stretch, where it is finite."""
-        values = self.log[key]
-        return values[np.isfinite(values) & self.main.holds(self.log["step"])]
+        values, steps = self.log[key], self.log["step"]
+        within = (steps > self.main.begin) & (steps <= self.main.end)
+        return values[np.isfinite(values) & within]
 
     def median(self, key: str) -> float | None:
         """Median of a training figure in the longest stretch; robust against a pause."""
@@ -155,33 +155,30 @@ def read_run(run_dir: Path) -> RunFiles:
     Raises:
         CheckpointError: it is none, or a file in it is broken; names the file and the line.
     """
-    files = RunDirectory(run_dir)
-    config, metrics, model = files.config, files.metrics, files.model_json
-    if not is_file(config):
-        what = "it has no config.yaml" if exists(run_dir) else "no such directory"
-        raise CheckpointError(f"{run_dir}: is no run directory that has started: {what}")
-    state = read_run_state(run_dir)
-    status = state.status
-    if not exists(metrics) and status in ("finished", "unknown"):
-        raise CheckpointError(
-            f"{run_dir}: is no run directory that has started: it has no metrics.jsonl"
-        )
+    files, state = RunDirectory(run_dir), read_run_state(run_dir)
+    lacking = None
+    if not is_file(files.config):
+        lacking = "it has no config.yaml" if exists(run_dir) else "no such directory"
+    elif not exists(files.metrics) and state.status in ("finished", "unknown"):
+        lacking = "it has no metrics.jsonl"
+    if lacking:
+        raise CheckpointError(f"{run_dir}: is no run directory that has started: {lacking}")
     try:
-        settings = load_run_config(run_dir)
+        config = load_run_config(run_dir)
     except ConfigError as error:
         raise CheckpointError(f"{run_dir}: its config cannot be read: {error}") from None
-    start, complaints = _read_start(settings, run_dir)
-    log, evaluations, events, last = _read_metrics(metrics, start)
+    start, complaints = _read_start(config, run_dir)
+    log, evaluations, events, last = _read_metrics(run_dir, start)
     newest, unsound = newest_state(run_dir)
     complaints += [f"passed over {complaint}" for complaint in unsound]
-    steps = [*log["step"], *evaluations.step]
-    stretches, unknown = _read_stretches(run_dir, int(max(steps, default=0)))
+    stretches, unknown = _read_stretches(run_dir, _last_step(log, evaluations))
+    running = state.status == "running"
     return RunFiles(
         path=run_dir,
-        config=settings,
-        status=status,
+        config=config,
+        status=state.status,
         reason=state.reason,
-        model=read_json(model, CheckpointError) if exists(model) else None,
+        model=read_json(files.model_json, CheckpointError) if exists(files.model_json) else None,
         stretches=stretches,
         log=log,
         evaluations=evaluations,
@@ -189,7 +186,7 @@ def read_run(run_dir: Path) -> RunFiles:
         checkpoint_bytes=newest and newest.bytes,
         data=newest and newest.state.data,
         start=start,
-        silent_s=max(0.0, time.time() - last) if status == "running" and last else None,
+        silent_s=max(0.0, time.time() - last) if running and last else None,
         complaints=complaints + unknown,
     )
 
@@ -211,33 +208,15 @@ def _read_stretches(run_dir: Path, last: int) -> tuple[list[Stretch], list[str]]
     return [s for s in stretches if s.end > s.begin] or stretches[-1:], complaints
 
 
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a file of JSON lines; an unfinished last line is left out.
-
-    Raises:
-        CheckpointError: another line is broken; names it.
-    """
-    check_plain(path)
-    with (
-        supplied(CheckpointError, path),
-        path.open(encoding="utf8", errors="replace", newline="\n") as file,
-    ):
-        for number, line in enumerate(file, 1):
-            if line.endswith("\n"):  # else somebody is writing it
-                try:
-                    yield decode_line(line)
-                except ValueError as error:
-                    raise CheckpointError(f"{path}: line {number} {error}") from None
-
-
 def _read_metrics(
-    path: Path, start: Start | None
+    run_dir: Path, start: Start | None
 ) -> tuple[dict[str, np.ndarray], Evaluations, list[dict[str, Any]], float | None]:
+    """Columns of training figures, evaluations, other lines, and when the last was written."""
     columns: dict[str, list[Any]] = {key: [] for key in COLUMNS}
     evaluated: list[dict[str, Any]] = []
     events: list[dict[str, Any]] = []
     last = None
-    for line in read_lines(path) if exists(path) else ():
+    for line in iter_metrics(run_dir) if exists(RunDirectory(run_dir).metrics) else ():
         last = line.get("time_s", last)
         if keys.TRAIN_LOSS in line:
             for key, values in columns.items():
@@ -247,19 +226,23 @@ def _read_metrics(
         if keys.EVAL_LOSS in line:
             evaluated.append(line)
     log = {key: numbers(values) for key, values in columns.items()}
-    extra_tokens, extra_s = (start.tokens, start.seconds) if start else (0.0, 0.0)
-    log[keys.TOKENS] += extra_tokens
-    log[keys.ELAPSED_S] += extra_s
-    finite = [i for i, line in enumerate(evaluated) if is_number(line[keys.EVAL_LOSS])]
-    kept = [evaluated[i] for i in finite]
-    evaluations = Evaluations(
-        numbers([line["step"] for line in kept]),
-        numbers([line.get(keys.TOKENS) for line in kept]) + extra_tokens,
-        numbers([line.get(keys.ELAPSED_S) for line in kept]) + extra_s,
-        numbers([line[keys.EVAL_LOSS] for line in kept]),
-        len(evaluated) - (finite[-1] + 1 if finite else 0),
+    finite = [n for n, line in enumerate(evaluated) if is_number(line[keys.EVAL_LOSS])]
+    step, tokens, seconds, loss = (
+        numbers([evaluated[n].get(key) for n in finite])
+        for key in ("step", keys.TOKENS, keys.ELAPSED_S, keys.EVAL_LOSS)
     )
+    if start is not None:
+        for column in (log[keys.TOKENS], tokens):
+            column += start.tokens
+        for column in (log[keys.ELAPSED_S], seconds):
+            column += start.seconds
+    lost = len(evaluated) - (finite[-1] + 1 if finite else 0)
+    evaluations = Evaluations(step, tokens, seconds, loss, lost)
     return log, evaluations, events, last if is_number(last) else None
+
+
+def _last_step(log: dict[str, np.ndarray], evaluations: Evaluations) -> int:
+    return int(max([*log["step"][-1:], *evaluations.step[-1:]], default=0))
 
 
 def numbers(values: list[Any]) -> np.ndarray:
