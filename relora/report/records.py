@@ -263,3 +263,8 @@ class Report(StrictModel):
     differences: dict[str, list[Difference]]  # config, environment
     spectra: list[ArmSpectra]  # of those that have any
     similarity: list[Similarity]
+
+    @property
+    def numbers(self) -> dict[str, int]:
+        """Place of each arm among all, which its colour follows."""
+        return {arm.name: number for number, arm in enumerate(self.arms)}
