@@ -1,4 +1,4 @@
-"""What `relora compare` computes and draws: seeds, crossings, thinning, and a page that is safe."""
+"""What `relora compare` computes and draws: seeds, crossings, pictures, and a page that is safe."""
 
 from __future__ import annotations
 

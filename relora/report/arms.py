@@ -181,9 +181,8 @@ def at_seconds(run: RunFiles, seconds: float) -> tuple[float, float] | None:
     e = run.evaluations
     if not len(e.seconds) or seconds < e.seconds[0] or _is_past(run, e.seconds, seconds):
         return None
-    return float(np.interp(seconds, e.seconds, e.tokens)), float(
-        np.interp(seconds, e.seconds, e.loss)
-    )
+    tokens, loss = (float(np.interp(seconds, e.seconds, column)) for column in (e.tokens, e.loss))
+    return tokens, loss
 
 
 def _is_past(run: RunFiles, column: np.ndarray, place: float) -> bool:

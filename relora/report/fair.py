@@ -150,8 +150,8 @@ def _state_of(arm: ArmRuns, run: RunFiles) -> Iterator[str]:
             "steps"
         )
     if run.silent_s is not None and run.silent_s > SILENT_S:
-        since = format_duration(run.silent_s)
-        yield f"{title} says it is running, and has written nothing for {since}"
+        silence = format_duration(run.silent_s)
+        yield f"{title} says it is running, and has written nothing for {silence}"
     yield from _changes_in(title, run)
     if run.evaluations.lost:
         yield f"{title} has diverged: its last {run.evaluations.lost} evaluations are not finite"

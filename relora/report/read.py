@@ -19,7 +19,7 @@ from relora.errors import CheckpointError, ConfigError
 from relora.files import exists, is_file, read_json
 from relora.load import build_config, leaves, load_run_config
 from relora.record import keys
-from relora.record.checkpoint import newest_state
+from relora.record.checkpoint import Standing, newest_state
 from relora.record.layout import CHECKPOINT_STATE, RunDirectory
 from relora.record.metrics import iter_metrics
 from relora.record.moved import moved_path
@@ -45,7 +45,6 @@ AT_WORK = ("running", "preempted", "unknown")  # these may still get further by 
 class Start:
     """What was spent before a run's first step on the weights it starts from."""
 
-    source: str
     config: Config  # of the run that made them
     step: int
     tokens: float
@@ -167,11 +166,14 @@ def read_run(run_dir: Path) -> RunFiles:
         config = load_run_config(run_dir)
     except ConfigError as error:
         raise CheckpointError(f"{run_dir}: its config cannot be read: {error}") from None
-    start, complaints = _read_start(config, run_dir)
+    complaints: list[str] = []
+    given, start = config.model.pretrained, _read_start(config, run_dir, complaints)
+    if given is not None and start is None:
+        complaints.append(
+            f"what the weights it starts from ({given}) had cost is unknown and not counted"
+        )
     log, evaluations, events, last = _read_metrics(run_dir, start)
-    newest, unsound = newest_state(run_dir)
-    complaints += [f"passed over {complaint}" for complaint in unsound]
-    stretches, unknown = _read_stretches(run_dir, _last_step(log, evaluations))
+    newest = _read_newest(run_dir, complaints)
     running = state.status == "running"
     return RunFiles(
         path=run_dir,
@@ -179,7 +181,7 @@ def read_run(run_dir: Path) -> RunFiles:
         status=state.status,
         reason=state.reason,
         model=read_json(files.model_json, CheckpointError) if exists(files.model_json) else None,
-        stretches=stretches,
+        stretches=_read_stretches(run_dir, _last_step(log, evaluations), complaints),
         log=log,
         evaluations=evaluations,
         events=events,
@@ -187,25 +189,29 @@ def read_run(run_dir: Path) -> RunFiles:
         data=newest and newest.state.data,
         start=start,
         silent_s=max(0.0, time.time() - last) if running and last else None,
-        complaints=complaints + unknown,
+        complaints=complaints,
     )
 
 
-def _read_stretches(run_dir: Path, last: int) -> tuple[list[Stretch], list[str]]:
-    """A run's stretches up to its last step, at least one, and what is wrong with their file."""
-    complaints = []
+def _read_newest(place: Path, complaints: list[str]) -> Standing | None:
+    """How a run's newest whole checkpoint stands, or the one that `place` is."""
+    found, unsound = newest_state(place)
+    complaints += [f"passed over {complaint}" for complaint in unsound]
+    return found
+
+
+def _read_stretches(run_dir: Path, last: int, complaints: list[str]) -> list[Stretch]:
+    """A run's stretches up to its last step, at least one."""
     try:
         found = read_stretches(run_dir)
     except CheckpointError as error:  # the figures do not depend on it
-        found, complaints = [], [f"{error}; what it ran on is unknown"]
-    begins = [min(stretch.pop("from_step"), last) for stretch in found] or [0]
-    ends = [*begins[1:], last]
-    stretches = [
-        Stretch(begin, end, environment)
-        for begin, end, environment in zip(begins, ends, found or [{}], strict=True)
-    ]
+        complaints.append(f"{error}; what it ran on is unknown")
+        found = []
+    found = found or [{"from_step": 0}]
+    begins = [min(environment.pop("from_step"), last) for environment in found]
+    stretches = [*map(Stretch, begins, [*begins[1:], last], found)]
     # One that has not got to a step yet says nothing of the run so far.
-    return [s for s in stretches if s.end > s.begin] or stretches[-1:], complaints
+    return [s for s in stretches if s.end > s.begin] or stretches[-1:]
 
 
 def _read_metrics(
@@ -231,7 +237,7 @@ def _read_metrics(
         numbers([evaluated[n].get(key) for n in finite])
         for key in ("step", keys.TOKENS, keys.ELAPSED_S, keys.EVAL_LOSS)
     )
-    if start is not None:
+    if start is not None:  # in place
         for column in (log[keys.TOKENS], tokens):
             column += start.tokens
         for column in (log[keys.ELAPSED_S], seconds):
@@ -258,23 +264,19 @@ def is_number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) < LARGEST
 
 
-def _read_start(config: Config, run_dir: Path) -> tuple[Start | None, list[str]]:
-    """What the weights of `model.pretrained` had cost, if they come from a run."""
+def _read_start(config: Config, run_dir: Path, complaints: list[str]) -> Start | None:
+    """What the weights of `model.pretrained` had cost; None if they are from no run."""
     given = config.model.pretrained
-    if given is None:
-        return None, []
-    unknown = f"what the weights it starts from ({given}) had cost is unknown and not counted"
-    found, unsound = newest_state(moved_path(given, config, run_dir))
-    complaints = [f"passed over {complaint}" for complaint in unsound]
-    if found is None:
-        return None, [*complaints, unknown]
+    found = given and _read_newest(moved_path(given, config, run_dir), complaints)
+    if not found:
+        return None
     state = found.state
     try:
         source = build_config(state.config or {}, f"{given}: {CHECKPOINT_STATE}", read_model=False)
     except ConfigError:
-        return None, [*complaints, unknown]
+        return None
     if source.model.pretrained is not None:
         before = source.model.pretrained
         complaints.append(f"{given} itself starts from {before}, whose cost is not counted")
     tokens = float(state.consumed * source.data.sequence_length)
-    return Start(str(given), source, state.step, tokens, state.elapsed_s), complaints
+    return Start(source, state.step, tokens, state.elapsed_s)
