@@ -52,17 +52,17 @@ def differences_between(arms: Sequence[ArmRuns]) -> dict[str, list[Difference]]:
 
 def warnings_about(arms: Sequence[ArmRuns], baseline: ArmRuns) -> list[str]:
     """One line for each thing that makes curves incomparable, or a run not what it seems."""
+    runs = [(_title_of(arm, run), run) for arm in arms for run in arm.runs]
     return [
         *_unlike(arms, baseline),
         *_other_seeds(arms, baseline),
-        *_other_data(arms, baseline),
-        *_other_machines(arms, baseline),
-        *(line for arm in arms for run in arm.runs for line in _state_of(arm, run)),
+        *_other_data(runs, baseline),
+        *_other_machines(runs),
+        *(line for title, run in runs for line in _state_of(title, run)),
     ]
 
 
-def title_of(arm: ArmRuns, run: RunFiles) -> str:
-    """How a warning calls a run."""
+def _title_of(arm: ArmRuns, run: RunFiles) -> str:
     return arm.name if len(arm.runs) == 1 else f"{arm.name} (seed {run.config.seed})"
 
 
@@ -116,33 +116,29 @@ def _other_seeds(arms: Sequence[ArmRuns], baseline: ArmRuns) -> Iterator[str]:
             yield f"seed: {arm.name} has seed {seed} {theirs.count(seed)} times: no other draw"
 
 
-def _other_data(arms: Sequence[ArmRuns], baseline: ArmRuns) -> Iterator[str]:
+def _other_data(runs: Sequence[tuple[str, RunFiles]], baseline: ArmRuns) -> Iterator[str]:
     """Equal settings may name files whose content is not."""
     ours = baseline.runs[0].data
-    for arm in arms:
-        for run in arm.runs:
-            if None not in (ours, run.data) and run.data != ours:
-                title = title_of(arm, run)
-                yield f"data: {title} was trained on other token shards than {baseline.name}"
+    for title, run in runs:
+        if None not in (ours, run.data) and run.data != ours:
+            yield f"data: {title} was trained on other token shards than {baseline.name}"
 
 
-def _other_machines(arms: Sequence[ArmRuns], baseline: ArmRuns) -> Iterator[str]:
+def _other_machines(runs: Sequence[tuple[str, RunFiles]]) -> Iterator[str]:
     """Times are of a machine, and figures of a commit."""
-    runs = [(arm, run) for arm in arms for run in arm.runs]
     for key in (*MACHINE, "relora", "commit", "packages.torch", "packages.deepspeed"):
         found: dict[Any, list[str]] = {}
-        for arm, run in runs:
+        for title, run in runs:
             value = leaves(run.environment).get(key)
             if isinstance(value, str | int):
-                found.setdefault(value, []).append(title_of(arm, run))
+                found.setdefault(value, []).append(title)
         if len(found) > 1:
             what = "times do not compare" if key in MACHINE else "other code"
             listed = ", ".join(f"{value} in {_names(names)}" for value, names in found.items())
             yield f"{key}: {listed}: {what}"
 
 
-def _state_of(arm: ArmRuns, run: RunFiles) -> Iterator[str]:
-    title = title_of(arm, run)
+def _state_of(title: str, run: RunFiles) -> Iterator[str]:
     if run.status != "finished":
         reason = f" ({run.reason})" if run.reason and run.status == "failed" else ""
         yield (
