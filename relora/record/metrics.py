@@ -212,7 +212,7 @@ def decode_line(line: bytes | str) -> dict[str, Any]:
     return values
 
 
-def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+def iter_metrics(run_dir: Path) -> Iterator[dict[str, Any]]:
     """The lines of a run's metrics.jsonl; an unfinished last line of a running run is left out.
 
     Raises:
@@ -220,13 +220,21 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """
     path = RunDirectory(run_dir).metrics
     check_plain(path)
-    found = []
-    with supplied(CheckpointError, path):
-        lines = path.read_bytes().split(b"\n")[:-1]
-    for number, line in enumerate(lines, 1):
-        with supplied(CheckpointError, path, f"line {number}"):
-            found.append(decode_line(line))
-    return found
+    with (
+        supplied(CheckpointError, path),
+        path.open(encoding="utf8", errors="replace", newline="\n") as file,
+    ):
+        for number, line in enumerate(file, 1):
+            if line.endswith("\n"):  # else somebody is writing it
+                try:
+                    yield decode_line(line)
+                except ValueError as error:
+                    raise CheckpointError(f"{path}: line {number} {error}") from None
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """`iter_metrics` as a list."""
+    return list(iter_metrics(run_dir))
 
 
 def _show(text: str) -> None:
