@@ -32,7 +32,6 @@ from relora.lora.inject import add_adapters
 from relora.lora.layers import parameter_roles
 from relora.model import ModelConfig, build_meta_model, load_model_config
 from relora.plan.shape import linear_modules, model_key
-from relora.plan.shape import shape_of as shape_of  # for callers who find both here
 from relora.structure import one_line
 
 # Layers that go through a sequence step by step, by the ends of their classes' names.

@@ -9,8 +9,8 @@ from relora.errors import UserError
 from relora.load import OF_SPEED, build_config
 from relora.lora.choose import describe_left
 from relora.model import build_meta_model
-from relora.plan.dryrun import shape_of
 from relora.plan.estimate import bytes_per_step, memory_by_part, peak_memory, training_flops
+from relora.plan.shape import shape_of
 from relora.record.layout import RunDirectory
 from relora.record.loaded import structure_of
 from relora.record.saving import checkpoint_bytes
