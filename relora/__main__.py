@@ -4,9 +4,9 @@ import gc
 import sys
 
 from relora.cli import main
-from relora.engine.launcher import decode
+from relora.engine.launcher import decode_argument
 
 if __name__ == "__main__":
-    code = main(list(map(decode, sys.argv[1:])))  # what reached another host unharmed
+    code = main(list(map(decode_argument, sys.argv[1:])))  # what reached another host unharmed
     gc.freeze()  # else the interpreter looks through a million objects once more before it ends
     sys.exit(code)

@@ -44,6 +44,11 @@ class Config(Section):
         return self.batch.global_batch_size * self.data.sequence_length
 
     @property
+    def micro_batches(self) -> int:
+        """Micro-batches of an optimizer step on a single rank."""
+        return self.batch.global_batch_size // self.batch.micro_batch_size
+
+    @property
     def total_steps(self) -> int:
         """Optimizer steps of the run; a length in tokens is rounded up to whole steps."""
         if self.train.steps is not None:

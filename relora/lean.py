@@ -241,7 +241,7 @@ def _is_plain_loss(model: Any) -> bool:
     if model.loss_function is not ForCausalLMLoss:
         return False
     try:
-        with torch.device("meta"), torch.no_grad():
+        with _disable_current_modes(), torch.device("meta"), torch.no_grad():
             twin = type(model)(model.config)
             twin.loss_function = loss
             head = twin.get_output_embeddings()

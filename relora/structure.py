@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import Field, model_validator
+from safetensors import SafetensorError, safe_open
 
 from relora.errors import ConfigError, UserError
 from relora.files import explain, is_file, read_json, read_text, supplied
@@ -104,6 +105,7 @@ def read_structure(path: Path, key: str = "model.config") -> PretrainedConfig:
     Raises:
         ConfigError: it is not one that transformers can build a causal language model from.
     """
+    # Half a second; what is wrong with a config otherwise is told without.
     from transformers import CONFIG_MAPPING, AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -211,8 +213,6 @@ def check_pretrained(path: Path) -> None:
     Raises:
         ConfigError: it does not, or is no such directory.
     """
-    from safetensors import SafetensorError, safe_open
-
     find_model_directory(path)
     if not has_transformers_weights(path):
         pickled = any(is_file(path / name) for name in ("pytorch_model.bin", "model.bin"))

@@ -31,6 +31,7 @@ from relora.cli import main
 from relora.commands import train as command
 from relora.engine.signals import LAUNCHER_GONE, SIGNALS
 from relora.training.guard import guarded
+from relora.training.phases import Phases
 
 VOCABULARY = 320
 SEQUENCE = 32
@@ -157,17 +158,24 @@ def relora(*arguments: object) -> int:
             return int(leaving.code or 0)
 
 
-def train(run_dir: Path, *overrides: str, update: Any = None, **changes: Any) -> int:
+def train(run_dir: Path, *overrides: str, **changes: Any) -> int:
     """Train the tiny run in this process, as one rank.
 
     Args:
-        update: takes its optimizer steps in place of `training.loop.update`.
+        changes: of the config; or a function in place of one of `training.phases.Phases`, by name.
     """
+    phases = {name: changes.pop(name) for name in Phases._fields if name in changes}
     config = make_config(run_dir, **changes)
-    if update is None:
+    with watched(**phases):
         return relora("train", config, *overrides)
-    with mock.patch.object(command, "guarded", functools.partial(guarded, update=update)):
-        return relora("train", config, *overrides)
+
+
+@contextlib.contextmanager
+def watched(**phases: Any) -> Iterator[None]:
+    """Runs in this process have these functions in place of those of `Phases`, by name."""
+    wrapped = functools.partial(guarded, phases=Phases(**phases))
+    with mock.patch.object(command, "guarded", wrapped):
+        yield
 
 
 @contextlib.contextmanager

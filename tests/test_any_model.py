@@ -17,7 +17,7 @@ from relora.lora.config import LoRAConfig
 from relora.lora.inject import add_adapters
 from relora.model import ModelConfig, build_meta_model, count_parameters
 from relora.plan.estimate import flops_per_token, peak_memory, uncounted
-from relora.training.arms import _write_control
+from relora.training.arms import write_control
 from runs import make_config, relora
 from tiny_models import VOCABULARY, tiny_values
 
@@ -159,7 +159,7 @@ def test_a_control_is_derived_whatever_the_sizes_are_called(
     full = count_parameters(model)[0]
     add_adapters(model, config.lora)  # type: ignore[arg-type]
     wanted = count_parameters(model)[0]
-    control = build_meta_model(ModelConfig(config=_write_control(config, tmp_path)))
+    control = build_meta_model(ModelConfig(config=write_control(config, tmp_path)))
     assert abs(count_parameters(control)[0] - wanted) < abs(full - wanted) / 2
 
 
@@ -168,4 +168,4 @@ def test_no_control_is_made_up_for_a_model_of_several_parts(tmp_path: Path) -> N
     path.write_text(json.dumps(tiny_values("gemma3")))
     config = full_rank_config(path).model_copy(update={"lora": LoRAConfig(rank=2)})
     with pytest.raises(ConfigError, match="name the arms in a file"):
-        _write_control(config, tmp_path)
+        write_control(config, tmp_path)

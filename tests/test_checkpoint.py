@@ -26,7 +26,6 @@ from relora.errors import CheckpointError
 from relora.load import build_config, load_config
 from relora.record import saving
 from relora.record.checkpoint import Checkpoint, complete_checkpoints, newest_sound
-from relora.record.manifest import verify
 from runs import adam_steps, checkpoint, checkpoints, make_config, relora, run_state, tensors, train
 
 
@@ -116,9 +115,9 @@ def test_a_flipped_bit_in_any_byte_of_a_manifest_is_found(run_dir: Path) -> None
         bit = byte * 5 % 8
         flip_bit(path, byte, bit)
         with pytest.raises(CheckpointError):
-            verify(path.parent, thorough=True)
+            Checkpoint(path.parent, thorough=True)
         path.write_bytes(original)
-    verify(path.parent, thorough=True)
+    Checkpoint(path.parent, thorough=True)
 
 
 def test_a_file_that_the_manifest_does_not_name_is_not_read(run_dir: Path) -> None:
@@ -281,7 +280,7 @@ def test_killed_at_any_point_of_a_save_a_run_goes_on(
             except Killed:
                 assert not until_killed
         for path in complete_checkpoints(copy):
-            verify(path, thorough=True)
+            Checkpoint(path, thorough=True)
         assert complete_checkpoints(copy)
         if until_killed:  # it has seen all calls
             break

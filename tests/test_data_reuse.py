@@ -18,7 +18,7 @@ import relora.data.prepare
 import relora.data.units
 from relora.data import corpus
 from relora.data.config import DataConfig
-from relora.data.prepare import prepare
+from relora.data.prepare import prepare_shards
 from relora.data.shards import index_hash, open_shards, shard_directory
 from relora.errors import ConfigError, DataError
 
@@ -55,7 +55,7 @@ def tokens(settings: DataConfig) -> list[bytes]:
 @pytest.fixture
 def untokenized(here, monkeypatch) -> list[bytes]:
     """The tokens of a prepared corpus, after which nothing can be tokenized any more."""
-    prepare(config(), quiet=True)
+    prepare_shards(config(), quiet=True)
     found = tokens(config())
     monkeypatch.setattr(relora.data.prepare, "_prepare", None)
     return found
@@ -68,25 +68,25 @@ def test_a_project_that_moved_is_prepared_already(here, untokenized, copy, monke
     else:
         copy("../old", "../new")
     monkeypatch.chdir("../new")
-    prepare(config())
+    prepare_shards(config())
     assert "prepared already" in capsys.readouterr().out
     assert tokens(config()) == untokenized
     # Times that differ are remembered, so that the text is read once.
     monkeypatch.setattr(corpus, "iter_documents", None)
-    prepare(config())
+    prepare_shards(config())
 
 
 def test_text_of_another_time_counts_and_another_text_of_the_same_size_does_not(
     here, untokenized, capsys, monkeypatch
 ):
     os.utime("corpus/a.jsonl", (1, 1))
-    prepare(config())
+    prepare_shards(config())
     assert "prepared already" in capsys.readouterr().out
     monkeypatch.undo()
     monkeypatch.chdir(here / "old")
     path = Path("corpus/a.jsonl")
     path.write_text(path.read_text().replace("Row number 4 ", "Row number 5 "))
-    prepare(config())
+    prepare_shards(config())
     out = capsys.readouterr().out
     assert out.count("prepared anew, because its source changed") == 1
     assert tokens(config()) != untokenized
@@ -97,17 +97,17 @@ def test_the_same_text_under_another_name_is_not_tokenized_again(here, untokeniz
     other = config(f"{here}/old/corpus/**/*.jsonl")
     with pytest.raises(ConfigError, match="relora prepare"):
         open_shards(other)
-    prepare(other)
+    prepare_shards(other)
     out = capsys.readouterr().out
     assert f"the same text and tokenizer as {shard_directory(config())}" in out
     assert f"{here}/old/corpus/**/*.jsonl: 120 documents, 2 files" in out
     assert tokens(other) == untokenized
     shutil.move("corpus", "../texts")
     moved = config("../texts/**/*.jsonl")
-    prepare(moved)
+    prepare_shards(moved)
     shutil.rmtree(shard_directory(config()))  # the others do not need it
     assert tokens(moved) == tokens(other) == untokenized
-    prepare(moved)
+    prepare_shards(moved)
     assert "prepared already" in capsys.readouterr().out
 
 
@@ -122,9 +122,9 @@ def test_the_same_text_under_another_name_is_not_tokenized_again(here, untokeniz
     ],
 )
 def test_other_settings_or_another_order_take_nothing_over(here, change, capsys):
-    prepare(config(), quiet=True)
+    prepare_shards(config(), quiet=True)
     shutil.copytree("corpus", "../texts")
-    prepare(config(**{"source": {"files": ["../texts/**/*.jsonl"]}, **change}))
+    prepare_shards(config(**{"source": {"files": ["../texts/**/*.jsonl"]}, **change}))
     assert "done" in capsys.readouterr().out
 
 
@@ -149,18 +149,18 @@ def as_before(index: dict) -> dict:
 def test_shards_of_before_are_used_where_they_are_and_change_with_their_text(here, capsys):
     settings = config()
     assert shard_directory(settings).name == "corpus-05dc46f15238"  # as it was before `cut`
-    prepare(settings, quiet=True)
+    prepare_shards(settings, quiet=True)
     path = shard_directory(settings) / "index.json"
     path.write_text(json.dumps(as_before(json.loads(path.read_text()))))
     before = path.read_bytes()
     found = tokens(settings)
-    prepare(settings)
+    prepare_shards(settings)
     out = capsys.readouterr().out
     assert "prepared already" in out
     assert "corpus/**/*.jsonl: 2 files" in out
     assert (path.read_bytes(), tokens(settings)) == (before, found)
     os.utime("corpus/a.jsonl", (1, 1))
-    prepare(settings)
+    prepare_shards(settings)
     assert "prepared anew, because its source changed" in capsys.readouterr().out
 
 
@@ -170,7 +170,7 @@ def test_prepare_says_what_each_pattern_gave_also_when_it_is_prepared_already(he
     files = ["corpus/*.jsonl", "one.txt", "corpus/*.txt", "**/*.jsonl"]
     settings = config(source={"files": files, "cut": "blank_lines"})
     for _ in range(2):
-        prepare(settings)
+        prepare_shards(settings)
         out = capsys.readouterr().out.splitlines()
         for line in (
             "corpus/*.jsonl: 60 documents, 1 file",
@@ -195,10 +195,10 @@ def mounted_read_only(folder: Path, at: Path) -> bool:
 READ_ONLY = """
 import sys
 from relora.data.config import DataConfig
-from relora.data.prepare import prepare
+from relora.data.prepare import prepare_shards
 from relora.data.shards import open_shards
 settings = DataConfig.model_validate_json(sys.argv[1])
-prepare(settings)
+prepare_shards(settings)
 print(len(open_shards(settings, verify=True).train), "tokens")
 """
 
@@ -206,7 +206,7 @@ print(len(open_shards(settings, verify=True).train), "tokens")
 def test_shards_on_a_read_only_medium_are_used_as_they_are(here, tmp_path):
     """Mounted read-only where that is allowed, else as a user who may not write."""
     settings = config(dir=here / "data")
-    prepare(settings, quiet=True)
+    prepare_shards(settings, quiet=True)
     (shard_directory(settings) / "lock").unlink()
     medium = here / "medium"
     mounted = mounted_read_only(here / "data", medium)
@@ -229,7 +229,7 @@ def test_shards_on_a_read_only_medium_are_used_as_they_are(here, tmp_path):
         with pytest.raises(
             DataError, match=r"cannot write token shards to .*medium.*(Read-only|denied)"
         ):
-            prepare(config(dir=medium, validation_fraction=0.2), quiet=True)
+            prepare_shards(config(dir=medium, validation_fraction=0.2), quiet=True)
     finally:
         if mounted:
             subprocess.run(["umount", str(medium)], check=True)
@@ -274,13 +274,13 @@ def test_a_corpus_that_changes_while_it_is_read_gives_nothing(here, change, when
         patch.setattr(relora.data.prepare, "build_tokenizer", building)
         patch.setattr(relora.data.prepare, "_tokenize", tokenizing)
         with pytest.raises(DataError, match="changed while it was read"):
-            prepare(config(), quiet=True)
+            prepare_shards(config(), quiet=True)
     with pytest.raises(ConfigError, match="no token shards"):
         open_shards(config())
     # And nothing of it is in what a quiet corpus gives: tokenizer and tokens.
-    prepare(config(), quiet=True)
+    prepare_shards(config(), quiet=True)
     fresh = config(dir="fresh")
-    prepare(fresh, quiet=True)
+    prepare_shards(fresh, quiet=True)
     assert tokens(config()) == tokens(fresh)
 
 
@@ -322,7 +322,7 @@ def test_a_disk_that_is_full_is_one_line_and_the_same_command_goes_on_later(here
         else:
             assert done.returncode == 0, done.stderr
     fresh = config(dir="fresh")
-    prepare(fresh, quiet=True)
+    prepare_shards(fresh, quiet=True)
     assert tokens(config()) == tokens(fresh)
 
 
@@ -330,7 +330,7 @@ def test_a_full_disk_while_parts_and_shards_are_written(here, monkeypatch):
     """In a worker of its own, too."""
     monkeypatch.setattr(relora.data.units, "UNIT_CHARACTERS", 500)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    prepare(config(), quiet=True)
+    prepare_shards(config(), quiet=True)
     directory = shard_directory(config())
     whole = tokens(config())
     (directory / "index.json").unlink()
@@ -338,19 +338,19 @@ def test_a_full_disk_while_parts_and_shards_are_written(here, monkeypatch):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
         try:
             with pytest.raises(DataError, match=r"cannot write token shards to .*File too large"):
-                prepare(config(), quiet=True, workers=workers)
+                prepare_shards(config(), quiet=True, workers=workers)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
         assert not (directory / "index.json").exists()
         assert not [*directory.rglob("*.tmp")]
-    prepare(config(), quiet=True)
+    prepare_shards(config(), quiet=True)
     assert tokens(config()) == whole
 
 
 @pytest.mark.parametrize("key", ["train", "validation"])
 @pytest.mark.parametrize("what", ["documents", "tokens", "bytes", "sha256"])
 def test_an_index_of_any_shape_is_refused_by_name(here, key, what):
-    prepare(config(), quiet=True)
+    prepare_shards(config(), quiet=True)
     path = shard_directory(config()) / "index.json"
     whole = json.loads(path.read_text())
     for value in ("12", -1, None, [], {}, 1.5, 10**30, True):
@@ -363,7 +363,7 @@ def test_an_index_of_any_shape_is_refused_by_name(here, key, what):
 
 
 def test_what_is_changed_in_an_index_is_noticed(here):
-    prepare(config(), quiet=True)
+    prepare_shards(config(), quiet=True)
     path = shard_directory(config()) / "index.json"
     whole = json.loads(path.read_text())
     for change in ({"eos_id": 5}, {"vocab_size": 301}, {"validation_fraction": 0.5}, {"parts": []}):

@@ -21,8 +21,8 @@ import relora.data.shards
 import relora.data.units
 import relora.files
 from relora.data.config import DataConfig
-from relora.data.prepare import prepare
-from relora.data.shards import describe, open_shards, shard_directory
+from relora.data.prepare import prepare_shards
+from relora.data.shards import describe_shards, open_shards, shard_directory
 from relora.data.tokenizer import load_tokenizer
 from relora.errors import ConfigError, DataError
 from runs import wait_for
@@ -76,7 +76,7 @@ def documents_of(settings: DataConfig, split: str) -> list[str]:
 
 def test_the_shards_hold_every_document_once_and_the_index_says_how_many(corpus):
     settings = config(corpus)
-    directory = prepare(settings, quiet=True)
+    directory = prepare_shards(settings, quiet=True)
     assert directory == shard_directory(settings)
     index = json.loads((directory / "index.json").read_text())
     expected = [path.read_bytes().decode() for path in sorted(corpus.glob("*.txt"))]
@@ -99,7 +99,7 @@ def test_the_shards_hold_every_document_once_and_the_index_says_how_many(corpus)
     shards = open_shards(settings, verify=True)
     assert max(shards.train.max(), shards.validation.max()) == index["max_token_id"] < 400
     assert not (directory / "parts").exists()
-    assert f"train: {index['splits']['train']['documents']} documents" in describe(index)
+    assert f"train: {index['splits']['train']['documents']} documents" in describe_shards(index)
 
 
 def test_ids_beyond_65535_get_four_bytes(corpus, tmp_path):
@@ -114,7 +114,7 @@ def test_ids_beyond_65535_get_four_bytes(corpus, tmp_path):
     for number in range(30):
         (corpus / f"w{number}.txt").write_text(f"w69999 w{number} w65536")
     settings = config(corpus, tokenizer={"path": str(tmp_path / "foreign")})
-    prepare(settings, quiet=True)
+    prepare_shards(settings, quiet=True)
     shards = open_shards(settings, verify=True)
     assert shards.train.dtype == np.uint32
     assert shards.vocab_size == 70_000
@@ -124,12 +124,12 @@ def test_ids_beyond_65535_get_four_bytes(corpus, tmp_path):
 def test_one_worker_and_two_make_the_same_bytes(corpus, monkeypatch):
     monkeypatch.setattr(relora.data.units, "UNIT_CHARACTERS", 5000)
     one, two = config(corpus, "one"), config(corpus, "two")
-    prepare(one, workers=1, quiet=True)
-    prepare(two, workers=2, quiet=True)
+    prepare_shards(one, workers=1, quiet=True)
+    prepare_shards(two, workers=2, quiet=True)
     assert made(one) == made(two)
     monkeypatch.setattr(relora.data.units, "UNIT_CHARACTERS", 10**9)
     whole = config(corpus, "whole")
-    prepare(whole, workers=2, quiet=True)
+    prepare_shards(whole, workers=2, quiet=True)
     assert made(whole) == made(one)
 
 
@@ -148,7 +148,7 @@ def slowly(documents, cut=units.cut_units):
 if __name__ == "__main__":
     units.UNIT_CHARACTERS = 5000
     module.cut_units = slowly
-    module.prepare(DataConfig.model_validate_json(sys.argv[1]), workers=int(sys.argv[2]))
+    module.prepare_shards(DataConfig.model_validate_json(sys.argv[1]), workers=int(sys.argv[2]))
 """
 
 
@@ -195,10 +195,10 @@ def test_a_killed_prepare_goes_on_to_the_same_bytes_and_leaves_no_process(
     monkeypatch.setattr(
         relora.data.units, "ids_of", lambda *args: encoded.append(1) or encode(*args)
     )
-    prepare(settings, workers=1)
+    prepare_shards(settings, workers=1)
     assert "going on" in capsys.readouterr().out
     resumed = len(encoded)
-    prepare(undisturbed, workers=1, quiet=True)
+    prepare_shards(undisturbed, workers=1, quiet=True)
     assert made(settings) == made(undisturbed)
     assert resumed <= len(encoded) - resumed - 3  # the parts that were there were not made again
 
@@ -227,7 +227,7 @@ def test_a_crash_at_any_commit_leaves_nothing_that_looks_finished(corpus, monkey
     """Stop before and after each rename, then run again: the same bytes every time."""
     monkeypatch.setattr(relora.data.units, "UNIT_CHARACTERS", 20_000)
     undisturbed = config(corpus, "undisturbed")
-    prepare(undisturbed, workers=1, quiet=True)
+    prepare_shards(undisturbed, workers=1, quiet=True)
     writers = {"replacing": relora.files.replacing, "making": relora.files.making}
 
     def crash_at(place):
@@ -239,7 +239,7 @@ def test_a_crash_at_any_commit_leaves_nothing_that_looks_finished(corpus, monkey
         settings = config(corpus, f"crash{place}")
         crash_at(place)
         try:
-            prepare(settings, workers=1, quiet=True)
+            prepare_shards(settings, workers=1, quiet=True)
         except Crash:
             finished = (shard_directory(settings) / "index.json").exists()
         else:
@@ -247,7 +247,7 @@ def test_a_crash_at_any_commit_leaves_nothing_that_looks_finished(corpus, monkey
         crash_at(-1)
         if finished:
             open_shards(settings, verify=True)
-        prepare(settings, workers=1, quiet=True)
+        prepare_shards(settings, workers=1, quiet=True)
         assert made(settings) == made(undisturbed)
         assert not (shard_directory(settings) / "parts").exists()
     assert place > 12  # made_from, tokenizer, at least two parts, two shards, index; twice each
@@ -256,7 +256,7 @@ def test_a_crash_at_any_commit_leaves_nothing_that_looks_finished(corpus, monkey
 def test_parts_of_other_text_are_not_used(corpus):
     """Even if they lie where the parts of a killed run do."""
     settings, undisturbed = config(corpus), config(corpus, "undisturbed")
-    prepare(undisturbed, quiet=True)
+    prepare_shards(undisturbed, quiet=True)
     directory = shard_directory(settings)
     shutil.copytree(shard_directory(undisturbed), directory)
     (directory / "index.json").unlink()
@@ -265,18 +265,18 @@ def test_parts_of_other_text_are_not_used(corpus):
     relora.data.units.make_part(
         job, directory / "parts/00000000.npz", [relora.data.units.Piece("something else")]
     )
-    prepare(settings, quiet=True)
+    prepare_shards(settings, quiet=True)
     assert made(settings) == made(undisturbed)
 
 
 def test_prepare_twice_does_nothing_the_second_time_and_says_so(corpus, capsys, monkeypatch):
     settings = config(corpus)
-    directory = prepare(settings)
+    directory = prepare_shards(settings)
     first = capsys.readouterr().out
     assert "tokenizer: bpe" in first
     before = {path: path.stat().st_mtime_ns for path in directory.rglob("*") if path.name != "lock"}
     monkeypatch.setattr(relora.data.prepare, "_prepare", None)
-    assert prepare(settings, seed=7) == directory
+    assert prepare_shards(settings, seed=7) == directory
     assert "prepared already" in capsys.readouterr().out
     after = {path: path.stat().st_mtime_ns for path in directory.rglob("*") if path.name != "lock"}
     assert after == before
@@ -284,14 +284,14 @@ def test_prepare_twice_does_nothing_the_second_time_and_says_so(corpus, capsys, 
 
 def test_without_a_terminal_progress_comes_in_whole_lines(corpus, capfd, monkeypatch):
     monkeypatch.setattr(relora.data.prepare, "_SAY_EVERY", 0)
-    prepare(config(corpus))
+    prepare_shards(config(corpus))
     out, err = capfd.readouterr()
     assert re.search(r"^tokenize: .*%.*\[00:0\d<.*B/s\]$", out, re.MULTILINE)
     assert err == ""
 
 
 def test_quiet_is_quiet(corpus, capfd):
-    prepare(config(corpus), quiet=True)
+    prepare_shards(config(corpus), quiet=True)
     assert capfd.readouterr() == ("", "")
 
 
@@ -320,11 +320,11 @@ def test_settings_that_do_not_change_the_tokens_keep_the_directory(corpus):
 
 def test_changed_text_is_noticed_said_and_prepared_anew(corpus, capsys):
     settings = config(corpus)
-    prepare(settings)
+    prepare_shards(settings)
     before = made(settings)
     (corpus / "new.txt").write_text("A new document.")
     capsys.readouterr()
-    prepare(settings)
+    prepare_shards(settings)
     assert "prepared anew, because its source changed" in capsys.readouterr().out
     texts = documents_of(settings, "train") + documents_of(settings, "validation")
     assert "A new document." in texts
@@ -333,11 +333,11 @@ def test_changed_text_is_noticed_said_and_prepared_anew(corpus, capsys):
 
 def test_adding_files_moves_no_document_between_splits(corpus):
     settings = config(corpus)
-    prepare(settings, quiet=True)
+    prepare_shards(settings, quiet=True)
     before = {split: set(documents_of(settings, split)) for split in ("train", "validation")}
     for number in range(200):
         (corpus / f"{number:03d}-new.txt").write_text(f"Document number {number}.")
-    prepare(settings, quiet=True)
+    prepare_shards(settings, quiet=True)
     after = {split: set(documents_of(settings, split)) for split in ("train", "validation")}
     assert before["train"] <= after["train"]
     assert before["validation"] <= after["validation"]
@@ -382,7 +382,7 @@ def edit(path: Path, **changes) -> None:
 @pytest.mark.parametrize("name", DAMAGE)
 def test_damage_is_refused_by_name_and_prepare_mends_it(corpus, name, capsys):
     settings = config(corpus)
-    directory = prepare(settings, quiet=True)
+    directory = prepare_shards(settings, quiet=True)
     whole = made(settings)
     for damage, message in DAMAGE[name]:
         damage(directory / name)
@@ -392,7 +392,7 @@ def test_damage_is_refused_by_name_and_prepare_mends_it(corpus, name, capsys):
         assert message in str(caught.value)
         if damage is flip:  # prepare compares lengths only: it must be quick when all is well
             (directory / "index.json").unlink()
-        prepare(settings, quiet=True)
+        prepare_shards(settings, quiet=True)
         assert made(settings) == whole
         open_shards(settings, verify=True)
 
@@ -424,19 +424,19 @@ def test_a_shard_in_another_s_place_is_refused_by_name(corpus):
 
 
 def made_by(settings: DataConfig) -> dict[str, bytes]:
-    prepare(settings, quiet=True)
+    prepare_shards(settings, quiet=True)
     return made(settings)
 
 
 def test_the_fingerprint_follows_the_tokens_and_nothing_else(corpus):
     settings = config(corpus, "one")
-    prepare(settings, quiet=True)
+    prepare_shards(settings, quiet=True)
     first = open_shards(settings).fingerprint
     moved = config(corpus, "two", sequence_length=32)
-    prepare(moved, quiet=True)
+    prepare_shards(moved, quiet=True)
     assert open_shards(moved).fingerprint == first
     (corpus / "0.txt").write_text("other")
-    prepare(settings, quiet=True)
+    prepare_shards(settings, quiet=True)
     assert open_shards(settings).fingerprint != first
 
 
@@ -444,16 +444,16 @@ def test_a_broken_source_leaves_nothing_behind(corpus):
     (corpus / "bad.jsonl").write_text('{"text": "fine"}\n{"text": 1}\n')
     settings = config(corpus)
     with pytest.raises(DataError, match=r"bad\.jsonl:2: 'text' is a int"):
-        prepare(settings, quiet=True)
+        prepare_shards(settings, quiet=True)
     assert not shard_directory(settings).exists()
     with pytest.raises(DataError, match="matches no file"):
-        prepare(config(corpus, source={"files": ["no/such/*.txt"]}), quiet=True)
+        prepare_shards(config(corpus, source={"files": ["no/such/*.txt"]}), quiet=True)
 
 
 def test_a_split_without_documents_is_refused_with_the_way_out(corpus):
     settings = config(corpus, validation_fraction=1e-9)
     with pytest.raises(DataError, match=r"validation_fraction: at 1e-09 .* validation split"):
-        prepare(settings, quiet=True)
+        prepare_shards(settings, quiet=True)
     with pytest.raises(ConfigError, match="no token shards"):
         open_shards(settings)
 
@@ -461,14 +461,14 @@ def test_a_split_without_documents_is_refused_with_the_way_out(corpus):
 def test_a_directory_that_cannot_be_written_is_named(corpus):
     (corpus.parent / "data").write_text("a file stands where the directory should")
     with pytest.raises(DataError, match="cannot write token shards"):
-        prepare(config(corpus), quiet=True)
+        prepare_shards(config(corpus), quiet=True)
 
 
 def test_a_second_prepare_waits_for_the_first(corpus, tmp_path):
     settings = config(corpus)
     first = start_slowly(settings, tmp_path, workers=1, parts=1)
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        second = pool.apply_async(prepare, (settings,), {"quiet": True, "workers": 1})
+        second = pool.apply_async(prepare_shards, (settings,), {"quiet": True, "workers": 1})
         (tmp_path / "go on").touch()
         wait_for(second.ready)
         assert second.get() == shard_directory(settings)
@@ -486,5 +486,5 @@ def test_a_worker_that_is_killed_is_reported_and_its_work_can_go_on(corpus, tmp_
     (tmp_path / "go on").touch()
     assert ended(process) == 1
     assert list(shard_directory(settings).glob("parts/*.npz"))
-    prepare(settings, workers=1, quiet=True)
+    prepare_shards(settings, workers=1, quiet=True)
     open_shards(settings, verify=True)

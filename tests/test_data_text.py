@@ -18,7 +18,7 @@ import relora.data.text
 import relora.data.units
 from relora.data.config import CutConfig, DataConfig, SourceConfig
 from relora.data.corpus import iter_documents
-from relora.data.prepare import prepare
+from relora.data.prepare import prepare_shards
 from relora.data.shards import open_shards
 from relora.data.text import Document, LongDocument, cut_documents, digest_of, stretches
 from relora.data.tokenizer import load_fast
@@ -92,7 +92,7 @@ def test_one_big_text_file_is_refused_by_the_settings_that_cut_it_which_work(tmp
         "dir": str(tmp_path / "data"),
     }
     with pytest.raises(DataError, match=r"one\.txt: a text file is one document") as caught:
-        prepare(DataConfig(**settings), quiet=True)
+        prepare_shards(DataConfig(**settings), quiet=True)
     assert not (tmp_path / "data").exists()
     overrides = [word for word in shlex.split(str(caught.value)) if word.startswith("data.")]
     assert len(overrides) == 3
@@ -102,7 +102,7 @@ def test_one_big_text_file_is_refused_by_the_settings_that_cut_it_which_work(tmp
             override = override.replace("10000", "100")
         apply_override(tree, override)
         config = validate(DataConfig, tree["data"], "x")
-        prepare(config, quiet=True)
+        prepare_shards(config, quiet=True)
         shards = open_shards(config, verify=True)
         ends = (shards.train == shards.eos_id).sum() + (shards.validation == shards.eos_id).sum()
         assert ends == sum(1 for _ in iter_documents(config.source)) > 30
@@ -117,7 +117,7 @@ def test_a_cut_that_finds_nothing_to_cut_at_is_refused(tmp_path, monkeypatch):
         list(iter_documents(source))
     (tmp_path / "b.jsonl").write_text('{"text": "b"}')
     with pytest.raises(DataError, match=r"cut: would do nothing: none of the 1 files is text"):
-        prepare(
+        prepare_shards(
             DataConfig(
                 source={"files": [f"{tmp_path}/b.jsonl"], "cut": "blank_lines"},
                 tokenizer={"train": "bpe", "vocab_size": 300},
@@ -285,12 +285,12 @@ def test_long_documents_are_one_document_in_one_split_with_one_end(tmp_path, pro
         "validation_fraction": 0.2,
     }
     whole = DataConfig(**settings, dir=tmp_path / "whole")
-    prepare(whole, workers=1, quiet=True)
+    prepare_shards(whole, workers=1, quiet=True)
     shortened(monkeypatch)
     monkeypatch.setattr(relora.data.readers, "_HELD_BYTES", 1000)
     monkeypatch.setattr(relora.data.units, "UNIT_CHARACTERS", 5000)
     cut_up = DataConfig(**settings, dir=tmp_path / "stretches")
-    prepare(cut_up, workers=1, quiet=True)
+    prepare_shards(cut_up, workers=1, quiet=True)
     assert open_shards(whole).index["splits"] == open_shards(cut_up).index["splits"]
     assert open_shards(whole).fingerprint == open_shards(cut_up, verify=True).fingerprint
 

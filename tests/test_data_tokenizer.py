@@ -178,9 +178,9 @@ def test_training_again_gives_the_same_hash_and_other_ids_another(
 
 
 def test_training_text_comes_from_the_whole_corpus(library):
-    from relora.data.tokenizer import _training_sample
+    from relora.data.tokenizer_training import training_sample
 
-    sample = _training_sample(iter(library), 1, seed=0)
+    sample = training_sample(iter(library), 1, seed=0)
     assert 0.99e6 < sum(len(text.encode()) for text in sample) <= 1e6
     whole = "\0".join(text for _, text in library)
     places, at = [], 0
@@ -189,9 +189,9 @@ def test_training_text_comes_from_the_whole_corpus(library):
         places.append(at / len(whole))
     for tenth in range(10):
         assert 0.04 < sum(tenth <= place * 10 < tenth + 1 for place in places) / len(places) < 0.2
-    assert _training_sample(iter(library), 1, seed=1) != sample
+    assert training_sample(iter(library), 1, seed=1) != sample
     small = library[:5]
-    assert "".join(_training_sample(iter(small), 5, seed=0)) == "".join(t for _, t in small)
+    assert "".join(training_sample(iter(small), 5, seed=0)) == "".join(t for _, t in small)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -39,16 +39,7 @@ def logits_of_the_training_model(run_dir: Path, step: int, ids: torch.Tensor) ->
     from relora.engine import deepspeed
     from relora.engine.distributed import read_ranks
     from relora.load import load_config
-    from relora.training import guard
-
-    captured: list[torch.Tensor] = []
-
-    def capture(run: Any, *_: Any) -> bool:
-        assert run.step == step
-        run.engine.eval()
-        with torch.no_grad():
-            captured.append(run.engine(input_ids=ids).logits.float())
-        return False
+    from relora.training.start import start_run
 
     settings = load_config(run_dir / "config.yaml")
     with pytest.MonkeyPatch.context() as patch:
@@ -56,14 +47,17 @@ def logits_of_the_training_model(run_dir: Path, step: int, ids: torch.Tensor) ->
             patch.delenv(name, raising=False)
             patch.setenv(name, "")
             patch.delenv(name)
-        patch.setattr(guard, "train_run", capture)
         ranks = read_ranks()
         deepspeed.init_distributed(ranks, 1)
         try:
-            guard.guarded(settings, open_shards(settings.data), ranks)
+            run = start_run(settings, open_shards(settings.data), ranks)
+            run.metrics.close()
+            assert run.step == step
+            run.engine.eval()
+            with torch.no_grad():
+                return run.engine(input_ids=ids).logits.float()
         finally:
             deepspeed.leave()
-    return captured[0]
 
 
 def some_ids() -> torch.Tensor:

@@ -20,7 +20,7 @@ import pytest
 import yaml
 
 from relora.engine import devices, hosts
-from relora.engine.launcher import decode, encode
+from relora.engine.launcher import decode_argument, encode_argument
 from relora.errors import ConfigError
 from relora.load import load_config
 from runs import (
@@ -202,8 +202,8 @@ def test_what_cannot_hold_on_other_machines_is_refused(
 
 @pytest.mark.parametrize("argument", [*NASTY, "seed=3", "runs/a-b_c.yaml", "lora.targets=[a,b]"])
 def test_an_argument_is_the_same_behind_every_shell(argument: str) -> None:
-    word = encode(argument)
-    assert decode(word) == argument
+    word = encode_argument(argument)
+    assert decode_argument(word) == argument
     assert shlex.quote(word) == word  # nothing in it that a shell could touch
     assert "%" not in word
     assert word[0] != "="
@@ -213,7 +213,7 @@ def test_an_argument_is_the_same_behind_every_shell(argument: str) -> None:
 
 def test_a_word_that_only_looks_encoded_is_for_the_command_line_to_judge() -> None:
     for word in ("--encoded=!", "--encoded=e30x", "seed=3"):
-        assert decode(word) == word
+        assert decode_argument(word) == word
 
 
 def nobody(pids: list[int]) -> bool:
@@ -223,7 +223,7 @@ def nobody(pids: list[int]) -> bool:
 def values_of(pid: int) -> list[str]:
     """The arguments of a rank, as they were typed."""
     words = psutil.Process(pid).cmdline()
-    return [decode(word) for word in words[words.index("train") :]]
+    return [decode_argument(word) for word in words[words.index("train") :]]
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,8 @@ DOORS = {
     "torch.utils.tensorboard": ("relora.record.metrics",),
     "tensorboard": ("relora.record.metrics",),
 }
+# Names imported inside functions: as few as start-up time allows. This only goes down.
+LATE = 25
 HEAVY = ("torch", "transformers", "deepspeed", "datasets", "numpy", "sentencepiece", "matplotlib")
 
 
@@ -161,21 +163,56 @@ def test_commands_never_import_each_other() -> None:
 
 def test_reading_a_config_imports_nothing_heavy() -> None:
     """Neither `--help` nor a config error waits for torch."""
-    reached, todo = set(), ["relora.config", "relora.cli"]
+    reached = _runs_with("relora.config") | _runs_with("relora.cli")
+    for module in reached:
+        for found in imports_of(module):
+            if not (found.late or found.typing):
+                assert not any(is_in(found.target, h) for h in HEAVY), f"{module}: {found.target}"
+    assert {"relora.structure", "relora.restart.schedule", "relora.data.config"} <= reached
+
+
+def test_no_two_modules_define_one_public_name() -> None:
+    """Who reads a call knows what is called. A method's name is its class's own matter."""
+    owners: dict[str, list[str]] = {}
+    for module, path in MODULES.items():
+        for node in ast.parse(path.read_text()).body:
+            for name in _names_of(node):
+                if not name.startswith("_"):
+                    owners.setdefault(name, []).append(module)
+    assert {name: found for name, found in owners.items() if len(found) > 1} == {}
+
+
+def _names_of(node: ast.stmt) -> set[str]:
+    """What a statement at the top of a module defines; `import` only names what others define."""
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        return {node.name}
+    if isinstance(node, ast.Assign | ast.AnnAssign):
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        return {n.id for each in targets for n in ast.walk(each) if isinstance(n, ast.Name)}
+    return set()
+
+
+def test_few_imports_are_inside_functions_and_only_of_what_takes_its_time() -> None:
+    late = {(m, i.target) for m in MODULES for i in imports_of(m) if i.late and not i.typing}
+    assert len(late) <= LATE, late
+    slow = (*HEAVY, "pyarrow", "huggingface_hub", "pydantic")
+    for module, target in late:
+        reached = {target, *(i.target for m in _runs_with(target) for i in imports_of(m))}
+        assert any(is_in(name, each) for name in reached for each in slow), f"{module}: {target}"
+
+
+def _runs_with(target: str) -> set[str]:
+    """Modules of the package that run when this is imported."""
+    reached: set[str] = set()
+    todo = [target]
     while todo:
         module = todo.pop()
-        if module in reached:
-            continue
-        reached.add(module)
-        # Importing a.b.c runs a and a.b too.
-        todo += [".".join(module.split(".")[:n]) for n in range(1, module.count(".") + 1)]
-        for found in imports_of(module):
-            if found.late or found.typing:
-                continue
-            assert not any(is_in(found.target, h) for h in HEAVY), f"{module}: {found.target}"
-            if found.target in MODULES:
-                todo.append(found.target)
-    assert {"relora.structure", "relora.restart.schedule", "relora.data.config"} <= reached
+        if module in MODULES and module not in reached:
+            reached.add(module)
+            # Importing a.b.c runs a and a.b too.
+            todo += [".".join(module.split(".")[:n]) for n in range(1, module.count(".") + 1)]
+            todo += [i.target for i in imports_of(module) if not (i.late or i.typing)]
+    return reached
 
 
 def test_lora_knows_neither_files_nor_processes() -> None:

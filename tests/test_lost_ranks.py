@@ -48,7 +48,7 @@ def rank_main(config: str, case: Case, rank: int, port: int, output: str) -> Non
     from relora.engine import deepspeed
     from relora.record import lost
     from relora.training.guard import guarded
-    from relora.training.loop import update
+    from relora.training.phases import Phases, update
 
     os.environ |= {
         "RANK": str(rank),
@@ -80,7 +80,7 @@ def rank_main(config: str, case: Case, rank: int, port: int, output: str) -> Non
         return real_build(*arguments)
 
     deepspeed.build_optimizer = build_optimizer
-    train.guarded = functools.partial(guarded, update=disturbed)
+    train.guarded = functools.partial(guarded, phases=Phases(update=disturbed))
     code = main(["train", config])
     sys.stdout.flush()
     os._exit(code)

@@ -46,11 +46,10 @@ def overflowing(ranks: Any, model: str, directory: str, stage: int) -> dict[str,
     }
     root = Path(directory) / f"overflow_{stage}"
     bad = spoilt({LATER}, rank=1, value=float("inf"))
-    with matrix.undisturbed(), matrix.initial_scale(FIRST_SCALE):
-        whole = train_recorded(ranks, model, str(root / "whole"), changes, recorded=(), update=bad)
-        cut = train_recorded(
-            ranks, model, str(root / "cut"), changes, recorded=(), stops=(STOP,), update=bad
-        )
+    how: dict[str, Any] = {"recorded": (), "update": bad, "first_scale": FIRST_SCALE}
+    with matrix.undisturbed():
+        whole = train_recorded(ranks, model, str(root / "whole"), changes, **how)
+        cut = train_recorded(ranks, model, str(root / "cut"), changes, stops=(STOP,), **how)
     counts = ranks.gather((whole["replicas"], len(whole["norms"]), whole["scale"]))
     return {"whole": whole, "cut": cut, "counts": counts} if ranks.is_main else None
 

@@ -45,10 +45,11 @@ from relora.lora.choose import find_targets
 from relora.lora.draws import draw_a
 from relora.lora.layers import AdaptedLayer, LoRALinear, adapted_layers
 from relora.model import ModelConfig, build_model, load_model_config
-from relora.restart import invariants
-from relora.training import loop
-from relora.training.loop import Update, train_run, update
-from relora.training.run import Run, start_run
+from relora.restart.restart import merge_and_restart
+from relora.training.loop import train_run
+from relora.training.phases import Phases, restart_adapters, update
+from relora.training.run import Run
+from relora.training.start import start_run
 
 SEQUENCE = 12
 GLOBAL_BATCH = 4
@@ -120,7 +121,8 @@ def train_recorded(
     mutant: str | None = None,
     recorded: Collection[int] = range(1000),
     stops: Sequence[int] = (),
-    update: Update = update,
+    update: Callable[..., Any] = update,
+    first_scale: float | None = None,
 ) -> dict[str, Any]:
     """Train through `relora.training.loop`, and record what every update left where.
 
@@ -128,39 +130,39 @@ def train_recorded(
         recorded: steps whose states are kept (of the last leg of the run; see `stops`).
         stops: steps after which the run is stopped and goes on from its checkpoint.
         update: takes the optimizer steps.
+        first_scale: of the loss, where precision needs one; None for the usual.
     """
     make_run_dir(settings(model, run_dir, changes), ranks)
     record: dict[str, Any] = {"losses": [], "norms": [], "rates": [], "unmerged": {}}
     record |= {"steps": [], "states": [], "replicas": [], "adam_steps": {}, "scale": None}
-    with pytest.MonkeyPatch.context() as patch:
-        if mutant is not None:
-            MUTANTS[mutant](patch)
-        real_restart = loop.merge_and_restart
+    change = MUTANTS[mutant] if mutant is not None else restart_adapters
 
-        def recording(run: Run, batches: list[Tensor], rate: float) -> Any:
-            if run.step in recorded:
-                remember(run, record)
-            result = update(run, batches, rate)
-            record["losses"].append(ranks.sum([result.loss / ranks.world])[0])
-            record["norms"].append(result.grad_norm)
-            record["rates"].append(rate)
-            return result
+    def recording(run: Run, batches: list[Tensor], rate: float) -> Any:
+        if run.step in recorded:
+            remember(run, record)
+        result = update(run, batches, rate)
+        record["losses"].append(ranks.sum([result.loss / ranks.world])[0])
+        record["norms"].append(result.grad_norm)
+        record["rates"].append(rate)
+        return result
 
-        def restart(*args: Any) -> Any:
-            pairs = [(p.name, whole(p.param)) for p in run.state]
-            record["unmerged"][run.step] = {name: t.double().cpu().numpy() for name, t in pairs}
-            return real_restart(*args)
+    def restart(run: Run, batch: Tensor) -> None:
+        pairs = [(p.name, whole(p.param)) for p in run.state]
+        record["unmerged"][run.step] = {name: t.double().cpu().numpy() for name, t in pairs}
+        change(run, batch)
 
-        patch.setattr(loop, "merge_and_restart", restart)
-        for stop in (*stops, None):
-            config = settings(model, run_dir, {**changes, "train.stop_after": stop})
-            run = start_run(config, shards(), ranks)  # type: ignore[arg-type]
-            finished = train_run(run, Unasked(), recording)  # type: ignore[arg-type]
-            assert finished == (stop is None)
-            if stop is None:
-                remember(run, record)
-            run.metrics.close()
-            deepspeed.destroy(run.engine)
+    for stop in (*stops, None):
+        config = settings(model, run_dir, {**changes, "train.stop_after": stop})
+        run = start_run(config, shards(), ranks)  # type: ignore[arg-type]
+        if run.step == 0 and run.progress.loss_scale and first_scale is not None:
+            run.progress.loss_scale.value = first_scale
+        phases = Phases(update=recording, restart=restart)
+        finished = train_run(run, Unasked(), phases)  # type: ignore[arg-type]
+        assert finished == (stop is None)
+        if stop is None:
+            remember(run, record)
+        run.metrics.close()
+        deepspeed.destroy(run.engine)
     if ranks.is_main:
         lines = (Path(run_dir) / "metrics.jsonl").read_text().splitlines()
         record["log"] = [json.loads(line) for line in lines]
@@ -225,18 +227,17 @@ def whole(param: Any) -> Tensor:
     return torch.cat(parts)[: param.ds_numel].view(param.ds_shape).clone()
 
 
-def _while_restarting(patch: pytest.MonkeyPatch, owner: Any, name: str, broken: Any) -> None:
-    """Break something for the duration of each restart, and look away."""
-    real = loop.merge_and_restart
+def _restarting(owner: Any, name: str, broken: Any) -> Callable[[Run, Tensor], None]:
+    """A restart in which something is broken, and that nobody checks."""
 
-    def restart(*args: Any) -> Any:
-        with pytest.MonkeyPatch.context() as inner:
-            inner.setattr(owner, name, broken)
-            return real(*args)
+    def restart(run: Run, batch: Tensor) -> None:
+        number, relora = run.config.clock.merges_before(run.step), run.config.relora
+        assert relora is not None
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(owner, name, broken)
+            merge_and_restart(run.state, number, run.config.seed, relora.reset)
 
-    patch.setattr(loop, "merge_and_restart", restart)
-    patch.setattr(invariants, "check_copies", lambda *_: None)
-    patch.setattr(invariants, "check_function", lambda *_: 0.0)
+    return restart
 
 
 def _live_only(place: ParameterView, read: Callable[[int, int], Tensor]) -> None:
@@ -254,14 +255,11 @@ def _unscaled(layer: AdaptedLayer, *where: Any) -> Tensor:
 
 
 real_delta, WRITE = LoRALinear.delta, "write_pieces_"
-MUTANTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
-    "writes miss the masters": lambda p: _while_restarting(
-        p, ParameterView, "write_pieces_", _live_only
-    ),
-    "writes miss the weights": lambda p: _while_restarting(
-        p, ParameterView, "write_pieces_", _master_only
-    ),
-    "merges forget the scale": lambda p: _while_restarting(p, LoRALinear, "delta", _unscaled),
+MUTANTS: dict[str, Callable[[Run, Tensor], None]] = {
+    "no restarts": lambda *_: None,
+    "writes miss the masters": _restarting(ParameterView, WRITE, _live_only),
+    "writes miss the weights": _restarting(ParameterView, WRITE, _master_only),
+    "merges forget the scale": _restarting(LoRALinear, "delta", _unscaled),
 }
 
 
@@ -294,7 +292,7 @@ def count_reductions(
         return result
 
     run = start_run(config, shards(), ranks)  # type: ignore[arg-type]
-    train_run(run, Unasked(), counting)  # type: ignore[arg-type]
+    train_run(run, Unasked(), Phases(update=counting))  # type: ignore[arg-type]
     run.metrics.close()
     deepspeed.destroy(run.engine)
     return counts
@@ -306,7 +304,7 @@ def in_float64() -> None:
     Engines of every stage, their flat buffers, masters and moments, and transformers' fp32 islands
     (norms, rotations, the loss) then are float64, and so is all of relora, unchanged.
     """
-    import relora.training.run as under_test
+    import relora.training.start as under_test
 
     torch.float32 = torch.float = torch.float64  # type: ignore[misc]
     torch.Tensor.float = torch.Tensor.double  # type: ignore[method-assign]

@@ -16,16 +16,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from relora.cli import main
-from relora.data.prepare import prepare
+from relora.data.prepare import prepare_shards
 from relora.load import build_config, load_config
 from relora.lora.config import LoRAConfig
 from relora.lora.inject import add_adapters
 from relora.model import ModelConfig, build_meta_model, count_parameters
 from relora.plan.estimate import full_rank_twin, memory_by_part, peak_memory, training_flops
-from relora.plan.page import count_by_group
+from relora.plan.shape import count_by_group
 from relora.plan.timeline import phases
 from relora.training.config import parse_count
-from relora.training.log_lines import timeline as header_timeline
+from relora.training.log_lines import phases_line
 from relora.words import format_bytes, format_count
 from runs import make_config
 
@@ -235,7 +235,7 @@ def test_the_size_of_checkpoints_is_that_of_the_paper_model(
 
 def test_prepared_shards_give_epochs(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = [f"data.source={{files: ['{ROOT}/relora/**/*.py']}}", "data.validation_fraction=0.2"]
-    directory = prepare(load_config(config, data).data, workers=1, quiet=True)
+    directory = prepare_shards(load_config(config, data).data, workers=1, quiet=True)
     capsys.readouterr()
     tokens = json.loads((directory / "index.json").read_text())["splits"]["train"]["tokens"]
     steps = 3 * tokens // 256
@@ -289,7 +289,7 @@ def test_a_run_of_any_length_is_planned_in_seconds(
     assert Path("picture.png").stat().st_size > 10_000
     # A cycle's highest rate follows the base curve; one column holds three billion cycles.
     assert re.search(r"cycle 249999999995 .* 2\.00e-04   end", page)
-    [line] = (line for line in header_timeline(load_config(config, overrides).clock).split(" · ")
+    [line] = (line for line in phases_line(load_config(config, overrides).clock).split(" · ")
               if "merges" in line)  # fmt: skip
     assert line == (
         "cycles of 4: merges after 24, 28, 32, 36, 40, 44, 48, 52, … (249999999994 in all)"

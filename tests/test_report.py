@@ -1,4 +1,4 @@
-"""What `relora compare` computes and draws: seeds, crossings, thinning, and a page that is safe."""
+"""What `relora compare` computes and draws: seeds, crossings, pictures, and a page that is safe."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import pytest
 
 from relora.commands.compare import read_report
 from relora.errors import CheckpointError, ConfigError
+from relora.record.metrics import iter_metrics
 from relora.report import curve_figures as figures
 from relora.report.arms import (
     ArmRuns,
@@ -30,9 +31,9 @@ from relora.report.build import build_report
 from relora.report.cells import shown, signed
 from relora.report.page import draw_all, to_html, to_markdown, write_report
 from relora.report.questions import at_equal_memory
-from relora.report.read import Evaluations, RunFiles, read_lines, read_run
+from relora.report.read import Evaluations, RunFiles, read_run
 from relora.report.records import AtEqual, EqualRow, Report, Spread
-from relora.report.style import DARK, LIGHT
+from relora.report.style import DARK, LIGHT, log_ticks
 from relora.report.tables import tables
 from relora.report.verdict import verdict_title, verdicts
 from relora.words import format_bytes
@@ -67,7 +68,7 @@ def test_spread_is_the_sample_standard_deviation() -> None:
     assert spread([float("nan")]).mean is None
     assert shown(spread([1.0, 3.0]), lambda v: f"{v:.1f}") == "2.0 ± 1.4"
     assert shown(spread([1.0, None]), lambda v: f"{v:.1f}") == "1.0 (1 of 2 seeds)"
-    assert signed(2)(-0.001) == "0"
+    assert signed(-0.001) == "0"
 
 
 def test_questions_are_answered_between_and_at_evaluations(run: RunFiles) -> None:
@@ -201,11 +202,11 @@ def test_within_a_memory_the_best_that_fits_is_named() -> None:
 def test_lines_are_read_without_losing_any(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(f'{{"step": {n}}}\n' for n in range(5000)) + '{"step": 99')
-    assert [line["step"] for line in read_lines(path)] == list(range(5000))
+    assert [line["step"] for line in iter_metrics(tmp_path)] == list(range(5000))
     # Two broken lines that would make one good one when joined.
     path.write_text('{"step": 1}\n{"step": 2\n"a": 3}\n')
     with pytest.raises(CheckpointError, match="line 2 is not valid JSON"):
-        list(read_lines(path))
+        list(iter_metrics(tmp_path))
 
 
 def test_what_a_start_had_cost_is_counted(run: RunFiles, tmp_path: Path) -> None:
@@ -230,18 +231,29 @@ def test_what_a_start_had_cost_is_counted(run: RunFiles, tmp_path: Path) -> None
     assert "is unknown and not counted" in complaint
 
 
-def test_thinning_keeps_every_spike_and_both_ends() -> None:
-    x = np.arange(100_000.0)
-    y = np.sin(x / 5000)
-    y[[123, 54_321]] = 40, -40
-    thin_x, thin_y = figures.thin(x, y)
-    assert len(thin_x) <= 2 * figures.DRAWN + 2
-    assert {40.0, -40.0} <= set(thin_y)
-    assert (thin_x[0], thin_x[-1]) == (0, 99_999)
-    assert list(thin_x) == sorted(thin_x)
-    short = figures.thin(x[:100], y[:100])
-    assert len(short[0]) == 100
-    assert len(figures.thin(x, y, curves=1000)[0]) <= 2 * figures.FEWEST + 2
+def test_a_long_curve_is_drawn_whole_with_every_spike(run: RunFiles) -> None:
+    """One update among 100,000 has its own ink, far above the others'."""
+    report = build_report([ArmRuns("a", [run])])
+    (arm,) = report.arms
+
+    def picture(loss: float) -> np.ndarray:
+        steps = np.arange(100_000.0)
+        losses = 3 + np.sin(steps)
+        losses[[54_321, 99_999]] = loss, 40  # the last one gives all pictures one axis
+        columns = {"tokens": steps.tolist(), "loss": losses.tolist()}
+        curve = arm.curves.training[0].model_copy(update=columns)
+        curves = arm.curves.model_copy(update={"training": [curve]})
+        drawn = arm.model_copy(update={"curves": curves})
+        figure = figures.draw_training(report.model_copy(update={"arms": [drawn]}), LIGHT)
+        assert len(figure.axes[0].lines[0].get_xdata()) == 100_000
+        figure.canvas.draw()
+        return np.asarray(figure.canvas.buffer_rgba()).astype(int)
+
+    other = np.abs(picture(39.0) - picture(3.0)).max(axis=-1) > 30
+    rows, columns = np.nonzero(other)
+    height, width = other.shape
+    assert rows.min() < 0.25 * height  # up to where 39 is
+    assert abs(np.median(columns) / width - 0.54) < 0.1
 
 
 def test_smoothing_is_centred() -> None:
@@ -252,7 +264,7 @@ def test_smoothing_is_centred() -> None:
 
 @pytest.mark.parametrize("limits", [(4.9, 5.2), (16.8, 34.7), (5, 110), (1e-4, 3), (99, 101)])
 def test_a_log_axis_has_some_round_ticks(limits: tuple[float, float]) -> None:
-    ticks = figures.log_ticks(*limits)
+    ticks = log_ticks(*limits)
     assert 3 <= len(ticks) <= 8
     assert all(limits[0] <= tick <= limits[1] for tick in ticks)
 

@@ -290,7 +290,7 @@ RESETS = {
 def start(ranks: Any, model: Path, run_dir: Path, stage: int) -> Any:
     """A run right after some updates with adapters, between merges."""
     from relora.training.loop import train_run
-    from relora.training.run import start_run
+    from relora.training.start import start_run
 
     changes = {
         "deepspeed.zero_stage": stage,

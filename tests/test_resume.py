@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from ranks import Scenario, run_ranks
+from relora.training.phases import PHASES
 from runs import (
     Process,
     checkpoint,
@@ -148,36 +149,28 @@ def test_a_killed_run_goes_on_from_its_newest_checkpoint(undisturbed: Path, tmp_
 @pytest.mark.parametrize(
     ("phase", "at", "number"),
     [
-        ("_evaluate", 8, signal.SIGTERM),
-        ("_restart", 12, signal.SIGTERM),
+        ("evaluate", 8, signal.SIGTERM),
+        ("restart", 12, signal.SIGTERM),
         ("save", 10, signal.SIGTERM),
-        ("give_birth", 6, signal.SIGTERM),
-        ("_log", 9, signal.SIGTERM),
-        ("_log", 9, signal.SIGINT),
-        ("_log", 9, signal.SIGUSR1),
+        ("birth", 6, signal.SIGTERM),
+        ("log", 9, signal.SIGTERM),
+        ("log", 9, signal.SIGINT),
+        ("log", 9, signal.SIGUSR1),
     ],
     ids=str,
 )
 def test_a_signal_in_any_phase_stops_at_the_end_of_a_step_and_leaves_no_trace(
-    phase: str,
-    at: int,
-    number: signal.Signals,
-    undisturbed: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    phase: str, at: int, number: signal.Signals, undisturbed: Path, tmp_path: Path
 ) -> None:
-    from relora.training import loop
-
-    real = getattr(loop, phase)
+    real = getattr(PHASES, phase)
 
     def interrupted(run: Any, *arguments: Any) -> None:
         if run.step == at:
             os.kill(os.getpid(), number)
         real(run, *arguments)
 
-    monkeypatch.setattr(loop, phase, interrupted)
     run_dir = tmp_path / "run"
-    assert train(run_dir, train__save_every=5) == 75
+    assert train(run_dir, train__save_every=5, **{phase: interrupted}) == 75
     # What is under way is finished, and the step after it at the most.
     stopped = run_state(run_dir)["step"]
     assert at <= stopped <= at + 1
@@ -188,7 +181,6 @@ def test_a_signal_in_any_phase_stops_at_the_end_of_a_step_and_leaves_no_trace(
         "code": 75,
     }
     assert checkpoints(run_dir)[-1] == f"step_{stopped:08d}"
-    monkeypatch.undo()
     assert train(run_dir) == 0
     assert_same_run(run_dir, undisturbed)
 
@@ -397,18 +389,19 @@ def legs(ranks: Any, config: str, *stops: int | None, **seams: Any) -> list[int]
     """Exit codes of `relora train`, once for each stop, on ranks that have a group already.
 
     Args:
-        seams: `update`, as for `guarded`.
+        seams: functions in place of those of `training.phases.Phases`, by name.
     """
     from pathlib import Path
 
     from relora.data.shards import open_shards
     from relora.load import load_config
     from relora.training.guard import guarded
+    from relora.training.phases import Phases
 
     codes = []
     for stop in stops:
         settings = load_config(Path(config), [f"train.stop_after={stop}"] if stop else [])
-        codes.append(guarded(settings, open_shards(settings.data), ranks, **seams))
+        codes.append(guarded(settings, open_shards(settings.data), ranks, phases=Phases(**seams)))
     return codes
 
 

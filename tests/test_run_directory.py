@@ -510,22 +510,16 @@ def test_shards_that_are_bad_on_one_machine_stop_all_ranks(tmp_path: Path) -> No
     assert not (tmp_path / "run").exists()
 
 
-def test_a_bug_is_kept_in_the_state_and_not_swallowed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from relora.training import loop
-
+def test_a_bug_is_kept_in_the_state_and_not_swallowed(tmp_path: Path) -> None:
     def broken(run: Any) -> None:
         raise RuntimeError("something is off")
 
-    monkeypatch.setattr(loop, "_evaluate", broken)
     with pytest.raises(RuntimeError, match="something is off"):
-        train(tmp_path / "run")
+        train(tmp_path / "run", evaluate=broken)
     state = run_state(tmp_path / "run")
     assert state["status"] == "failed"
     assert state["code"] == 1
     assert "something is off" in state["reason"]
-    monkeypatch.undo()
     assert train(tmp_path / "run") == 0
 
 

@@ -20,6 +20,7 @@ import pytest
 
 from ranks import Outcomes, Scenario, run_ranks
 from relora.record import saving
+from relora.training.phases import log_step
 from runs import (
     Process,
     checkpoint,
@@ -41,23 +42,25 @@ LAST = 24
 EVERY_12 = {"train__save_every": 12}
 
 
-def slow_writer(patch: pytest.MonkeyPatch, until: int) -> None:
-    """No file is written before step `until` is logged, as on a slow disk; only then is it read."""
-    from relora.training import loop
+def slow_writer(patch: pytest.MonkeyPatch, until: int) -> Any:
+    """No file is written before step `until` is logged, as on a slow disk; only then is it read.
 
-    there, real_log, real_save = threading.Event(), loop._log, saving.save_file
+    Returns:
+        What logs steps in a run with this disk.
+    """
+    there, real_save = threading.Event(), saving.save_file
 
     def log(run: Any, *arguments: Any) -> None:
         if run.step >= until:
             there.set()
-        real_log(run, *arguments)
+        log_step(run, *arguments)
 
     def slow(*args: Any, **options: Any) -> None:
         assert there.wait(60)
         real_save(*args, **options)
 
-    patch.setattr(loop, "_log", log)
     patch.setattr(saving, "save_file", slow)
+    return log
 
 
 def assert_same_checkpoints(one: Path, other: Path) -> None:
@@ -102,9 +105,9 @@ def test_a_background_save_holds_the_state_of_its_step(
     if precision == "bf16":
         foreground = tmp_path / "foreground"
         assert train(foreground, **changes) == 0
-    slow_writer(monkeypatch, until=16)
+    log = slow_writer(monkeypatch, until=16)
     run_dir = tmp_path / "run"
-    assert train(run_dir, train__background_save=True, **changes) == 0
+    assert train(run_dir, log=log, train__background_save=True, **changes) == 0
     # It went on meanwhile, past several updates that changed the tensors in place.
     assert all(16 <= step < LAST for step in commits(run_dir))
     assert commits(run_dir)
@@ -130,11 +133,11 @@ def test_a_save_that_falls_due_waits_for_the_one_before(
 def test_a_stop_completes_what_is_under_way(
     foreground: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    slow_writer(monkeypatch, until=7)
+    log = slow_writer(monkeypatch, until=7)
     run_dir = tmp_path / "run"
     stage_0 = {"deepspeed__zero_stage": 0}
     changes = {"train__save_every": 6, "train__background_save": True, **stage_0}
-    assert train(run_dir, "train.stop_after=7", **changes) == 75
+    assert train(run_dir, "train.stop_after=7", log=log, **changes) == 75
     assert checkpoints(run_dir) == ["step_00000006", "step_00000007"]
     # On a save's own step nothing is left to the background.
     assert train(run_dir, "train.stop_after=12", **changes) == 75
@@ -150,30 +153,26 @@ def test_numbers_that_end_the_run_leave_the_save_before_them(
 ) -> None:
     from test_skipped import spoilt
 
-    slow_writer(monkeypatch, until=6)
+    log = slow_writer(monkeypatch, until=6)
     run_dir = tmp_path / "run"
     changes = {"train__save_every": 5, "train__background_save": True, "train__max_skipped": 1}
-    assert train(run_dir, update=spoilt({6}), **changes) == 5
+    assert train(run_dir, update=spoilt({6}), log=log, **changes) == 5
     assert checkpoints(run_dir) == ["step_00000005"]
     assert relora("verify", run_dir) == 0
 
 
 def test_a_bug_drops_the_save_under_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from relora.training import loop
-
-    slow_writer(monkeypatch, until=7)
-    real = loop._log
+    log = slow_writer(monkeypatch, until=7)
 
     def broken(run: Any, *arguments: Any) -> None:
-        real(run, *arguments)
+        log(run, *arguments)
         if run.step == 7:
             raise ZeroDivisionError
 
-    monkeypatch.setattr(loop, "_log", broken)
     run_dir = tmp_path / "run"
     changes = {"train__save_every": 5, "train__background_save": True}
     with pytest.raises(ZeroDivisionError):
-        train(run_dir, **changes)
+        train(run_dir, log=broken, **changes)
     assert checkpoints(run_dir) == []
     assert run_state(run_dir)["code"] == 1
 
@@ -307,20 +306,19 @@ def test_a_console_that_is_gone_ends_the_run_with_one_line(
 # --- two ranks ------------------------------------------------------------------------------------
 
 
-def leg(ranks: Any, config: str, harm: Callable[..., None] | None, *args: Any) -> tuple[int, str]:
+def leg(ranks: Any, config: str, harm: Callable[..., Any] | None, *args: Any) -> tuple[int, str]:
     """(exit code, message) of `relora train` on ranks that have a group already.
 
     Args:
-        harm: called with the ranks, a MonkeyPatch and the arguments first.
+        harm: called with the ranks, a MonkeyPatch and the arguments first; gives what logs steps.
     """
     from relora.errors import UserError
     from test_resume import legs
 
     with pytest.MonkeyPatch.context() as patch:
-        if harm is not None:
-            harm(ranks, patch, *args)
+        log = harm(ranks, patch, *args) if harm else log_step
         try:
-            return legs(ranks, config, None)[0], ""
+            return legs(ranks, config, None, log=log)[0], ""
         except UserError as error:
             return error.code, str(error)
         finally:
@@ -328,36 +326,32 @@ def leg(ranks: Any, config: str, harm: Callable[..., None] | None, *args: Any) -
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
 
-def after_step_7(patch: pytest.MonkeyPatch, act: Callable[[], None]) -> None:
-    """Do something in the middle of a run, between its saves at 5 and at 10."""
-    from relora.training import loop
-
-    real = loop._log
+def after_step_7(act: Callable[[], None]) -> Any:
+    """What logs steps and does something in the middle of a run, between its saves at 5 and 10."""
 
     def log(run: Any, *arguments: Any) -> None:
-        real(run, *arguments)
+        log_step(run, *arguments)
         if run.step == 7:
             act()
 
-    patch.setattr(loop, "_log", log)
+    return log
 
 
-def slow_on_1(ranks: Any, patch: pytest.MonkeyPatch) -> None:
-    if ranks.rank == 1:
-        slow_writer(patch, until=16)
+def slow_on_1(ranks: Any, patch: pytest.MonkeyPatch) -> Any:
+    return slow_writer(patch, until=16) if ranks.rank == 1 else log_step
 
 
-def broken_writer_on_1(ranks: Any, patch: pytest.MonkeyPatch) -> None:
+def broken_writer_on_1(ranks: Any, patch: pytest.MonkeyPatch) -> Any:
     def failing(*args: Any, **options: Any) -> None:
         raise OSError(5, "Input/output error")
 
-    if ranks.rank == 1:
-        after_step_7(patch, lambda: patch.setattr(saving, "save_file", failing))
+    act = lambda: patch.setattr(saving, "save_file", failing)  # noqa: E731
+    return after_step_7(act) if ranks.rank == 1 else log_step
 
 
 def small_files_on(
     ranks: Any, patch: pytest.MonkeyPatch, rank: int, size: int, beyond: str | None = None
-) -> None:
+) -> Any:
     """No file of one rank may grow beyond some bytes (or this file any further by them)."""
 
     def limit() -> None:
@@ -365,15 +359,16 @@ def small_files_on(
         hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest, hard))
 
-    if ranks.rank == rank:
-        patch.setattr(sys, "stdout", io.StringIO())  # else a file of pytest's
-        after_step_7(patch, limit)
+    if ranks.rank != rank:
+        return log_step
+    patch.setattr(sys, "stdout", io.StringIO())  # else a file of pytest's
+    return after_step_7(limit)
 
 
-def turn_read_only(ranks: Any, patch: pytest.MonkeyPatch, mount: str) -> None:
-    if ranks.is_main:
-        command = ["mount", "-o", "remount,ro", mount]
-        after_step_7(patch, lambda: subprocess.run(command, check=True))  # type: ignore[arg-type]
+def turn_read_only(ranks: Any, patch: pytest.MonkeyPatch, mount: str) -> Any:
+    command = ["mount", "-o", "remount,ro", mount]
+    act = lambda: subprocess.run(command, check=True)  # noqa: E731
+    return after_step_7(act) if ranks.is_main else log_step  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import signal
@@ -15,7 +16,9 @@ import torch
 from ranks import Scenario, run_ranks
 from reference import lr_factor
 from relora.engine.evaluation import loss_of
-from relora.training.loop import update
+from relora.restart.restart import merge_and_restart
+from relora.training.phases import restart_adapters, update
+from relora.training.start import start_run
 from runs import (
     checkpoint,
     checkpoints,
@@ -95,26 +98,25 @@ def test_a_skipped_update_moves_the_data_and_not_the_clock(
 SKIP = {"step", "time_s", "train/skipped"}
 
 
+def later(batches: int) -> Any:
+    """A start that goes on so many global batches later in the data."""
+
+    def start(*arguments: Any) -> Any:
+        run = start_run(*arguments)
+        run.progress.consumed += batches * BATCH
+        return run
+
+    return start
+
+
 @pytest.mark.parametrize("stage", [0, 2])
-def test_a_skipped_update_is_as_if_its_batch_had_not_been_there(
-    stage: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_skipped_update_is_as_if_its_batch_had_not_been_there(stage: int, tmp_path: Path) -> None:
     """Weights and moments are untouched: the next step's loss is that of the same weights."""
     changes = {"deepspeed__zero_stage": stage, "train__save_every": 1}
     assert train(tmp_path / "spoilt", "train.stop_after=10", update=spoilt({9}), **changes) == 75
     # The same without a fault, from the same step 9, and with the data one batch further.
     assert train(tmp_path / "moved", "train.stop_after=9", **changes) == 75
-    from relora.training import guard
-
-    real = guard.start_run
-
-    def start_run(*arguments: Any) -> Any:
-        run = real(*arguments)
-        run.progress.consumed += BATCH
-        return run
-
-    monkeypatch.setattr(guard, "start_run", start_run)
-    assert train(tmp_path / "moved", "train.stop_after=10", **changes) == 75
+    assert train(tmp_path / "moved", "train.stop_after=10", start=later(1), **changes) == 75
     one, other = (checkpoint(tmp_path / name, 10) for name in ("spoilt", "moved"))
     assert differing(one, other) == []
 
@@ -221,28 +223,24 @@ def differ_on(ranks: Any, config: str, stage: int) -> tuple[int, str]:
     does, but there is the optimizer's copy of it, so there while the merge writes both.
     """
     from relora.errors import UserError
-    from relora.training import loop
     from test_resume import legs
-
-    real_restart = loop.merge_and_restart
 
     def disturbed(run: Any, *arguments: Any) -> Any:
         if stage < 3 and ranks.rank == 1 and run.step == 2:
             run.state[REPLICATED[stage]].live.data[3] += 1e-3
         return update(run, *arguments)
 
-    def restart(state: Any, *arguments: Any) -> Any:
-        report = real_restart(state, *arguments)
+    def merge(state: Any, *arguments: Any) -> Any:
+        report = merge_and_restart(state, *arguments)
         if stage == 3 and ranks.rank == 1:
             state[SHARDED].live.data[3] += 1e-7
         return report
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "merge_and_restart", restart)
-        try:
-            return legs(ranks, config, None, update=disturbed)[0], ""
-        except UserError as error:
-            return error.code, str(error)
+    restart = functools.partial(restart_adapters, merge=merge)
+    try:
+        return legs(ranks, config, None, update=disturbed, restart=restart)[0], ""
+    except UserError as error:
+        return error.code, str(error)
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ from ranks import Outcomes, Scenario, run_ranks
 from relora.record import spectra_files
 from relora.record.metrics import Metrics
 from relora.training import spectra
-from relora.training.loop import update
+from relora.training.phases import log_step, update
 from runs import (
     SEQUENCE,
     Process,
@@ -730,10 +730,9 @@ def leg(ranks: Any, config: str, harm: str, *stops: int | None) -> tuple[list[in
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Metrics, "figure", lambda *_: None)
-        if harm == "full":
-            small_files_on(ranks, patch, 1, 2000)
+        log = small_files_on(ranks, patch, 1, 2000) if harm == "full" else log_step
         try:
-            return legs(ranks, config, *stops, update=harmed), ""
+            return legs(ranks, config, *stops, update=harmed, log=log), ""
         except UserError as error:
             return [error.code], str(error)
         finally:
@@ -891,7 +890,7 @@ def test_tensorboard_has_every_number_of_the_metrics(
 def test_the_picture_shows_the_median_values_of_each_kind(runs: Callable[[str], Path]) -> None:
     run_dir = runs("llama")
     found = read(run_dir, 18)
-    (axes,) = spectra.draw(run_dir, 18).axes
+    (axes,) = spectra.draw_spectrum(run_dir, 18).axes
     drawn = {line.get_label(): line.get_ydata() for line in axes.get_lines()}
     dotted = [line for line in axes.get_lines() if line.get_linestyle() == ":"]
     kinds = {".".join(name.split(".")[-2:]) for name in found.figures}
@@ -913,7 +912,7 @@ def test_layers_of_one_name_and_other_sizes_can_be_drawn(tmp_path: Path) -> None
     }
     (tmp_path / "spectra").mkdir()
     save_file(values, tmp_path / "spectra" / "step_00000003.safetensors")
-    (axes,) = spectra.draw(tmp_path, 3).axes
+    (axes,) = spectra.draw_spectrum(tmp_path, 3).axes
     assert sorted(len(line.get_ydata()) for line in axes.get_lines()) == [8, 16, 32]
 
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from ranks import Scenario, run_ranks
 from relora.record.rollbacks import Rollback
 from relora.training.config import SpikeConfig
+from relora.training.phases import go_back
 from relora.training.spikes import position_after, threshold_of
 from runs import (
     checkpoint,
@@ -29,7 +30,7 @@ from runs import (
     workshop,
 )
 from test_run_directory import Killed, kill
-from test_skipped import BATCH, spoilt
+from test_skipped import BATCH, later, spoilt
 
 LAST = 24
 # The tiny run: warm-up to 3, birth at 6, merges after 12 and 18, each with 2 steps of rewarm.
@@ -39,18 +40,10 @@ FACTOR = 20.0
 JUMP = spoilt({16}, value=FACTOR)
 
 
-def start_later(patch: pytest.MonkeyPatch, batches: int) -> None:
-    """The next start goes on that many global batches later in the data."""
-    from relora.training import guard
-
-    real = guard.start_run
-
-    def start_run(*arguments: Any) -> Any:
-        run = real(*arguments)
-        run.progress.consumed += batches * BATCH
-        return run
-
-    patch.setattr(guard, "start_run", start_run)
+def gone_back_and_killed(*arguments: Any) -> None:
+    """All that a run that goes back writes, and the end of it before it starts again."""
+    go_back(*arguments)
+    kill()
 
 
 def kill_at(step: int, update: Any) -> Any:
@@ -84,9 +77,7 @@ def jumped(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_goes_back_and_past_the_data(jumped: Path, tmp_path: Path) -> None:
     assert train(tmp_path / "moved", "train.stop_after=15", **CHANGES) == 75
-    with pytest.MonkeyPatch.context() as patch:
-        start_later(patch, 2)
-        assert train(tmp_path / "moved", **CHANGES) == 0
+    assert train(tmp_path / "moved", start=later(2), **CHANGES) == 0
     assert_as_if_the_data_began_later(jumped, tmp_path / "moved")
 
 
@@ -107,22 +98,16 @@ def test_a_rollback_is_told_of(jumped: Path) -> None:
 
 @pytest.mark.parametrize("moment", ["before the record", "after the record", "two steps on"])
 def test_a_kill_around_a_rollback_leaves_no_trace(
-    moment: str, jumped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    moment: str, jumped: Path, tmp_path: Path
 ) -> None:
-    from relora.training import guard, loop
-
     def update(run: Any, *arguments: Any) -> Any:
         if moment == "two steps on" and run.step == 17:
             raise Killed
         return JUMP(run, *arguments)
 
-    with monkeypatch.context() as patch:
-        if moment == "before the record":
-            patch.setattr(loop, "record_rollbacks", kill)
-        elif moment == "after the record":
-            patch.setattr(guard, "start_again", kill)
-        with pytest.raises(Killed):
-            train(tmp_path / "run", update=update, **CHANGES)
+    ends = {"before the record": kill, "after the record": gone_back_and_killed}
+    with pytest.raises(Killed):
+        train(tmp_path / "run", update=update, go_back=ends.get(moment, go_back), **CHANGES)
     assert (tmp_path / "run" / "rollbacks.json").exists() == (moment != "before the record")
     if moment == "after the record":  # and stopped before the next save
         assert train(tmp_path / "run", "train.stop_after=16", update=JUMP, **CHANGES) == 75
@@ -131,20 +116,12 @@ def test_a_kill_around_a_rollback_leaves_no_trace(
     assert differing(checkpoint(tmp_path / "run", LAST), checkpoint(jumped, LAST)) == []
 
 
-def test_without_a_checkpoint_a_run_goes_back_to_its_beginning(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from relora.training import guard
-
+def test_without_a_checkpoint_a_run_goes_back_to_its_beginning(tmp_path: Path) -> None:
     changes: dict[str, Any] = {"train__spike": {**SPIKE, "window": 3}}
-    with monkeypatch.context() as patch:
-        start_later(patch, 5)
-        assert train(tmp_path / "moved", **changes) == 0
+    assert train(tmp_path / "moved", start=later(5), **changes) == 0
     jump = spoilt({4}, value=FACTOR)
-    with monkeypatch.context() as patch:
-        patch.setattr(guard, "start_again", kill)
-        with pytest.raises(Killed):
-            train(tmp_path / "run", update=jump, **changes)
+    with pytest.raises(Killed):
+        train(tmp_path / "run", update=jump, go_back=gone_back_and_killed, **changes)
     with pytest.raises(Killed):  # once more: it is told of once all the same
         train(tmp_path / "run", update=kill_at(4, jump), **changes)
     changes["update"] = jump
@@ -196,23 +173,33 @@ def series_last(run_dir: Path, key: str) -> Any:
     return [line[key] for line in metric_lines(run_dir) if key in line][-1]
 
 
+# Of two losses that lie close together by chance, and a jump that is none by chance.
+NARROW, FAR = {"sigmas": 100.0, "window": 2, "max_rollbacks": 9}, 1000.0
+
+
+@pytest.mark.parametrize("warming", [(3, 7, 13, 19), (8, 14, 20)], ids=str)
 def test_steps_of_warm_up_and_rewarm_never_count_as_jumps(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    warming: tuple[int, ...], tmp_path: Path
 ) -> None:
-    from relora.training import loop
+    jumps = spoilt([step - 1 for step in warming], value=FAR)
+    assert train(tmp_path / "run", update=jumps, train__spike=NARROW) == 0
+    assert rollback_lines(tmp_path / "run") == []
+    losses = [*series(tmp_path / "run", "train/loss").values()]
+    for step in warming:
+        assert losses[step - 1] > threshold_of(losses[: step - 1], SpikeConfig(**NARROW))
 
-    asked = []
 
-    def threshold(losses: list[float], config: SpikeConfig) -> float:
-        asked.append(len(losses))
-        return math.inf
-
-    changes = {"train__spike": {**SPIKE, "window": 23}}
-    monkeypatch.setattr(loop, "threshold_of", threshold)
-    assert train(tmp_path / "run", **changes) == 0
-    # The number of losses so far is the number of updates before this one.
-    steady = [*range(4, 7), *range(9, 13), *range(15, 19), *range(21, 25)]
-    assert [before + 1 for before in asked] == [*steady[:-1], LAST]
+def test_the_steps_after_them_do_and_all_losses_are_in_the_window(tmp_path: Path) -> None:
+    """Each return goes to the step before, and on with the next batch."""
+    steady = [4, 6, 9, 12, 15, 18, 21, 24]
+    jumps = spoilt([step - 1 + number for number, step in enumerate(steady)], value=FAR)
+    changes = {"train__spike": NARROW, "train__save_every": 1}
+    assert train(tmp_path / "run", update=jumps, **changes) == 0
+    assert [line["train/spike_step"] for line in rollback_lines(tmp_path / "run")] == steady
+    losses = [*series(tmp_path / "run", "train/loss").values()]
+    for record in json.loads((tmp_path / "run" / "rollbacks.json").read_text()):
+        before = losses[: record["spike_step"] - 1]
+        assert record["threshold"] == threshold_of(before, SpikeConfig(**NARROW))
 
 
 def test_a_real_curve_over_nine_merges_has_no_jump(tmp_path: Path) -> None:
@@ -240,15 +227,12 @@ def test_a_broken_record_is_named(
 
 def jump_on(ranks: Any, config: str, bad_rank: int, killed: bool) -> list[int]:
     """A run in which one rank alone has a bad batch; the other must go back with it."""
-    from relora.training import guard
     from test_resume import legs
 
     jump = spoilt({16}, bad_rank, FACTOR)
     if killed:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(guard, "start_again", kill)
-            with pytest.raises(Killed):
-                legs(ranks, config, None, update=jump)
+        with pytest.raises(Killed):
+            legs(ranks, config, None, update=jump, go_back=gone_back_and_killed)
     return legs(ranks, config, None, update=jump)
 
 
@@ -256,10 +240,7 @@ def move(ranks: Any, config: str) -> list[int]:
     """The run that goes on from step 15 two batches later."""
     from test_resume import legs
 
-    codes = legs(ranks, config, 15)
-    with pytest.MonkeyPatch.context() as patch:
-        start_later(patch, 2)
-        return codes + legs(ranks, config, None)
+    return legs(ranks, config, 15) + legs(ranks, config, None, start=later(2))
 
 
 @pytest.fixture(scope="module")

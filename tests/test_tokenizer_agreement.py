@@ -26,7 +26,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
 from relora.data.config import DataConfig, TokenizerConfig
-from relora.data.prepare import prepare
+from relora.data.prepare import prepare_shards
 from relora.data.shards import open_shards
 from relora.data.text import Document
 from relora.data.tokenizer import build_tokenizer, load_encoder, load_tokenizer
@@ -306,10 +306,10 @@ def test_shards_under_another_name_of_their_text_keep_the_templates_in_a_folder(
     templates.mkdir()
     (templates / "tools.jinja").write_text("{{ tools }}")
     config = data(tmp_path, tmp_path / "theirs")
-    prepare(config, workers=1, quiet=True)
+    prepare_shards(config, workers=1, quiet=True)
     shutil.copyfile(tmp_path / "text.jsonl", tmp_path / "renamed.jsonl")
     source = config.source.model_copy(update={"files": [str(tmp_path / "renamed.jsonl")]})
-    again = prepare(config.model_copy(update={"source": source}), workers=1, quiet=True)
+    again = prepare_shards(config.model_copy(update={"source": source}), workers=1, quiet=True)
     assert len(list((tmp_path / "data").iterdir())) == 2
     assert (again / "tokenizer" / "additional_chat_templates" / "tools.jinja").is_file()
 
@@ -361,7 +361,7 @@ def test_documents_begin_with_what_the_tokenizer_puts_before_a_text_and_end_in_o
 ) -> None:
     FOREIGN[kind](tmp_path / "theirs")
     config = data(tmp_path, tmp_path / "theirs")
-    prepare(config, workers=1, quiet=True)
+    prepare_shards(config, workers=1, quiet=True)
     documents, index = documents_of(config)
     assert index["begin_ids"] == [0]
     exported = AutoTokenizer.from_pretrained(open_shards(config).tokenizer_dir)
@@ -375,7 +375,7 @@ def test_add_bos_false_begins_them_with_nothing_in_shards_and_export_alike(tmp_p
     for kind in ("begins", "begins and ends"):
         FOREIGN[kind](tmp_path / kind)
         config = data(tmp_path, tmp_path / kind, add_bos=False)
-        prepare(config, workers=1, quiet=True)
+        prepare_shards(config, workers=1, quiet=True)
         documents, index = documents_of(config)
         assert "begin_ids" not in index
         assert not any(0 in document for document in documents)
@@ -392,7 +392,7 @@ def test_shards_of_tokenizers_that_put_nothing_before_a_text_are_what_they_were(
 ) -> None:
     byte_level(tmp_path / "theirs")
     config = data(tmp_path, tmp_path / "theirs")
-    directory = prepare(config, workers=1, quiet=True)
+    directory = prepare_shards(config, workers=1, quiet=True)
     documents, index = documents_of(config)
     assert "begin_ids" not in index
     assert "add_bos" not in index["tokenizer"]["settings"]
@@ -433,7 +433,7 @@ def test_shards_from_before_documents_began_with_bos_serve_the_runs_that_have_be
 
     begins(tmp_path / "theirs")
     text = data(tmp_path, tmp_path / "theirs")
-    index = prepare(text, workers=1, quiet=True) / "index.json"
+    index = prepare_shards(text, workers=1, quiet=True) / "index.json"
     config = load_config(make_config(tmp_path / "run", data=text.model_dump(mode="json")))
     check()
     old = json.loads(index.read_text())
@@ -463,7 +463,8 @@ def test_a_run_its_samples_prompts_and_export_all_begin_as_documents_do(
     import torch
     from transformers import GenerationMixin
 
-    from runs import make_config, relora
+    from relora.training.phases import evaluate_run
+    from runs import make_config, relora, watched
 
     begins(tmp_path / "theirs")
     model = {"model_type": "qwen2", "vocab_size": 330, "hidden_size": 32, "intermediate_size": 64}
@@ -484,12 +485,19 @@ def test_a_run_its_samples_prompts_and_export_all_begin_as_documents_do(
         assert relora("prepare", config) == 0
         prompts: list[list[int]] = []
 
-        def sampled(engine: Any, ids: torch.Tensor, count: int) -> torch.Tensor:
-            prompts.append(ids[0].tolist())  # noqa: B023
-            return ids
+        def evaluate(run: Any) -> None:
+            seen: list[torch.Tensor] = []
+            look = run.engine.module.register_forward_pre_hook(
+                lambda _, args, inputs: seen.append(inputs["input_ids"]),
+                with_kwargs=True,
+            )
+            evaluate_run(run)
+            look.remove()
+            # A text is one row, and grows by a token at a time; the split is read in fours.
+            prompts.append(next(ids for ids in seen if len(ids) == 1)[0].tolist())  # noqa: B023
 
-        monkeypatch.setattr("relora.training.loop.continue_greedily", sampled)
-        assert relora("train", config) == 0
+        with watched(evaluate=evaluate):
+            assert relora("train", config) == 0
         assert relora("export", tmp_path / name, "--to", tmp_path / f"{name} export") == 0
         exported = AutoTokenizer.from_pretrained(tmp_path / f"{name} export")
         capsys.readouterr()
@@ -518,7 +526,7 @@ def test_an_unfinished_prepare_trusts_only_the_tokenizer_it_made(
 
     byte_level(tmp_path / "theirs")
     config = data(tmp_path, tmp_path / "theirs")
-    whole = (prepare(config, workers=1, quiet=True) / "train.bin").read_bytes()
+    whole = (prepare_shards(config, workers=1, quiet=True) / "train.bin").read_bytes()
     shutil.rmtree(tmp_path / "data")
 
     def killed(*_: Any) -> None:
@@ -527,14 +535,14 @@ def test_an_unfinished_prepare_trusts_only_the_tokenizer_it_made(
     with monkeypatch.context() as patch:
         patch.setattr(under_test, "_join", killed)
         with pytest.raises(KeyboardInterrupt):
-            prepare(config, workers=1, quiet=True)
+            prepare_shards(config, workers=1, quiet=True)
     (directory,) = (tmp_path / "data").iterdir()
     tokenizer = directory / "tokenizer" / "tokenizer.json"
     content = json.loads(tokenizer.read_text())
     vocab = content["model"]["vocab"]
     vocab["a"], vocab["e"] = vocab["e"], vocab["a"]
     tokenizer.write_text(json.dumps(content))
-    prepare(config, workers=1)
+    prepare_shards(config, workers=1)
     assert "tokenizer: is not as it was made; all is made anew" in capsys.readouterr().out
     assert (directory / "train.bin").read_bytes() == whole
     shutil.rmtree(directory)
@@ -542,7 +550,7 @@ def test_an_unfinished_prepare_trusts_only_the_tokenizer_it_made(
     with monkeypatch.context() as patch:
         patch.setattr(under_test, "_join", killed)
         with pytest.raises(KeyboardInterrupt):
-            prepare(config, workers=1, quiet=True)
-    prepare(config, workers=1)
+            prepare_shards(config, workers=1, quiet=True)
+    prepare_shards(config, workers=1)
     assert "going on with an unfinished prepare" in capsys.readouterr().out
     assert (directory / "train.bin").read_bytes() == whole

@@ -30,7 +30,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pytest
 import torch
 
 from conftest import TINY_LLAMA
@@ -146,12 +145,13 @@ def measure(
     began = time.perf_counter()
     root, changes = Path(directory) / cell.name, cell.changes
     try:
-        with undisturbed(), initial_scale(CALM_SCALE):
-            whole = train_recorded(ranks, model, str(root / "whole"), changes, recorded=RECORDED)
+        with undisturbed():
+            how: dict[str, Any] = {"recorded": RECORDED, "first_scale": CALM_SCALE}
+            whole = train_recorded(ranks, model, str(root / "whole"), changes, **how)
             cut = whole
             if resumed:
-                rest = {"recorded": (), "stops": STOPS}
-                cut = train_recorded(ranks, model, str(root / "cut"), changes, **rest)
+                how |= {"recorded": (), "stops": STOPS}
+                cut = train_recorded(ranks, model, str(root / "cut"), changes, **how)
     except UserError as error:  # which all ranks raise, so that the next cell can go on
         tell(f"{cell.name}: {error}")
         return {"error": str(error)}
@@ -183,17 +183,15 @@ def trace(
         variant: `merges`; `no merges`, the same learning rates with the restarts left out; or
             `plain LoRA`, which is relora: null.
     """
-    import relora.training.loop as under_test
-
     changes = {**cell.changes, "seed": seed}
-    with undisturbed(), initial_scale(CALM_SCALE), pytest.MonkeyPatch.context() as patch:
-        if variant == "no merges":
-            patch.setattr(under_test, "_restart", lambda *_: None)
-        elif variant == "plain LoRA":
-            del changes["relora.tolerance"]
-            changes |= {"relora": None, "optimizer.lr": 1e-2}  # that of relora.lr
-        root = Path(directory) / f"{variant} {seed}" / cell.name
-        run = train_recorded(ranks, model, str(root), changes, recorded=RECORDED)
+    if variant == "plain LoRA":
+        del changes["relora.tolerance"]
+        changes |= {"relora": None, "optimizer.lr": 1e-2}  # that of relora.lr
+    how: dict[str, Any] = {"recorded": RECORDED, "first_scale": CALM_SCALE}
+    how["mutant"] = "no restarts" if variant == "no merges" else None
+    root = Path(directory) / f"{variant} {seed}" / cell.name
+    with undisturbed():
+        run = train_recorded(ranks, model, str(root), changes, **how)
     if not ranks.is_main:
         return None
     tell(f"{cell.name}: {variant}, seed {seed}")
@@ -215,17 +213,6 @@ def undisturbed() -> Iterator[None]:
     with contextlib.redirect_stdout(io.StringIO()):
         yield
     torch.nn.functional.linear = linear
-
-
-@contextlib.contextmanager
-def initial_scale(value: float) -> Iterator[None]:
-    """The loss scale that fp16 starts with."""
-    from relora.training import run
-
-    real = run.LossScale
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "LossScale", lambda start=value, calm=0: real(start, calm))
-        yield
 
 
 @functools.cache

@@ -103,7 +103,7 @@ def gather_everything_(run: Any, merge: int) -> None:
 
 def measure(ranks: Any, config: dict[str, Any], repeats: int) -> dict[str, Any]:
     """On each rank: a step's time, and both ways' times, bytes and memory."""
-    from relora.training.run import start_run
+    from relora.training.start import start_run
 
     settings = build_config(config, "merge_cost")
     settings.run_dir.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from relora.config import Config
 from relora.plan.page import page
-from relora.plan.timeline import draw
+from relora.plan.timeline import draw_timeline
 
 
 def plan(
@@ -31,7 +31,7 @@ def plan(
     for block in page(config, given[0], devices, tokens_per_s):
         print(block, end="\n\n")
     if png is not None:
-        draw(config, png)
+        draw_timeline(config, png)
         print(f"picture      {png}")
     print(f"next         relora prepare {shlex.join(given)}")
     print(f"             relora launch --devices {devices} {shlex.join(given)}")

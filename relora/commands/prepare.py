@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from relora.config import Config
-from relora.data.prepare import prepare as prepare_shards
+from relora.data.prepare import prepare_shards
 from relora.data.transformers_tokenizer import require_agreement
 from relora.files import exists
 from relora.model import load_model_config

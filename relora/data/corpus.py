@@ -23,10 +23,10 @@ from relora.data.globs import files_below, matching_files, root_of
 from relora.data.readers import (
     PACKED,
     TEXT,
-    kind_of,
     read_file,
     require_field,
     require_readable,
+    suffix_of,
     text_of,
 )
 from relora.data.text import AnyDocument, Document, digest_of
@@ -120,7 +120,7 @@ def require_documents(source: SourceConfig) -> None:
     if not source.files:
         return
     paths = [path for part in matching(source.files).values() for path in part]
-    texts = [path for path in paths if kind_of(path) in TEXT]
+    texts = [path for path in paths if suffix_of(path) in TEXT]
     if source.cut and not texts:
         raise DataError(
             f"data.source.cut: would do nothing: none of the {len(paths)} files is text "
@@ -227,7 +227,7 @@ def _read_dataset(source: SourceConfig) -> Iterator[Document]:
 
 def _load_dataset(source: SourceConfig, name: str) -> Any:
     """A `datasets.Dataset` or `IterableDataset`: one split."""
-    import datasets
+    import datasets  # seconds, and most sources do without
 
     with _whatever_it_raises(name):
         if source.dataset:

@@ -33,12 +33,12 @@ from relora.data.reuse import (
     Wanted,
     clear,
     describe_source,
-    take_over,
+    reuse_elsewhere,
     use_again,
     what_is_wrong,
     write_index,
 )
-from relora.data.shards import FORMAT, SPLITS, describe, shard_directory
+from relora.data.shards import SHARD_FORMAT, SPLITS, describe_shards, shard_directory
 from relora.data.tokenizer import (
     build_tokenizer,
     describe_tokenizer,
@@ -51,7 +51,7 @@ from relora.errors import DataError, UserError
 _SAY_EVERY = 10  # seconds
 
 
-def prepare(
+def prepare_shards(
     config: DataConfig,
     *,
     seed: int = 0,
@@ -84,7 +84,7 @@ def prepare(
                 return use_again(wanted)
             if wrong:
                 wanted.say(f"prepared anew, because {wrong}")
-            if take_over(wanted):
+            if reuse_elsewhere(wanted):
                 return directory
             try:
                 _start_or_go_on(wanted)
@@ -189,7 +189,7 @@ def _prepare(wanted: Wanted, seed: int, workers: int) -> None:
     _require_unchanged(wanted)
     splits, max_token_id = _join(directory, count, job)
     index = {
-        "format": FORMAT,
+        "format": SHARD_FORMAT,
         "dtype": job.dtype,
         "vocab_size": vocab_size,
         "eos_id": job.eos_id,
@@ -205,7 +205,7 @@ def _prepare(wanted: Wanted, seed: int, workers: int) -> None:
     }
     write_index(directory, index)
     shutil.rmtree(directory / "parts")
-    wanted.say(f"{describe(index)}\n{directory}: done, {time.monotonic() - began:.1f} s")
+    wanted.say(f"{describe_shards(index)}\n{directory}: done, {time.monotonic() - began:.1f} s")
 
 
 def _tokenize(wanted: Wanted, job: Job, tally: corpus.Tally, workers: int) -> int:

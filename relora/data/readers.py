@@ -42,7 +42,7 @@ _SPACES = re.compile(r"[ \t\n\r]*")
 _DECODER = json.JSONDecoder()
 
 
-def kind_of(path: Path) -> str:
+def suffix_of(path: Path) -> str:
     """The suffix that says what is in a file, without that of its compression."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in PACKED:
@@ -58,7 +58,7 @@ def require_readable(path: Path) -> None:
         raise DataError(f"{path}: is a directory; name its files, for example {path}/**/*.txt")
     if not stat.S_ISREG(mode):
         raise DataError(f"{path}: is no plain file; write what it gives to one")
-    if kind_of(path) not in (*TEXT, *_READERS):
+    if suffix_of(path) not in (*TEXT, *_READERS):
         raise DataError(
             f"{path}: cannot tell what is in it; allowed are {', '.join((*TEXT, *_READERS))}, "
             "each also with .gz or .zst"
@@ -73,7 +73,7 @@ def read_file(path: Path, field: str, cut: CutConfig | None = None) -> Iterator[
     Raises DataError naming the file, and the line or row where there is one.
     """
     require_readable(path)
-    kind = kind_of(path)
+    kind = suffix_of(path)
     if kind not in TEXT:
         with opened(path) as file:
             yield from _READERS[kind](file, path, field)
@@ -269,8 +269,7 @@ def _read_parquet(file: BinaryIO, path: Path, field: str) -> Iterator[Document]:
 
 
 def _parquet_rows(file: BinaryIO, path: Path, field: str) -> Iterator[Document]:
-    import pyarrow
-    from pyarrow import parquet
+    from pyarrow import ArrowException, parquet  # 40 MB in each process, for this format alone
 
     try:
         table = parquet.ParquetFile(file)
@@ -286,7 +285,7 @@ def _parquet_rows(file: BinaryIO, path: Path, field: str) -> Iterator[Document]:
                 number += 1
     except DataError:
         raise
-    except (pyarrow.ArrowException, MemoryError, LookupError, TypeError, ValueError) as error:
+    except (ArrowException, MemoryError, LookupError, TypeError, ValueError) as error:
         raise DataError(f"{path}: broken Parquet: {files.explain(error)}") from error
 
 

@@ -20,7 +20,7 @@ from typing import Any
 from relora import files
 from relora.data import corpus
 from relora.data.config import DataConfig, SourceConfig, settings_of
-from relora.data.shards import SPLITS, describe, index_hash, read_index
+from relora.data.shards import SPLITS, describe_shards, index_hash, read_index
 from relora.errors import DataError
 
 
@@ -105,11 +105,11 @@ def use_again(wanted: Wanted) -> Path:
         if "names_sha256" in index["source"] and index["source"] != made_from["source"]:
             write_index(directory, {**index, **made_from})  # or it would be read each time
     counted = {"parts": index.get("parts") or corpus.part_counts(wanted.config.source)}
-    wanted.say(f"{directory}: prepared already\n{describe({**index, **counted})}")
+    wanted.say(f"{directory}: prepared already\n{describe_shards({**index, **counted})}")
     return directory
 
 
-def take_over(wanted: Wanted) -> bool:
+def reuse_elsewhere(wanted: Wanted) -> bool:
     """Fill a directory with shards of the same text that were made under another name of it.
 
     The shards are hard links where the file system has these, so the other directory may go.
@@ -135,7 +135,7 @@ def take_over(wanted: Wanted) -> bool:
             index = {**index, **made_from, "parts": _renamed(index, config)}
             write_index(directory, index)
             wanted.say(f"{directory}: the same text and tokenizer as {other}, taken from there")
-            wanted.say(describe(index))
+            wanted.say(describe_shards(index))
             return True
     return False
 

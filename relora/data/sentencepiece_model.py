@@ -1,37 +1,43 @@
-"""sentencepiece models: train one, and carry one over to a transformers directory, id for id.
+"""sentencepiece models: carry one over to a transformers directory, id for id.
 
 Three things make the directory give the ids sentencepiece gives and restore any text:
 
 - The vocabulary in tokenizer.json spells a space as a space. sentencepiece spells it U+2581 and
   so takes a U+2581 of the text for a space: it loses it. Here it is three bytes, and survives.
   Documents with that character are the one place where sentencepiece's own ids differ.
-- The scores of a unigram model trained here are rounded to sixteenths. sentencepiece adds them
-  in float32 over a whole document, and without that loses near ties to rounding (in 47 of the
-  1,758 documents of the standard library). Sums of sixteenths below 2**20 are exact; a document
-  that exceeds that is about 400 kB long.
+- The scores of a unigram model trained here are rounded (see `tokenizer_training`).
 - The names of control tokens are text when they stand in text (`split_special_tokens`): a
   document that says `</s>` does not end there.
 """
 
 from __future__ import annotations
 
-import io
 import json
 import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from relora.data.config import TokenizerConfig
+import sentencepiece
+from google.protobuf.message import DecodeError
+from sentencepiece import sentencepiece_model_pb2
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+)
+
 from relora.data.transformers_tokenizer import JUST_THE_FILE, PROBES
 from relora.errors import DataError
 
-_SPACE = "\u2581"  # how sentencepiece writes a space
+SPACE = "\u2581"  # how sentencepiece writes a space
 _CHECKED_CHARACTERS = 1_000_000  # of the sample, to compare both encoders on
-_THREADS = 8  # a constant: a unigram model depends on how many threads its sums are split over
 # Of a user-defined symbol in a unigram model, a byte of it (as found in sentencepiece 0.2.3).
 _SYMBOL_BONUS = 0.1
-_SCORE_UNIT = 16  # scores are multiples of 1/16
 
 # Ways to cut text before the model sees it, the finest first. Cutting is exact where no piece of
 # the vocabulary spans a cut, and makes the encoder's cache of words worth having.
@@ -42,69 +48,14 @@ _SUFFIX_CUTS = (r"[^ ]+ *| +",)
 _STAND_INS = 0x10F000
 
 
-def train_sentencepiece(config: TokenizerConfig, sample: list[str]) -> bytes:
-    """A sentencepiece model over text as it is: identity normalisation, byte fallback.
-
-    Pieces may hold newlines and whole indents, and never mix letters with punctuation; digits
-    stand alone.
-    """
-    import sentencepiece
-
-    model = io.BytesIO()
-    # The first is sentencepiece's space, the second its mark for unknown text, which makes it
-    # drop the whole stretch, as NUL does. All three reach the model as bytes.
-    unlearnable = str.maketrans("", "", f"{_SPACE}\u2585\0")
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter([stretch.translate(unlearnable) for stretch in sample]),
-            model_writer=model,
-            model_type=config.train,
-            vocab_size=config.vocab_size,
-            byte_fallback=True,
-            normalization_rule_name="identity",
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,
-            split_digits=True,
-            max_sentence_length=1 << 20,
-            num_threads=_THREADS,
-            unk_id=0,
-            bos_id=1,
-            eos_id=2,
-            pad_id=3,
-            minloglevel=3,
-        )
-    except (RuntimeError, OSError) as error:
-        raise DataError(_training_failed(config, str(error), sample)) from error
-    if config.train == "bpe":
-        return model.getvalue()
-    proto = _parse(model.getvalue())
-    for piece in proto.pieces:
-        piece.score = round(piece.score * _SCORE_UNIT) / _SCORE_UNIT
-    return proto.SerializeToString(deterministic=True)
-
-
-def _training_failed(config: TokenizerConfig, message: str, sample: list[str]) -> str:
-    text = f"{sum(map(len, sample)) / 1e6:.3g} million characters of training text"
-    what = f"data.tokenizer.vocab_size: {config.vocab_size} is"
-    if found := re.search(r"value <= (\d+)", message):
-        return f"{what} too large for {text}; at most {found[1]}, or give more text"
-    if found := re.search(r"required_chars\D*\d+ vs (\d+)|(\d+) required", message):
-        return f"{what} too small for the characters of {text}: at least {found[1] or found[2]}"
-    return f"sentencepiece cannot train a {config.train} model on {text}: {message}"
-
-
 def write_sentencepiece(model: bytes, directory: Path, sample: list[str], name: str) -> None:
     """A serialized model as tokenizer.json, tokenizer_config.json and tokenizer.model.
 
     Raises DataError, calling it `name`, if it is no model, has no EOS, or gives other ids than
     sentencepiece on `sample`.
     """
-    import sentencepiece
-    from google.protobuf.message import DecodeError
-
     try:
-        proto = _parse(model)
+        proto = parse_model(model)
         reference = sentencepiece.SentencePieceProcessor(model_proto=model)
     except (DecodeError, RuntimeError) as error:
         raise DataError(f"{name}: not a sentencepiece model: {error}") from error
@@ -138,10 +89,8 @@ def write_sentencepiece(model: bytes, directory: Path, sample: list[str], name: 
     (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def _parse(model: bytes) -> Any:
+def parse_model(model: bytes) -> Any:
     """The ModelProto; its class is made at run time, out of a type checker's sight."""
-    from sentencepiece import sentencepiece_model_pb2
-
     messages: Any = sentencepiece_model_pb2
     return messages.ModelProto.FromString(model)
 
@@ -150,7 +99,7 @@ def _require_equal_ids(fast: Any, reference: Any, proto: Any, sample: list[str],
     """DataError, with what stands in the way, if ids are not sentencepiece's."""
     scores = _scores(proto)
     for where, text in _checked_texts(proto, sample):
-        text = text.replace(_SPACE, "")
+        text = text.replace(SPACE, "")
         ids, expected = fast.encode(text, add_special_tokens=False).ids, reference.encode(text)
         if ids != expected and not _tie(reference, scores, ids, expected):
             raise DataError(
@@ -208,8 +157,6 @@ def _tie(reference: Any, scores: list[float], ids: list[int], expected: list[int
 
 def _convert(proto: Any) -> Any:
     """A sentencepiece ModelProto as a `tokenizers.Tokenizer` that gives the same ids."""
-    from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
-
     kinds, trainer = proto.SentencePiece, proto.trainer_spec
     is_bpe = trainer.model_type == trainer.BPE
     control = [p.piece for p in proto.pieces if p.type in (kinds.CONTROL, kinds.UNKNOWN)]
@@ -286,7 +233,7 @@ def _inside_names(control: list[str], normal: Collection[str]) -> str | None:
 
 def _spell(piece: str) -> str:
     """A piece as it stands in tokenizer.json: its spaces are spaces."""
-    return piece.translate(str.maketrans(f"{_SPACE} ", f" {_SPACE}"))
+    return piece.translate(str.maketrans(f"{SPACE} ", f" {SPACE}"))
 
 
 def _is_symbol(proto: Any, piece: Any) -> bool:
@@ -318,8 +265,6 @@ def _normalizers(proto: Any, symbols: list[str], is_bpe: bool) -> Any:
     In sentencepiece's order (normalizer.cc): the table of characters, which leaves user-defined
     symbols alone, then extra spaces, then the one space before or after the text.
     """
-    from tokenizers import Regex, normalizers
-
     spec = proto.normalizer_spec
     steps: list[Any] = []
     if spec.precompiled_charsmap:
@@ -347,8 +292,6 @@ def _table(charsmap: bytes, symbols: list[str]) -> list[Any]:
     `tokenizers` looks up a base and its marks as one character and finds the first alone, so that
     the marks of `\u00bd\u0301` or the line feed of CR LF would be lost: here they are held apart.
     """
-    from tokenizers import Regex, normalizers
-
     table = normalizers.Precompiled(charsmap)
     marks = r"[\p{M}\x{200d}\x{ff9e}\x{ff9f}]"
     characters = (chr(c) for c in range(1, 0x20000) if not 0xD800 <= c < 0xE000)
@@ -366,8 +309,6 @@ def _table(charsmap: bytes, symbols: list[str]) -> list[Any]:
 
 
 def _decoder(proto: Any) -> Any:
-    from tokenizers import decoders
-
     steps: list[Any] = [decoders.ByteFallback(), decoders.Fuse()]
     at_end = proto.trainer_spec.treat_whitespace_as_suffix  # sentencepiece leaves it there
     if proto.normalizer_spec.add_dummy_prefix and not at_end:

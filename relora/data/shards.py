@@ -26,7 +26,7 @@ from relora.data.corpus import source_name
 from relora.data.tokenizer import tokenizer_hash
 from relora.errors import ConfigError, DataError
 
-FORMAT = 1  # raise it when the same settings would give other bytes
+SHARD_FORMAT = 1  # raise it when the same settings would give other bytes
 SPLITS = ("train", "validation")
 _PARTS_SHOWN = 50
 
@@ -48,7 +48,7 @@ class TokenShards:
 def shard_directory(config: DataConfig) -> Path:
     """Where the shards of these settings lie; other source or tokenizer settings, another place."""
     settings = {
-        "format": FORMAT,
+        "format": SHARD_FORMAT,
         "source": settings_of(config.source),
         "tokenizer": settings_of(config.tokenizer),
         "validation_fraction": config.validation_fraction,
@@ -131,8 +131,10 @@ def read_index(directory: Path) -> dict[str, Any]:
         index = files.read_json(path, DataError)
     except DataError as error:
         raise _damaged(path, f"is broken ({str(error).removeprefix(f'{path}: ')})") from error
-    if index.get("format") != FORMAT:
-        raise _damaged(path, f"has format {index.get('format')}, and this version reads {FORMAT}")
+    if index.get("format") != SHARD_FORMAT:
+        raise _damaged(
+            path, f"has format {index.get('format')}, and this version reads {SHARD_FORMAT}"
+        )
     try:
         _Index.model_validate(index)
     except ValidationError as error:
@@ -169,7 +171,7 @@ def _require_size(shard: Path, expected: int) -> None:
         raise _damaged(shard, f"has {actual:,} bytes where its index says {expected:,}")
 
 
-def describe(index: dict[str, Any]) -> str:
+def describe_shards(index: dict[str, Any]) -> str:
     """Prepared data: a line for each part of the source (a wrong pattern is seen by what it gave),
     and one a split."""
     lines = []

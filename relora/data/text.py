@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
+import zstandard
+
 from relora import files
 from relora.data.config import CutConfig
 from relora.errors import DataError
@@ -112,8 +114,6 @@ class _ChunkFile(io.RawIOBase):
 
 def _zst_chunks(file: BinaryIO) -> Iterator[bytes]:
     """The frames of a .zst file; zstandard's own reader takes a cut-off file for a short one."""
-    import zstandard
-
     frame = None
     data = file.read(_ZSTD_BYTES)
     while data:

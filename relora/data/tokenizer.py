@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import heapq
 import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from relora import files
 from relora.data.config import TokenizerConfig, settings_of
-from relora.data.sentencepiece_model import train_sentencepiece, write_sentencepiece
-from relora.data.text import AnyDocument, stretches
+from relora.data.sentencepiece_model import write_sentencepiece
+from relora.data.text import AnyDocument
+from relora.data.tokenizer_training import train_sentencepiece, training_sample
 from relora.data.transformers_tokenizer import (
+    copy_tokenizer,
     ids_of_text,
     open_directory,
     parse_file,
-    take_over,
 )
 from relora.errors import ConfigError, DataError, UserError
 
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _TOKENIZER_SUFFIXES = (".json", ".txt", ".model", ".tiktoken", ".jinja")
-_SCAN_BYTES = 10 * 1000**3  # training text is drawn from this much of the corpus
 
 
 def build_tokenizer(
@@ -42,7 +41,7 @@ def build_tokenizer(
     """
     directory.mkdir(parents=True, exist_ok=True)
     if config.train:
-        sample = _training_sample(documents(), config.training_megabytes, seed)
+        sample = training_sample(documents(), config.training_megabytes, seed)
         model = train_sentencepiece(config, sample)
         write_sentencepiece(model, directory, sample, "data.tokenizer.train")
         return
@@ -62,7 +61,7 @@ def build_tokenizer(
             model = path.read_bytes()
         write_sentencepiece(model, directory, sample, where)
     else:
-        take_over(config.path, directory, sample, config.add_bos)
+        copy_tokenizer(config.path, directory, sample, config.add_bos)
 
 
 def describe_tokenizer(config: TokenizerConfig) -> dict[str, Any]:
@@ -116,25 +115,3 @@ def load_fast(directory: Path) -> Any:
     fast = parse_file(directory, DataError, str(directory))
     fast.encode_special_tokens = True
     return fast
-
-
-def _training_sample(documents: Iterator[AnyDocument], megabytes: float, seed: int) -> list[str]:
-    """Stretches of text from all over the corpus, in its order; all of it if it is small enough.
-
-    Each stretch draws a number from a hash of its place; the lowest numbers stay. The choice so
-    depends on the corpus and the seed alone.
-    """
-    kept: list[tuple[int, int, str]] = []  # a heap with the highest number on top
-    room = int(megabytes * 1e6)
-    seen = 0
-    for place, stretch in enumerate(stretches(documents)):
-        size = len(stretch.encode())
-        seen += size
-        if seen > _SCAN_BYTES:
-            break
-        digest = hashlib.blake2b(f"{seed} {place}".encode(), digest_size=8).digest()
-        heapq.heappush(kept, (-int.from_bytes(digest), place, stretch))
-        room -= size
-        while room < 0 and len(kept) > 1:
-            room += len(heapq.heappop(kept)[2].encode())
-    return [stretch for _, _, stretch in sorted(kept, key=lambda each: each[1])]

@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tokenizers import Tokenizer
+
 from relora import files
 from relora.data.beginning import begin_ids, drop_beginning
 from relora.errors import ConfigError, DataError, UserError
@@ -82,7 +84,7 @@ def _loadable(kind: type[UserError], where: str) -> Iterator[None]:
 
 def load_auto(directory: Path, kind: type[UserError], where: str) -> Any:
     """What AutoTokenizer makes of a directory; code that lies in it is not run."""
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer  # which processes that tokenize do without
 
     with _loadable(kind, where):
         return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
@@ -90,7 +92,7 @@ def load_auto(directory: Path, kind: type[UserError], where: str) -> Any:
 
 def load_file(directory: Path, kind: type[UserError], where: str) -> Any:
     """The tokenizer.json of a directory for transformers, and nothing that a class would add."""
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast  # likewise
 
     with _loadable(kind, where):
         return PreTrainedTokenizerFast.from_pretrained(str(directory))
@@ -98,8 +100,6 @@ def load_file(directory: Path, kind: type[UserError], where: str) -> Any:
 
 def parse_file(directory: Path, kind: type[UserError], where: str) -> Any:
     """The `tokenizers.Tokenizer` of a directory; it neither truncates nor pads."""
-    from tokenizers import Tokenizer
-
     with _loadable(kind, where):
         text = files.read_text(directory / "tokenizer.json", kind, _MAX_BYTES)
         fast = Tokenizer.from_str(text)
@@ -122,7 +122,7 @@ def ids_of_text(tokenizer: Any) -> Callable[[str], list[int]]:
     return lambda text: tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
 
-def take_over(name: str, directory: Path, sample: list[str], add_bos: bool | None) -> None:
+def copy_tokenizer(name: str, directory: Path, sample: list[str], add_bos: bool | None) -> None:
     """Copy a transformers tokenizer, from here or the hub, as one that is all in tokenizer.json.
 
     Args:
@@ -182,7 +182,7 @@ def _find(name: str, where: str) -> Path:
         raise DataError(f"{where} is a file; name its directory, or a sentencepiece .model file")
     if name.startswith(("/", ".", "~")) or name.count("/") > 1:
         raise DataError(f"{where}: no such directory (looked from {Path.cwd()})")
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import snapshot_download  # likewise
 
     with _loadable(DataError, where):  # else it is the network, the hub or the name
         return Path(snapshot_download(name, allow_patterns=[*_FILES, "config.json"]))

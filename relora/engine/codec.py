@@ -7,11 +7,23 @@ a pair of functions: `encode` fp32 values into (live, remainder), `decode` them,
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from relora.engine import precision
+from relora.lora.layers import adapted_layers
 
-REMAINDER = precision.dtype_of(precision.REMAINDER)
+REMAINDER_DTYPE = precision.dtype_of(precision.REMAINDER)
+
+
+@torch.no_grad()
+def store_base_(model: nn.Module, formats: precision.Precision) -> None:
+    """Cast the weights that adapters freeze to the dtype that the forward pass reads.
+
+    DeepSpeed's own engine is given fp32, and casts by itself.
+    """
+    if not formats.is_deepspeeds:
+        for _, layer in adapted_layers(model):
+            layer.weight.data = layer.weight.data.to(precision.dtype_of(formats.base))
 
 
 def decode(live: Tensor, remainder: Tensor | None) -> Tensor:

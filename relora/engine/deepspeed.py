@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import distributed_c10d
 
 from relora.engine.config import DeepSpeedConfig, OptimizerConfig
 from relora.engine.distributed import Ranks
@@ -72,6 +73,7 @@ def build_engine(
     """Wrap a model for training: AdamW over its trainable parameters, under the chosen stage."""
     deepspeed = _import_deepspeed()
     optimizer = build_optimizer(model, optimizer_config, merged_decay)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     autocast = precision_of(deepspeed_config.precision).autocast
     if autocast is not None:
         model.forward = torch.autocast(ranks.device.type, dtype_of(autocast))(model.forward)
@@ -79,7 +81,7 @@ def build_engine(
         engine, *_ = deepspeed.initialize(
             model=model.to(ranks.device),
             optimizer=optimizer,
-            config=deepspeed_json(deepspeed_config, optimizer_config, micro_batch_size),
+            config=deepspeed_json(deepspeed_config, optimizer_config, micro_batch_size, trained),
             dist_init_required=False,
         )
     except (AssertionError, ValueError, TypeError, NotImplementedError) as error:
@@ -101,7 +103,7 @@ def build_engine(
 def config_model() -> Any:
     """The class by which DeepSpeed reads its own config. Takes a second or two, for the import."""
     _import_deepspeed()
-    from deepspeed.runtime.config import DeepSpeedConfig as Parsed
+    from deepspeed.runtime.config import DeepSpeedConfig as Parsed  # as quietly
 
     return Parsed
 
@@ -220,8 +222,6 @@ def _step_unsharded(
 def _limit_waiting(timeout: timedelta) -> None:
     # DeepSpeed makes groups of its own, waits in them before it hands them out, and gives them
     # torch's default, 30 minutes on gloo.
-    from torch.distributed import distributed_c10d
-
     for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
         setattr(distributed_c10d, name, timeout)
 

@@ -87,6 +87,6 @@ def _check(entries: list[str], wanted: int | None, machine: int) -> None:
 
 def _count_by_torch() -> int:
     """GPUs that another driver than NVIDIA's may have."""
-    import torch
+    import torch  # seconds, for others than NVIDIA's alone
 
     return torch.cuda.device_count()

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+import resource
 import socket
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,18 +77,26 @@ class Ranks:
             raise errors[0]
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def together(self) -> Iterator[Callable[[], AbstractContextManager[None]]]:
         """A block that succeeds on all ranks or on none. Collective where it ends.
 
         A UserError that any rank meets in it is raised on every rank; the first one, by rank.
-        Inside, nothing may be collective. A bug is raised at once, on the rank that has it.
+        Inside, nothing may be collective, unless what may fail in between is put in blocks of what
+        is given, `with alone(): …`: the rest goes on behind these, and the first error is kept.
+        A bug is raised at once, on the rank that has it.
         """
-        problem = None
-        try:
-            yield
-        except UserError as error:
-            problem = error
-        self.agree(problem)
+        problems: list[UserError] = []
+
+        @contextmanager
+        def alone() -> Iterator[None]:
+            try:
+                yield
+            except UserError as error:
+                problems.append(error)
+
+        with alone():
+            yield alone
+        self.agree(problems[0] if problems else None)
 
     def barrier(self) -> None:
         """Wait for all ranks."""
@@ -185,7 +194,5 @@ def memory_gib(device: torch.device) -> float:
     """Peak memory of this rank so far in GiB: allocated on the GPU, resident on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    import resource
-
     unit = 1 if sys.platform == "darwin" else 2**10  # bytes there, KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -30,7 +30,7 @@ def _refusals(
     config: DeepSpeedConfig, optimizer: OptimizerConfig, micro_batch_size: int
 ) -> Iterator[str]:
     """What DeepSpeed refuses in `extra`, or would never look at, by its own config model."""
-    from relora.engine.deepspeed import config_model
+    from relora.engine.deepspeed import config_model  # seconds; most configs have no `extra`
 
     parse = config_model()
     plain = config.model_copy(update={"extra": {}})

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from relora.engine.devices import listed
-from relora.engine.launcher import encode, node_launcher, what_ranks_run
+from relora.engine.launcher import encode_argument, node_launcher, what_ranks_run
 from relora.engine.signals import FRONT
 from relora.errors import ConfigError
 from relora.files import is_file, read_text
@@ -146,7 +146,7 @@ def multi_node_command(
     words = ["env", *(f"{name}={value}" for name, value in variables.items())]
     words += node_launcher(_world(slots))
     there = f"cd {_quote(str(Path.cwd()))} && exec {' '.join(map(_quote, words))} --node_rank=%n "
-    run = what_ranks_run(address, port, [encode(argument) for argument in arguments])
+    run = what_ranks_run(address, port, [encode_argument(argument) for argument in arguments])
     there += " ".join(map(_quote, run))
     stop = shlex.join(signal_command(slots, port, signal.SIGTERM))
     return ["sh", "-c", KEEPER, "sh", stop, *_pdsh(slots, there)]

@@ -16,15 +16,15 @@ PLAIN = re.compile(r"[A-Za-z0-9_.,:+/-][A-Za-z0-9_.,:+/=@-]*")
 ENCODED = "--encoded="
 
 
-def encode(argument: str) -> str:
-    """The argument itself if every shell leaves it alone, else a word that `decode` understands."""
+def encode_argument(argument: str) -> str:
+    """The argument itself if every shell leaves it alone, else a word for `decode_argument`."""
     if PLAIN.fullmatch(argument) and not argument.startswith(ENCODED):
         return argument
     return ENCODED + base64.urlsafe_b64encode(json.dumps(argument).encode()).decode()
 
 
-def decode(argument: str) -> str:
-    """What `encode` was given; other words are as they are, for the command line to judge."""
+def decode_argument(argument: str) -> str:
+    """What `encode_argument` was given; other words as they are, for the command line to judge."""
     if not argument.startswith(ENCODED):
         return argument
     try:

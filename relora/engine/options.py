@@ -41,6 +41,9 @@ REFUSED_EXTRA = {
 }
 
 
+MOST_IN_BUCKET = 50_000_000  # entries; a collective of 100 MB and more is as fast as they get
+
+
 class ZeroSizes(NamedTuple):
     """How much ZeRO holds and moves at once, in entries."""
 
@@ -52,15 +55,25 @@ class ZeroSizes(NamedTuple):
 
 
 def deepspeed_json(
-    config: DeepSpeedConfig, optimizer: OptimizerConfig, micro_batch_size: int
+    config: DeepSpeedConfig,
+    optimizer: OptimizerConfig,
+    micro_batch_size: int,
+    trained: int = MOST_IN_BUCKET,
 ) -> dict[str, Any]:
-    """DeepSpeed's own config. Gradient accumulation is ours (see `train_step`), hence 1 here."""
+    """DeepSpeed's own config. Gradient accumulation is ours (see `train_step`), hence 1 here.
+
+    Args:
+        trained: number of entries that train.
+    """
     clip = optimizer.grad_clip or 0.0
     values: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": clip if config.zero_stage > 0 else 0.0,  # stage 0: `train_step` clips
-        "zero_optimization": {"stage": config.zero_stage},
+        "zero_optimization": {
+            "stage": config.zero_stage,
+            "reduce_bucket_size": bucket_size(trained),
+        },
         "zero_force_ds_cpu_optimizer": False,  # torch's AdamW everywhere: no compiled op
         "steps_per_print": 10**9,
     }
@@ -71,11 +84,18 @@ def deepspeed_json(
     return _merge(values, config.extra)
 
 
-def zero_sizes(section: DeepSpeedConfig) -> ZeroSizes:
-    """Those of a run: DeepSpeed's defaults where `deepspeed.extra` says nothing else."""
+def bucket_size(trained: int) -> int:
+    """Entries of the buffer that gradients are reduced in. DeepSpeed's own 500 million take 2 GB
+    beside any model; what waits for the optimizer needs no more than there are gradients."""
+    return max(1, min(trained, MOST_IN_BUCKET))
+
+
+def zero_sizes(section: DeepSpeedConfig, trained: int) -> ZeroSizes:
+    """Those of a run in which so many entries train: ours, or DeepSpeed's defaults, where
+    `deepspeed.extra` says nothing else."""
     zero = section.extra.get("zero_optimization", {})
     return ZeroSizes(
-        bucket=float(zero.get("reduce_bucket_size", 5e8)),
+        bucket=float(zero.get("reduce_bucket_size", bucket_size(trained))),
         buckets=2 if zero.get("overlap_comm") else 1,
         kept_whole=float(zero.get("stage3_param_persistence_threshold", 1e5)),
         reuse_distance=float(zero.get("stage3_max_reuse_distance", 1e9)),

@@ -52,6 +52,10 @@ class Precision(NamedTuple):
         """Of what completes an entry of a frozen weight to fp32; 0 where that is fp32 already."""
         return BYTES[REMAINDER] if self.base_bytes < 4 else 0
 
+    def residual(self, half: bool) -> torch.dtype | None:
+        """Of what blocks add to, if that is to be in half precision."""
+        return dtype_of(self.autocast) if half and self.autocast else None
+
     @property
     def is_deepspeeds(self) -> bool:
         """Whether DeepSpeed's own engine casts, and keeps fp32 masters."""
@@ -73,7 +77,7 @@ def precision_of(name: Name) -> Precision:
 
 def dtype_of(name: str) -> torch.dtype:
     """torch's own object for one of its names."""
-    import torch
+    import torch  # configs are checked without
 
     dtype = getattr(torch, name)
     assert isinstance(dtype, torch.dtype)

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from relora.engine.codec import REMAINDER
+from relora.engine.codec import REMAINDER_DTYPE
 from relora.engine.sources import Source, Tensors
 from relora.engine.views import MOMENTS, ParameterView, live_of, trainable_views
 from relora.errors import ConfigError
@@ -65,7 +65,7 @@ class EngineState:
             )
             if remainder and not param.requires_grad and live.dtype == torch.bfloat16:
                 device = live.device if remainder == "device" else torch.device("cpu")
-                view.remainder = torch.zeros_like(live, dtype=REMAINDER, device=device)
+                view.remainder = torch.zeros_like(live, dtype=REMAINDER_DTYPE, device=device)
             self.by_name[name] = view
 
     def __getitem__(self, name: str) -> ParameterView:

@@ -24,7 +24,7 @@ class LoRAConfig(Section):
     # with W + s·B·A in its place. The same function, and other products; auto takes the fewer.
     graph: Literal["auto", "low_rank", "effective"] = "auto"
     # Whether W + s·B·A is formed once a step and kept, which takes the base's bytes once more, or
-    # for each micro-batch; null = kept where forming it would cost more than 2 % of a step.
+    # for each micro-batch; null = kept where forming it would cost more than 5 % of its products.
     keep_effective: bool | None = None
 
     # Learning rate once there are adapters; null = optimizer.lr. `relora.lr` is the same for runs

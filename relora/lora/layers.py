@@ -31,6 +31,9 @@ from transformers.pytorch_utils import Conv1D
 
 from relora.lora.graphs import Graph, cheaper_graph, forming_share, linear, multiply
 
+# Share of a layer's products that forming W + s·B·A for each micro-batch may take before it is kept
+# for the whole step instead.
+WORTH_KEEPING = 0.05
 Role = Literal["A", "B", "base", "other"]
 
 
@@ -111,7 +114,7 @@ class AdaptedLayer(nn.Module):
         if keep is None:
             keep = (
                 tokens is not None
-                and forming_share(self.lora_A.shape[0], tokens, micro_batches) > 0.02
+                and forming_share(self.lora_A.shape[0], tokens, micro_batches) > WORTH_KEEPING
             )
         self.keeps_effective = keep
 
@@ -153,6 +156,11 @@ class AdaptedLayer(nn.Module):
     def effective(self, dtype: torch.dtype) -> Tensor:
         """The matrix (out, in) of d·W + s·B·A in a dtype."""
         return self._once(("effective", dtype), self._form, dtype)
+
+    @property
+    def forming_flops(self) -> int:
+        """Of B·A."""
+        return 2 * self.lora_A.numel() * self.lora_B.shape[0]
 
     def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """(s·A, s·B) in a dtype."""

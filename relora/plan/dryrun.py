@@ -1,12 +1,14 @@
-"""A model without its memory: its matrices, what a step multiplies, and what it would keep.
+"""A step without its memory: what it multiplies, and what it would keep.
 
-All come from the real modules, built and run on tensors that have shapes and no storage, so any
+Both come from the real modules, built and run on tensors that have shapes and no storage, so any
 architecture that trains here is counted here, in seconds, at any size. What cannot be run so, since
 its steps depend on numbers, is named and not guessed.
 """
 
 from __future__ import annotations
 
+import contextlib
+import math
 import re
 from collections import Counter
 from functools import cache
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, sdpa_flop_count
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
 from transformers.integrations.moe import ExpertsInterface, batched_mm_experts_forward
@@ -24,14 +27,15 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from relora.config import Config
+from relora.engine.codec import store_base_
 from relora.engine.precision import Name, dtype_of, precision_of
 from relora.errors import ConfigError, UserError
-from relora.lora.choose import find_targets
+from relora.lean import make_lean
 from relora.lora.config import LoRAConfig
 from relora.lora.inject import add_adapters
-from relora.lora.layers import adapted_layers, kind_of, parameter_roles
-from relora.model import ModelConfig, build_meta_model, find_model_directory, load_model_config
-from relora.record.layout import MODEL_JSON
+from relora.lora.layers import adapted_layers, constant_weights, parameter_roles
+from relora.model import ModelConfig, build_meta_model, load_model_config
+from relora.plan.shape import linear_modules, model_key
 from relora.structure import one_line
 
 # Layers that go through a sequence step by step, by the ends of their classes' names.
@@ -40,33 +44,15 @@ RECURRENT = re.compile(
     r"(Mixer|Attention|Layer|Net|Cell)$|RgLru$|RwkvSelfAttention$|MambaMixer$|DeltaNet$"
 )
 
-
-class Matrix(NamedTuple):
-    """The weight of a linear layer, by what multiplies with it."""
-
-    inputs: int
-    outputs: int
-    adapted: bool  # has A and B beside it once adapters are born
-
-
-class Shape(NamedTuple):
-    """What a model is made of."""
-
-    matrices: tuple[Matrix, ...]  # of linear layers, the output head among them
-    parameters: tuple[tuple[int, bool], ...]  # (entries, whether adapters freeze it)
-
-    def adapted(self) -> list[Matrix]:
-        """The matrices with adapters."""
-        return [matrix for matrix in self.matrices if matrix.adapted]
-
-    def sizes(self, rank: int | None) -> list[tuple[int, bool]]:
-        """(entries, trainable) of every parameter, with adapters of a rank or in full rank."""
-        if rank is None:
-            return [(size, True) for size, _ in self.parameters]
-        sizes = [(size, not frozen) for size, frozen in self.parameters]
-        for matrix in self.adapted():
-            sizes += [(rank * matrix.inputs, True), (rank * matrix.outputs, True)]
-        return sizes
+# What running without numbers raises where a model's steps depend on them.
+DEPENDS_ON_NUMBERS = (
+    fake_tensor.DataDependentOutputException,
+    fake_tensor.DynamicOutputShapeException,
+    fake_tensor.UnsupportedOperatorException,
+    fake_tensor.UnsupportedFakeTensorException,
+    GuardOnDataDependentSymNode,
+    NotImplementedError,
+)
 
 
 class Kept(NamedTuple):
@@ -74,99 +60,70 @@ class Kept(NamedTuple):
 
     activations: float
     weight_copies: float  # in half precision, which autocast makes of fp32 weights
-    logits: int  # number of them
+    logits: int  # number of them that there are at once
+    chunked: bool  # the loss comes in chunks, and with it the gradients of logits
     forward: float  # FLOPs of all products of matrices, for one token
     backward: float
     uses: tuple[float, ...]  # rows that go through each of `Shape.matrices`, for one token
     uncounted: tuple[str, ...]  # what the figures leave out, in words
 
 
-def shape_of(config: Config) -> Shape:
-    """The shape of a config's model; `adapted` says what its `lora` section would adapt."""
-    return _shape(*_key(config))
-
-
 def dry_run(config: Config, adapters: bool) -> Kept:
     """What one micro-batch keeps and multiplies, with or without adapters."""
-    model, content, lora = _key(config)
-    batch = (config.batch.micro_batch_size, config.data.sequence_length)
-    return _dry_run(model, content, lora if adapters else "", config.deepspeed.precision, batch)
-
-
-def _key(config: Config) -> tuple[ModelConfig, str, str]:
-    """All that the shape depends on, hashable: the JSON may change under the same path."""
-    model = config.model
-    path = model.config
-    if path is None:
-        assert model.pretrained is not None
-        path = find_model_directory(model.pretrained) / MODEL_JSON
-    lora = config.lora.model_dump_json() if config.lora else ""
-    return model, f"{path.resolve()} {path.read_text(encoding='utf8')}", lora
-
-
-@cache
-def _shape(model_config: ModelConfig, content: str, lora: str) -> Shape:
-    model = build_meta_model(model_config)
-    targets = find_targets(model, LoRAConfig.model_validate_json(lora)) if lora else []
-    adapted = {id(model.get_submodule(name)) for name in targets}
-    linear = _linear(model)
-    matrices = []
-    for module in linear:
-        kind = kind_of(module)
-        assert kind is not None
-        outputs, inputs = kind.matrix(module.weight).shape
-        matrices.append(Matrix(inputs, outputs, id(module) in adapted))
-    frozen = {id(m.weight) for m in linear if id(m) in adapted}
-    return Shape(
-        tuple(matrices),
-        tuple((p.numel(), id(p) in frozen) for p in model.parameters()),
+    model, content, lora = model_key(config)
+    batch, section = config.batch, config.deepspeed
+    step = Step(
+        (batch.micro_batch_size, config.data.sequence_length),
+        config.micro_batches,
+        section.zero_stage == 3,
+        section.precision,
     )
+    return _dry_run(model, content, lora if adapters else "", step)
 
 
-def _linear(model: nn.Module) -> list[Any]:
-    """The linear layers, in the order of `Shape.matrices`."""
+class Step(NamedTuple):
+    """What of a config a dry run depends on, beside the model."""
 
-    linear: Any = (m for m in model.modules() if kind_of(m) is not None)
-    return [m for m in linear if m.weight.dim() == 2]
+    batch: tuple[int, int]  # sequences, tokens of each
+    micro_batches: int  # on one rank
+    partitioned: bool  # weights are whole only where they are used
+    precision: Name
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
     """The blocks that transformers' gradient checkpointing runs again in the backward pass."""
-
     return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
 
 
 @cache
-def _dry_run(
-    model_config: ModelConfig, content: str, lora: str, precision: Name, batch: tuple[int, int]
-) -> Kept:
+def _dry_run(model_config: ModelConfig, content: str, lora: str, step: Step) -> Kept:
     where = f"model: {model_config.config or model_config.pretrained}"
     problem: Exception | None = None
     # Some models look at their masks, which the first way does without.
     for masks in (False, True):
         try:
-            return _run(model_config, lora, precision, batch, masks)
-        except _depends_on_numbers() as error:
-            return _guess(model_config, lora, batch, one_line(error))
+            return _run(model_config, lora, step, masks)
+        except DEPENDS_ON_NUMBERS as error:
+            return _guess(model_config, lora, step.batch, one_line(error))
         except UserError:
             raise
         except Exception as error:
             problem = problem or error
     assert problem is not None
-    shape = f"a batch of {batch[0]} sequences of {batch[1]} tokens"
+    shape = f"a batch of {step.batch[0]} sequences of {step.batch[1]} tokens"
     raise ConfigError(f"{where}: cannot be run on {shape}: {one_line(problem)}") from problem
 
 
-def _run(
-    model_config: ModelConfig, lora: str, precision: Name, batch: tuple[int, int], masks: bool
-) -> Kept:
-    autocast = precision_of(precision).autocast
-    with FakeTensorMode():
-        model = _fake_model(model_config, lora, precision, masks)
-        tally = _Tally(model, batch)
+def _run(model_config: ModelConfig, lora: str, step: Step, masks: bool) -> Kept:
+    autocast = precision_of(step.precision).autocast
+    with FakeTensorMode(), contextlib.ExitStack() as stack:
+        model = _fake_model(model_config, lora, step, masks)
+        tally = _Tally(model, step.batch)
+        if not step.partitioned:
+            stack.enter_context(constant_weights(model))
         if model_config.gradient_checkpointing:
             tally.watch_blocks(model)
-        tokens = torch.zeros(batch, dtype=torch.long)
+        tokens = torch.zeros(step.batch, dtype=torch.long)
         half = dtype_of(autocast) if autocast else None
         context = torch.autocast("cpu", half, enabled=half is not None)
         saved = torch.autograd.graph.saved_tensors_hooks(tally.pack, lambda tensor: tensor)
@@ -180,7 +137,17 @@ def _run(
             loss = model(input_ids=tokens, labels=tokens).loss
         with passes[1]:
             loss.backward()
-    forward, backward = (counter.get_total_flops() for counter in passes)
+        made = [
+            made for _, layer in adapted_layers(model) for made in tree_leaves(layer.made or {})
+        ]
+        tally.copies += sum(tensor.nbytes for tensor in made)
+    counted, backward = (counter.get_total_flops() for counter in passes)
+    # Formed in the first run here, and in the first micro-batch of a step.
+    forward = counted + sum(
+        layer.forming_flops / step.micro_batches
+        for _, layer in adapted_layers(model)
+        if layer.keeps_effective and not step.partitioned
+    )
     return tally.kept(forward, backward, _left_out(model, model_config))
 
 
@@ -205,24 +172,10 @@ def _formulas() -> dict[Any, Any]:
     }
 
 
-def _depends_on_numbers() -> tuple[type[Exception], ...]:
-    """What running without numbers raises where a model's steps depend on them."""
-
-    return (
-        fake_tensor.DataDependentOutputException,
-        fake_tensor.DynamicOutputShapeException,
-        fake_tensor.UnsupportedOperatorException,
-        fake_tensor.UnsupportedFakeTensorException,
-        GuardOnDataDependentSymNode,
-        NotImplementedError,
-    )
-
-
 def _guess(model_config: ModelConfig, lora: str, batch: tuple[int, int], why: str) -> Kept:
     """Every linear layer once a token, for a model that cannot be run without numbers."""
-
     model = build_meta_model(model_config)
-    linear = _linear(model)
+    linear = linear_modules(model)
     matrices = sum(m.weight.numel() for m in linear)
     if lora:
         add_adapters(model, LoRAConfig.model_validate_json(lora), seed=None)
@@ -234,6 +187,7 @@ def _guess(model_config: ModelConfig, lora: str, batch: tuple[int, int], why: st
         0.0,
         0.0,
         batch[0] * batch[1] * _vocabulary(model),
+        False,
         2.0 * (matrices + factors),
         4.0 * (matrices + factors) - 2.0 * frozen,
         (1.0,) * len(linear),
@@ -265,7 +219,7 @@ def _vocabulary(model: Any) -> int:
     return int(model.config.get_text_config(decoder=True).vocab_size)
 
 
-def _fake_model(model_config: ModelConfig, lora: str, precision: Name, masks: bool) -> Any:
+def _fake_model(model_config: ModelConfig, lora: str, step: Step, masks: bool) -> Any:
     model = AutoModelForCausalLM.from_config(load_model_config(model_config))
     model.config.use_cache = False
     if model.config._attn_implementation == "sdpa" and not masks:
@@ -277,11 +231,13 @@ def _fake_model(model_config: ModelConfig, lora: str, precision: Name, masks: bo
     if getattr(model.config, "_experts_implementation", None) == "grouped_mm":
         ExpertsInterface.register("by_shape", _experts_by_shape)
         model.set_experts_implementation("by_shape")
+    formats = precision_of(step.precision)
+    residual = formats.residual(model_config.half_residual)
+    make_lean(model, model_config.lean, model_config.loss_chunk, residual)
     if lora:
-        add_adapters(model, LoRAConfig.model_validate_json(lora), seed=None)
-    formats = precision_of(precision)
-    for _, layer in adapted_layers(model):
-        layer.weight.data = layer.weight.data.to(dtype_of(formats.base))
+        section, tokens = LoRAConfig.model_validate_json(lora), math.prod(step.batch)
+        add_adapters(model, section, None, tokens, step.micro_batches)
+    store_base_(model, formats)
     if formats.is_deepspeeds:
         for param in model.parameters():
             param.data = param.data.to(dtype_of(formats.trained))
@@ -302,7 +258,7 @@ def _experts_by_shape(self: Any, states: Tensor, experts: Tensor, weights: Tenso
 class _Tally:
     """Counts each storage that autograd saves once, parameters not at all."""
 
-    def __init__(self, model: nn.Module, batch: tuple[int, int]) -> None:
+    def __init__(self, model: Any, batch: tuple[int, int]) -> None:
         self.seen: dict[int, Tensor] = {p.untyped_storage()._cdata: p for p in model.parameters()}
         self.shapes = {tuple(p.shape) for p in model.parameters()}
         self.shapes |= {shape[::-1] for shape in self.shapes}
@@ -310,12 +266,14 @@ class _Tally:
         self.experts = {tuple(p.shape[1:]) for p in model.parameters() if p.dim() == 3}
         self.experts |= {shape[::-1] for shape in self.experts}
         self.tokens = batch[0] * batch[1]
-        self.logits = self.tokens * _vocabulary(model)
+        chunk = getattr(model.get_output_embeddings(), "loss_chunk", None)
+        self.chunked = chunk is not None
+        self.logits = min(chunk or self.tokens, self.tokens) * _vocabulary(model)
         self.rows: list[int] = []
         self.done = False  # with its forward pass; others follow
-        for number, module in enumerate(_linear(model)):
+        for number, module in enumerate(linear_modules(model)):
             self.rows.append(0)
-            module.register_forward_hook(lambda _, __, output, n=number: self._count(n, output))
+            module.register_forward_hook(lambda _, inputs, __, n=number: self._count(n, inputs))
         self.outside = self.copies = self.inputs = 0.0
         self.block: int | None = None  # inside which one we are
         self.blocks: dict[int, float] = {}
@@ -350,12 +308,11 @@ class _Tally:
         uses = tuple(rows / self.tokens for rows in self.rows)
         kept = self.outside + inside
         flops = forward / self.tokens, backward / self.tokens
-        return Kept(kept, self.copies, self.logits, *flops, uses, uncounted)
+        return Kept(kept, self.copies, self.logits, self.chunked, *flops, uses, uncounted)
 
-    def _count(self, number: int, output: Tensor | tuple[Tensor, ...]) -> None:
+    def _count(self, number: int, inputs: tuple[Tensor, ...]) -> None:
         if not self.done:
-            first = output[0] if isinstance(output, tuple) else output  # a router gives scores too
-            self.rows[number] += first.numel() // first.shape[-1]
+            self.rows[number] += inputs[0].numel() // inputs[0].shape[-1]
 
     def _enter(self, block: int, inputs: tuple[Any, ...]) -> None:
         if self.done:

@@ -13,11 +13,14 @@ from typing import NamedTuple
 from relora.config import Config
 from relora.engine.options import zero_sizes
 from relora.engine.precision import precision_of
-from relora.plan.dryrun import dry_run, shape_of
+from relora.plan.dryrun import Kept, dry_run
+from relora.plan.shape import shape_of
 
 # At the peak of the loss, in bytes a logit: log-probabilities, their gradient, that of the logits,
 # all fp32, when transformers' copies of the logits are gone again.
 LOGIT_BYTES = 12
+# Of a chunk: the logits, log-probabilities in fp32 and, of half precision, the logits in fp32.
+CHUNKED_LOGIT_BYTES = {2: 10, 4: 8}
 
 PARTS = (
     "weights",
@@ -143,7 +146,7 @@ def bytes_per_step(config: Config, world: int, adapters: bool) -> float:
     if section.zero_stage < 3:
         return 3 * share * trained
     bytes_of = [size * (width if trainable else frozen_width) for size, trainable in sizes]
-    limit = zero_sizes(section).kept_whole
+    limit = zero_sizes(section, 0).kept_whole
     whole = [size <= limit for size, _ in sizes]
     kept = sum(b for b, w in zip(bytes_of, whole, strict=True) if w)
     gathers = 1 + _released(config)
@@ -165,7 +168,7 @@ def memory_by_part(config: Config, world: int, adapters: bool | None = None) -> 
     parts = _held(config, world, adapters)
     kept = dry_run(config, adapters)
     parts["activations"] = kept.activations
-    parts["logits"] = float(LOGIT_BYTES * kept.logits)
+    parts["logits"] = _logits(config, kept)
     parts["buffers"] = max(_beside(config, world, adapters).values())
     return parts
 
@@ -194,7 +197,7 @@ def _released(config: Config) -> float:
     layers behind it, there and back.
     """
     sizes = [size for size, _ in shape_of(config).parameters]
-    reach, behind, released = zero_sizes(config.deepspeed).reuse_distance, 0, 0
+    reach, behind, released = zero_sizes(config.deepspeed, 0).reuse_distance, 0, 0
     for size in reversed(sizes):
         if 2 * behind >= reach:
             released += size
@@ -245,7 +248,7 @@ def _beside(config: Config, world: int, adapters: bool) -> dict[str, float]:
     section, width = config.deepspeed, _widths(config)[0]
     sizes = shape_of(config).sizes(_rank(config, adapters))
     trained = float(width * sum(size for size, trainable in sizes if trainable))
-    zero = zero_sizes(section)
+    zero = zero_sizes(section, sum(size for size, trainable in sizes if trainable))
     bucket = width * zero.bucket if section.zero_stage else 0.0
     flat = min(trained, width * zero.bucket)
     copies = dry_run(config, adapters).weight_copies
@@ -263,12 +266,18 @@ def _beside(config: Config, world: int, adapters: bool) -> dict[str, float]:
     return {"loss": carried + copies, "backward": backward + copies, "end": end}
 
 
+def _logits(config: Config, kept: Kept) -> float:
+    """Bytes of logits and what is made of them, at the peak of the loss."""
+    width = precision_of(config.deepspeed.precision).product_bytes
+    return float(kept.logits * (CHUNKED_LOGIT_BYTES[width] if kept.chunked else LOGIT_BYTES))
+
+
 def _gathered(config: Config, sizes: list[tuple[int, bool]]) -> float:
     """Bytes of whole weights that ZeRO 3 holds at most."""
     width, frozen_width = _widths(config)
     total = sum(size for size, _ in sizes)
     whole = sum(size * (width if trainable else frozen_width) for size, trainable in sizes)
-    ahead = zero_sizes(config.deepspeed).prefetched / total
+    ahead = zero_sizes(config.deepspeed, 0).prefetched / total
     return whole * min(1.0, 1 - _released(config) + ahead)
 
 
@@ -279,9 +288,9 @@ def _peaks(config: Config, world: int, adapters: bool) -> dict[str, float]:
     stays = sum(held[part] for part in ("weights", "remainder", "masters", "moments"))
     stage, beside = config.deepspeed.zero_stage, _beside(config, world, adapters)
     flat = waiting if stage == 3 else 0.0  # lies there all the time
-    width = precision_of(config.deepspeed.precision).product_bytes
+    width = 0 if kept.chunked else precision_of(config.deepspeed.precision).product_bytes
     return {
-        "loss": stays + flat + beside["loss"] + kept.activations + LOGIT_BYTES * kept.logits,
+        "loss": stays + flat + beside["loss"] + kept.activations + _logits(config, kept),
         "backward": stays + flat + beside["backward"] + kept.activations + width * kept.logits,
         "end": stays + waiting + beside["end"],
     }

@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-
 from relora.config import Config
 from relora.data.shards import read_index, shard_directory
 from relora.engine.config import STAGES
@@ -17,7 +15,7 @@ from relora.engine.precision import NAMES, precision_of
 from relora.files import exists
 from relora.lora.choose import describe_left, linear_layers
 from relora.lora.inject import add_adapters
-from relora.lora.layers import adapted_layers, parameter_roles
+from relora.lora.layers import adapted_layers
 from relora.model import build_meta_model
 from relora.plan.advice import doubts
 from relora.plan.estimate import (
@@ -32,6 +30,7 @@ from relora.plan.estimate import (
     training_flops,
     uncounted,
 )
+from relora.plan.shape import count_by_group
 from relora.plan.timeline import curve, timeline
 from relora.record.loaded import is_run_or_checkpoint, structure_of
 from relora.record.saving import checkpoint_bytes
@@ -111,33 +110,6 @@ def _with_its_model(config: Config) -> Config:
     return config
 
 
-def count_by_group(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """(trainable, frozen) numbers of parameters by what they are, shared ones counted once."""
-
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    names = ("projections", "experts", "adapters", "embeddings", "head", "norms, biases")
-    groups, roles = dict.fromkeys(names, (0, 0)), parameter_roles(model)
-    for name, parameter in model.named_parameters():
-        if roles[name] in ("A", "B"):
-            group = "adapters"
-        elif id(parameter) in embeddings:
-            group = "embeddings"
-        elif head is not None and parameter is getattr(head, "weight", None):
-            group = "head"
-        elif parameter.dim() == 3 and "expert" in name:
-            group = "experts"
-        else:
-            group = "norms, biases" if parameter.dim() == 1 else "projections"
-        trainable, frozen = groups[group]
-        if parameter.requires_grad:
-            trainable += parameter.numel()
-        else:
-            frozen += parameter.numel()
-        groups[group] = trainable, frozen
-    return {group: counts for group, counts in groups.items() if any(counts)}
-
-
 def _header(facts: Facts, path: str) -> list[str]:
     config = facts.config
     source = config.model.config or config.model.pretrained
@@ -196,7 +168,6 @@ def _parameters(facts: Facts) -> list[str]:
 def _memory(facts: Facts) -> list[str]:
     """Memory per device by part, with adapters beside full rank."""
     config, devices = facts.config, facts.devices
-
     columns = {"full rank": (full_rank_twin(config), False)}
     if config.lora is not None:
         columns = {"with adapters": (config, True), **columns}
@@ -226,7 +197,6 @@ def _memory(facts: Facts) -> list[str]:
 def _arithmetic(facts: Facts) -> list[str]:
     """FLOPs, traffic, and time at a given throughput; all beside full rank."""
     config, devices, tokens_per_s = facts.config, facts.devices, facts.tokens_per_s
-
     full, even = flops_per_token(config, False), break_even(config)
     whole = training_flops(config, config.total_steps)
     a_token = f"FLOPs        {format_count(full.total)} a token in full rank"
@@ -305,7 +275,6 @@ def _merges(facts: Facts) -> list[str]:
 
 def _engines(facts: Facts) -> list[str]:
     """Which ZeRO stages go with which precision; this run's combination in brackets."""
-
     chosen = facts.config.deepspeed
     rows = [["engines", *(f"ZeRO {stage}" for stage in STAGES)]]
     reasons: dict[str, None] = {}
@@ -360,7 +329,6 @@ def _indented(text: str) -> str:
 
 def _corpus_tokens(config: Config) -> int | None:
     """Training tokens of the prepared shards; None before they are."""
-
     directory = shard_directory(config.data)
     if not (directory / "index.json").is_file():
         return None

@@ -108,15 +108,13 @@ def _event(clock: Clock, start: int, stop: int) -> str:
     return "△" if clock.birth and start <= clock.birth < stop else ""
 
 
-def draw(config: Config, path: Path) -> None:
+def draw_timeline(config: Config, path: Path) -> None:
     """The learning rate with phases, birth and merges, as a PNG."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # a plan without a picture does without it
 
     clock = config.clock
-    figure, axes = plt.subplots(figsize=(9, 4), layout="constrained")
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    axes = figure.subplots()
     above = axes.get_xaxis_transform()  # y in heights of the picture
     # Each restart is drawn to its bottom, however many steps there are.
     spacing = max(1, clock.total // 4000)
@@ -159,4 +157,3 @@ def draw(config: Config, path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     with replacing(path, durable=False) as temporary:
         figure.savefig(temporary, dpi=150, format="png")
-    plt.close(figure)

@@ -12,7 +12,7 @@ Count = Annotated[int, Field(strict=True, ge=0, lt=2**63, description="a whole n
 Amount = Annotated[float, Field(strict=True, ge=0, lt=2**63, description="a number ≥ 0")]
 
 
-class Record(BaseModel):
+class JsonRecord(BaseModel):
     """What a JSON object holds: true is no number, and "3" is none either. Other keys are left out.
 
     A field's description says what is allowed.
@@ -21,7 +21,7 @@ class Record(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False)
 
 
-R = TypeVar("R", bound=Record)
+R = TypeVar("R", bound=JsonRecord)
 
 
 def checked(kind: type[R], values: Any, where: object) -> R:

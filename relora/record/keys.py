@@ -1,16 +1,16 @@
 """The names of the figures in metrics.jsonl: `group/name`, with the unit where there is one.
 
-Those of spectra are medians over layers: `SPECTRA` and the name of a layer's figure.
+Those of spectra are medians over layers: `SPECTRA_PREFIX` and the name of a layer's figure.
 """
 
-SPECTRA = "spectra/"
+SPECTRA_PREFIX = "spectra/"
 
 AUXILIARY_LOSS = "train/auxiliary_loss"
 GRAD_NORM = "train/grad_norm"
 TRAIN_LOSS = "train/loss"
 LOSS_SCALE = "train/loss_scale"
 LR = "train/lr"
-ROLLBACKS = "train/rollbacks"
+ROLLBACK_COUNT = "train/rollbacks"
 SKIPPED = "train/skipped"
 SPIKE_LOSS = "train/spike_loss"
 SPIKE_SEQUENCES = "train/spike_sequences"

@@ -8,10 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from relora.config import Config
 from relora.errors import CheckpointError, ConfigError
 from relora.files import is_file, supplied
 from relora.load import build_config, load_run_config
+from relora.lora.inject import add_adapters, merge_adapters
+from relora.lora.layers import adapted_layers
 from relora.model import ModelConfig, build_model
 from relora.record.checkpoint import (
     Checkpoint,
@@ -57,11 +61,6 @@ class LoadedRun:
 
     def merged_model(self) -> PreTrainedModel:
         """The plain transformers model, on the CPU in fp32: W + s·B·A for each adapted W."""
-        import torch
-
-        from relora.lora.inject import add_adapters, merge_adapters
-        from relora.lora.layers import adapted_layers
-
         config, checkpoint = self.config, self.checkpoint
         model = build_model(self.structure, config.seed)
         if config.clock.has_adapters(checkpoint.step):

@@ -19,7 +19,7 @@ from pydantic import Field
 
 from relora.errors import CheckpointError
 from relora.files import MAX_JSON_BYTES, supplied
-from relora.record.checked import Amount, Count, Record, checked
+from relora.record.checked import Amount, Count, JsonRecord, checked
 from relora.record.layout import (
     CHECKPOINT_STATE,
     MANIFEST,
@@ -28,24 +28,24 @@ from relora.record.layout import (
     step_of,
 )
 
-FORMAT = 1
+CHECKPOINT_FORMAT = 1
 
 
-class FileRecord(Record):
+class FileRecord(JsonRecord):
     """What the manifest says of a file."""
 
     bytes: Count
     sha256: str
 
 
-class Manifest(Record):
+class Manifest(JsonRecord):
     """manifest.json: what was written."""
 
-    format: int = Field(default=FORMAT, description=str(FORMAT))
+    format: int = Field(default=CHECKPOINT_FORMAT, description=str(CHECKPOINT_FORMAT))
     files: dict[str, FileRecord] = Field(description="the bytes and sha256 of each file")
 
 
-class CheckpointState(Record):
+class CheckpointState(JsonRecord):
     """state.json: where a run stood. Fields with a default are not in checkpoints of old."""
 
     step: Count = Field(description="a whole number ≥ 0")
@@ -62,6 +62,7 @@ class CheckpointState(Record):
     data: str = Field(description="text")
     config: dict[str, Any] | None = Field(default=None, description="a mapping")
     run_files: dict[str, str] = Field(default={}, description="a hash for each name")
+    versions: dict[str, str | None] = Field(default={}, description="a version for each package")
     shapes: dict[str, list[Count]] = Field(description="a list of whole numbers for each parameter")
     adam_steps: dict[str, Amount] = Field(description="a number ≥ 0 for each parameter")
 
@@ -116,27 +117,12 @@ def compare_hashes(directory: Path, files: Files) -> None:
             raise CheckpointError(f"{path}: its content changed after it was written (SHA-256)")
 
 
-def verify(directory: Path, thorough: bool) -> Manifest:
-    """Compare a checkpoint's files with its manifest; returns the manifest.
-
-    Args:
-        thorough: hash every file too, not just compare the sizes.
-
-    Raises:
-        CheckpointError: names the first file that is missing, changed or of an unknown format.
-    """
-    with holding(directory) as files:
-        if thorough:
-            compare_hashes(directory, files)
-        return files.manifest
-
-
 def _manifest(path: Path, descriptor: int) -> Manifest:
     values = _parse_json(path, descriptor)
-    if values.get("format") != FORMAT:
+    if values.get("format") != CHECKPOINT_FORMAT:
         raise CheckpointError(
             f"{path.parent}: has format {str(values.get('format'))[:20]}, this version reads "
-            f"{FORMAT}"
+            f"{CHECKPOINT_FORMAT}"
         )
     manifest = checked(Manifest, values, path)
     if CHECKPOINT_STATE not in manifest.files:
@@ -147,7 +133,7 @@ def _manifest(path: Path, descriptor: int) -> Manifest:
     return manifest
 
 
-def describe(path: Path) -> FileRecord:
+def describe_file(path: Path) -> FileRecord:
     """What the manifest says of a file: its size in bytes and its SHA-256."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()

@@ -18,6 +18,9 @@ from pathlib import Path
 from textwrap import indent
 from typing import Any
 
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+
 from relora.engine.distributed import on_terminal
 from relora.errors import CheckpointError
 from relora.files import explain, replacing, supplied
@@ -49,8 +52,6 @@ class Metrics:
         self._drawn: tuple[int, set[str]] = (-1, set())  # what TensorBoard has of the newest step
         if not active:
             return
-        from torch.utils.tensorboard import SummaryWriter
-
         complaints = []
         with self.noting_trouble():
             files = RunDirectory(run_dir)
@@ -119,8 +120,6 @@ class Metrics:
         """The run's settings and final figures, for TensorBoard's HParams tab."""
         if not self.active or self.problem:
             return
-        from torch.utils.tensorboard.summary import hparams
-
         plain = {k: v if isinstance(v, bool | int | float) else str(v) for k, v in settings.items()}
         with self.noting_trouble():
             # SummaryWriter.add_hparams would make a run of its own beside this one.
@@ -187,7 +186,7 @@ def drop_after(path: Path, step: int) -> list[str]:
             if number < len(lines):
                 complaints.append(f"{path}: line {number} {error}; it is left out from here on")
             continue
-        again = values["step"] == step and (step == 0 or keys.ROLLBACKS in values)
+        again = values["step"] == step and (step == 0 or keys.ROLLBACK_COUNT in values)
         if values["step"] <= step and not again:
             kept.append(line)
         if values["step"] == step and keys.SAVE_S in values:
@@ -213,7 +212,7 @@ def decode_line(line: bytes | str) -> dict[str, Any]:
     return values
 
 
-def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+def iter_metrics(run_dir: Path) -> Iterator[dict[str, Any]]:
     """The lines of a run's metrics.jsonl; an unfinished last line of a running run is left out.
 
     Raises:
@@ -221,13 +220,21 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """
     path = RunDirectory(run_dir).metrics
     check_plain(path)
-    found = []
-    with supplied(CheckpointError, path):
-        lines = path.read_bytes().split(b"\n")[:-1]
-    for number, line in enumerate(lines, 1):
-        with supplied(CheckpointError, path, f"line {number}"):
-            found.append(decode_line(line))
-    return found
+    with (
+        supplied(CheckpointError, path),
+        path.open(encoding="utf8", errors="replace", newline="\n") as file,
+    ):
+        for number, line in enumerate(file, 1):
+            if line.endswith("\n"):  # else somebody is writing it
+                try:
+                    yield decode_line(line)
+                except ValueError as error:
+                    raise CheckpointError(f"{path}: line {number} {error}") from None
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """`iter_metrics` as a list."""
+    return list(iter_metrics(run_dir))
 
 
 def _show(text: str) -> None:

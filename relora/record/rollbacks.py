@@ -17,13 +17,13 @@ from relora.engine.distributed import Ranks
 from relora.errors import CheckpointError
 from relora.files import read_text, supplied, write_json
 from relora.record import keys
-from relora.record.checked import Count, Record, checked
+from relora.record.checked import Count, JsonRecord, checked
 from relora.record.layout import RunDirectory
 
 _Loss = Annotated[float, Field(strict=True, allow_inf_nan=True, description="a number")]
 
 
-class Rollback(Record):
+class Rollback(JsonRecord):
     """One return to a checkpoint."""
 
     model_config = ConfigDict(extra="forbid")

@@ -14,13 +14,15 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any
 
+import psutil
+import torch
 from pydantic import ConfigDict, Field
 
 from relora.engine.distributed import Ranks
 from relora.engine.signals import follow_launcher
 from relora.errors import CheckpointError
 from relora.files import hold, read_json, supplied, write_json
-from relora.record.checked import Count, Record, checked
+from relora.record.checked import Count, JsonRecord, checked
 from relora.record.layout import LEFTOVER, RunDirectory
 
 PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "tokenizers", "sentencepiece")
@@ -28,7 +30,7 @@ LOCK_CHARACTERS = 4096
 PATIENCE_S = 60.0  # for an orphan to finish its step, save and leave
 
 
-class RunState(Record):
+class RunState(JsonRecord):
     """run_state.json: how a run stands."""
 
     status: str = Field(description="text")  # running, preempted, failed or finished
@@ -58,14 +60,14 @@ def read_run_state(run_dir: Path) -> RunState:
 
 
 def write_run_state(run_dir: Path, status: str, reason: str, step: int, code: int) -> None:
-    """Record how the run stands; launchers lose exit codes, this file keeps them.
+    """JsonRecord how the run stands; launchers lose exit codes, this file keeps them.
 
     Args:
         status: running, preempted, failed or finished.
         code: the exit code that goes with it (0 while running).
     """
-    values = {"status": status, "reason": reason, "step": step, "code": code}
-    write_json(RunDirectory(run_dir).state, values)
+    state = RunState(status=status, reason=reason, step=step, code=code)
+    write_json(RunDirectory(run_dir).state, state.model_dump())
 
 
 def clear_leftovers(run_dir: Path) -> None:
@@ -140,8 +142,6 @@ def _read_holder(file: IO[str]) -> dict[str, Any]:
 
 def _is_leaving(holder: dict[str, Any]) -> bool:
     """Whether the holder is dead, or an orphan: its launcher is not its parent any more."""
-    import psutil
-
     if holder.get("host") != platform.node():  # out of sight
         return False
     try:
@@ -152,7 +152,7 @@ def _is_leaving(holder: dict[str, Any]) -> bool:
     return status == psutil.STATUS_ZOMBIE or holder.get("launcher") not in (None, parent)
 
 
-class _Stretch(Record):
+class _Stretch(JsonRecord):
     """What a run ran on from a step: that, and whatever `describe_environment` said of it."""
 
     model_config = ConfigDict(extra="allow")
@@ -214,8 +214,6 @@ def installed_versions() -> dict[str, str | None]:
 
 def describe_environment(ranks: Ranks) -> dict[str, Any]:
     """Versions, git commit, devices and world size: what a reader needs to place the figures."""
-    import torch
-
     on_gpu = ranks.device.type == "cuda"
     return {
         "relora": installed_versions()["relora"],

@@ -16,7 +16,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -37,7 +36,7 @@ from relora.record.layout import (
     rank_file,
     step_of,
 )
-from relora.record.manifest import FileRecord, Manifest, describe
+from relora.record.manifest import CheckpointState, FileRecord, Manifest, describe_file
 
 
 class Saving:
@@ -47,16 +46,16 @@ class Saving:
     memory for this rank's share of the checkpoint until the file is written.
 
     Args:
-        state: what state.json shall hold, `step` among it.
+        state: what state.json shall hold.
 
     Raises:
         CheckpointError: the directory cannot be made (every rank raises).
     """
 
     def __init__(
-        self, run_dir: Path, views: EngineState, state: dict[str, Any], ranks: Ranks
+        self, run_dir: Path, views: EngineState, state: CheckpointState, ranks: Ranks
     ) -> None:
-        self.step: int = state["step"]
+        self.step, self._state = state.step, state
         self.ranks = ranks
         self.seconds = 0.0  # that writing took
         self.final = RunDirectory(run_dir).checkpoint(self.step)
@@ -74,11 +73,6 @@ class Saving:
         # No rank writes before there is a directory.
         self.temporary, problem = ranks.share((self.temporary, problem))
         self._raise_any([problem])
-        self._state = {
-            **state,
-            "shapes": {view.name: list(view.shape) for view in views},
-            "adam_steps": {p.name: views.adam_step(p) for p in views if p.flat is not None},
-        }
         # Copies, also on a CPU, where `.to` would give the very tensor that training goes on with.
         pieces = {
             f"{name}|{kind}|{start}": torch.empty(part.shape, dtype=torch.float32).copy_(part)
@@ -136,7 +130,7 @@ class Saving:
         try:
             with replacing(path) as temporary:
                 save_file(pieces, temporary, metadata={"step": str(self.step)})
-            self._files = {path.name: describe(path)}
+            self._files = {path.name: describe_file(path)}
         except (OSError, SafetensorError) as error:
             self._problem = f"rank {self.ranks.rank}: {error}"
         except BaseException as error:  # a bug, to be raised where it is heard
@@ -147,8 +141,8 @@ class Saving:
         """Make the directory a checkpoint; what kept rank 0 from it, if anything did."""
         try:
             state = self.temporary / CHECKPOINT_STATE
-            write_json(state, self._state)
-            files = {state.name: describe(state), **files}
+            write_json(state, self._state.model_dump(mode="json"))
+            files = {state.name: describe_file(state), **files}
             write_json(self.temporary / MANIFEST, Manifest(files=files).model_dump())
             sync(self.temporary)
             if os.path.lexists(self.final):  # the run went back to before it

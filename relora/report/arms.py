@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import re
+import statistics
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +20,7 @@ from relora.report.read import Evaluations, RunFiles
 from relora.report.records import Spread
 
 # Leaves of the config in which seeds of one arm may differ.
-NOT_THE_EXPERIMENT = (
+NOT_THE_EXPERIMENT = {
     "run_dir",
     "seed",
     "data.dir",
@@ -31,7 +33,7 @@ NOT_THE_EXPERIMENT = (
     "train.keep_checkpoints",
     "train.background_save",
     "train.sample_prompt",
-)
+}
 HIGHEST = 30.0  # nats; no loss beyond it has a perplexity that anybody reads
 
 
@@ -79,50 +81,41 @@ def group_runs(runs: Sequence[RunFiles], names: Sequence[str | None]) -> list[Ar
     Raises:
         ConfigError: one name for runs that differ in more than their seed.
     """
-    groups: list[tuple[str | None, list[int]]] = []
-    for number, (run, name) in enumerate(zip(runs, names, strict=True)):
-        for other_name, members in groups:
-            first = runs[members[0]]
-            if name is None and other_name is None:
-                seeds = {runs[member].config.seed for member in members}
-                fits = not other_than_seed(first, run) and run.config.seed not in seeds
-            else:
-                fits = name == other_name
-            if not fits:
+    groups: list[tuple[str | None, list[RunFiles]]] = []
+    for run, name in zip(runs, names, strict=True):
+        for other, members in groups:
+            if name != other:
                 continue
-            differing = other_than_seed(first, run)
+            differing = other_than_seed(members[0], run)
+            repeats = run.config.seed in [member.config.seed for member in members]
+            if name is None and (differing or repeats):
+                continue
             if differing:
                 raise ConfigError(
-                    f"{name}: {first.path} and {run.path} differ in more than their seed "
+                    f"{name}: {members[0].path} and {run.path} differ in more than their seed "
                     f"({', '.join(differing)}); give them different names"
                 )
-            members.append(number)
+            members.append(run)
             break
         else:
-            groups.append((name, [number]))
+            groups.append((name, [run]))
     given = {name for name, _ in groups if name}
-    short = _short_names([[runs[n].path for n in members] for _, members in groups])
-    titles: list[str] = []
-    for (name, _), default in zip(groups, short, strict=True):
+    short = _short_names([members[0].path for _, members in groups])
+    arms: dict[str, ArmRuns] = {}
+    for (name, members), default in zip(groups, short, strict=True):
         title = plain(name or default)
-        while title in titles or (name is None and title in given):
+        while title in arms or (name is None and title in given):
             title += "′"  # two runs of one directory, or a directory called as another arm
-        titles.append(title)
-    return [
-        ArmRuns(title, [runs[n] for n in members])
-        for title, (_, members) in zip(titles, groups, strict=True)
-    ]
+        arms[title] = ArmRuns(title, members)
+    return list(arms.values())
 
 
 def other_than_seed(a: RunFiles, b: RunFiles) -> list[str]:
     """Leaves that make two runs different experiments."""
-    found = [path for path, *_ in differences(a.config, b.config) if path not in NOT_THE_EXPERIMENT]
-    found = [path for path in found if not only_moved(path, a, b)]
-    if a.model is not None and a.model == b.model:
-        found = [path for path in found if path != "model.config"]
-    elif a.model != b.model and a.model is not None and b.model is not None:
-        found.append("model.config")
-    return sorted(set(found))
+    found = {path for path, *_ in differences(a.config, b.config) if not only_moved(path, a, b)}
+    if None not in (a.model, b.model):  # the content of the file says more than its name
+        found = found - {"model.config"} | ({"model.config"} if a.model != b.model else set())
+    return sorted(found - NOT_THE_EXPERIMENT)
 
 
 def only_moved(path: str, a: RunFiles, b: RunFiles) -> bool:
@@ -135,14 +128,13 @@ def plain(name: str) -> str:
     return "".join("?" if unicodedata.category(c)[0] == "C" else c for c in name) or "?"
 
 
-def _short_names(groups: Sequence[Sequence[Path]]) -> list[str]:
+def _short_names(paths: Sequence[Path]) -> list[str]:
     """For each arm its directory's name, with as many parents as tell it from the others.
 
     A last part such as `seed_2` says nothing about an arm of several seeds, and is left out where
     another part is left.
     """
-    parts = [_without_seed(members[0].resolve().parts) for members in groups]
-    names = ["/".join(each) for each in parts]
+    parts = [_without_seed(path.resolve().parts) for path in paths]
     for depth in range(1, max(map(len, parts)) + 1):
         names = ["/".join(each[-depth:]) for each in parts]
         if len(set(names)) == len(set(parts)):
@@ -153,19 +145,19 @@ def _short_names(groups: Sequence[Sequence[Path]]) -> list[str]:
 def _without_seed(parts: tuple[str, ...]) -> tuple[str, ...]:
     if len(parts) > 2 and re.fullmatch(r"seed[_-]?\d+", parts[-1]):
         return parts[:-1]
-    shortened = re.sub(r"[_-]seed[_-]?\d+$", "", parts[-1]) if parts else ""
-    return (*parts[:-1], shortened or parts[-1]) if parts else parts
+    return (*parts[:-1], re.sub(r"(?<=.)[_-]seed[_-]?\d+$", "", parts[-1]))
 
 
 def spread(values: Sequence[float | None]) -> Spread:
     """Mean and sample standard deviation (n − 1) of the seeds that have a value."""
-    known = [float(v) for v in values if v is not None and math.isfinite(v)]
-    mean = math.fsum(known) / len(known) if known else None
-    sd = None
-    if mean is not None and len(known) > 1:
-        sd = math.sqrt(math.fsum((v - mean) ** 2 for v in known) / (len(known) - 1))
     kept = [None if v is None or not math.isfinite(v) else float(v) for v in values]
-    return Spread(mean=mean, sd=sd, n=len(known), values=kept)
+    known = [v for v in kept if v is not None]
+    return Spread(
+        mean=statistics.fmean(known) if known else None,
+        sd=statistics.stdev(known) if len(known) > 1 else None,
+        n=len(known),
+        values=kept,
+    )
 
 
 def perplexity_of(loss: float | None) -> float | None:
@@ -189,9 +181,8 @@ def at_seconds(run: RunFiles, seconds: float) -> tuple[float, float] | None:
     e = run.evaluations
     if not len(e.seconds) or seconds < e.seconds[0] or _is_past(run, e.seconds, seconds):
         return None
-    return float(np.interp(seconds, e.seconds, e.tokens)), float(
-        np.interp(seconds, e.seconds, e.loss)
-    )
+    tokens, loss = (float(np.interp(seconds, e.seconds, column)) for column in (e.tokens, e.loss))
+    return tokens, loss
 
 
 def _is_past(run: RunFiles, column: np.ndarray, place: float) -> bool:
@@ -204,17 +195,13 @@ def mean_over_seeds(arm: ArmRuns) -> Evaluations:
 
     One that gave up, or is still on its way, would change what the mean is over on its way.
     """
-    each = [run.evaluations for run in arm.furthest]
-    common = each[0].step
-    for evaluations in each[1:]:
-        common = np.intersect1d(common, evaluations.step)  # never empty: all have the last
-    places = [np.searchsorted(e.step, common) for e in each]
+    steps = reduce(np.intersect1d, [run.evaluations.step for run in arm.furthest])
+    each = [run.evaluations.at(steps) for run in arm.furthest]  # not empty: all have the last step
 
     def mean(name: str) -> np.ndarray:
-        columns = [getattr(e, name)[at] for e, at in zip(each, places, strict=True)]
-        return np.mean(columns, axis=0)
+        return np.mean([getattr(evaluations, name) for evaluations in each], axis=0)
 
-    return Evaluations(common, mean("tokens"), mean("seconds"), mean("loss"))
+    return Evaluations(steps, mean("tokens"), mean("seconds"), mean("loss"))
 
 
 class Crossing(NamedTuple):
@@ -230,17 +217,12 @@ def reached(evaluations: Evaluations, loss: float) -> Crossing | None:
 
     On the straight line between two evaluations; None if it never does.
     """
-    below = np.flatnonzero(evaluations.loss <= loss)
+    e = evaluations
+    below = np.flatnonzero(e.loss <= loss)
     if not len(below):
         return None
-    after = int(below[0])
-    before, share = max(after - 1, 0), 1.0
-    if after:
-        high, low = evaluations.loss[[before, after]]
-        share = float((high - loss) / (high - low))
-
-    def between(values: np.ndarray) -> float:
-        return float(values[before] + share * (values[after] - values[before]))
-
-    e = evaluations
-    return Crossing(between(e.step), between(e.tokens), between(e.seconds))
+    after = below[0]
+    before = max(after - 1, 0)
+    share = (e.loss[before] - loss) / (e.loss[before] - e.loss[after]) if after else 1.0
+    columns = (e.step, e.tokens, e.seconds)
+    return Crossing(*(float(v[before] + share * (v[after] - v[before])) for v in columns))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from datetime import datetime
 
 import numpy as np
@@ -19,6 +20,7 @@ from relora.report.records import ArmReport, Figures, Questions, Report, SeedRep
 from relora.report.spectra import spectra_of_arms
 from relora.version import __version__
 
+FINAL = ("loss", "perplexity")  # compared only where they are of the same step
 CPUS = ("x86_64", "aarch64", "arm64", "AMD64")  # what environment.json calls a device without GPU
 
 
@@ -97,37 +99,37 @@ def _answers(
 
 
 def _arm(arm: ArmRuns, prediction: Prediction) -> ArmReport:
-    furthest = [any(run is other for other in arm.furthest) for run in arm.runs]
-    found = [{key: value(run, prediction) for key, value in FIGURES.items()} for run in arm.runs]
+    seeds = [_seed(run, prediction) for run in arm.runs]
+    furthest = [run in arm.furthest for run in arm.runs]
+
+    def over_seeds(figure: str) -> Spread:
+        values = [getattr(seed, figure) for seed in seeds]
+        if figure in FINAL:
+            values = [v if last else None for v, last in zip(values, furthest, strict=True)]
+        return spread(values)
+
+    warm = [_warm_start(run) for run in arm.runs]
     return ArmReport(
         name=arm.name,
         method=arm.method,
-        seeds=[_seed(run, values) for run, values in zip(arm.runs, found, strict=True)],
+        seeds=seeds,
         status=_together([run.status for run in arm.runs]),
         progress=_together([f"{run.step}/{run.config.total_steps}" for run in arm.runs]),
         evaluated=bool(arm.evaluated),
         on_gpu=arm.runs[0].environment.get("device") not in (*CPUS, None),
         timed=not any(run.mixed for run in arm.runs),
-        figures=Figures[Spread](
-            **{
-                key: spread(
-                    [
-                        values[key] if there or key not in FINAL else None
-                        for values, there in zip(found, furthest, strict=True)
-                    ]
-                )
-                for key in FIGURES
-            }
-        ),
+        figures=Figures[Spread](**{figure: over_seeds(figure) for figure in Figures.model_fields}),
         predicted=prediction.figures,
-        warm_start=spread([_warm(run, "tokens") for run in arm.runs]),
-        warm_start_seconds=spread([_warm(run, "seconds") for run in arm.runs]),
+        warm_start=spread([tokens for tokens, _ in warm]),
+        warm_start_seconds=spread([seconds for _, seconds in warm]),
         curves=curves_of(arm),
     )
 
 
-def _seed(run: RunFiles, values: dict[str, float | None]) -> SeedReport:
-    commit = run.environment.get("commit")
+def _seed(run: RunFiles, prediction: Prediction) -> SeedReport:
+    evaluations, commit = run.evaluations, run.environment.get("commit")
+    loss = float(evaluations.loss[-1]) if len(evaluations.loss) else None
+    merges = [line[keys.MERGE_S] for line in run.events_with(keys.MERGE_S)]
     return SeedReport(
         run=str(run.path),
         seed=run.config.seed,
@@ -136,55 +138,37 @@ def _seed(run: RunFiles, values: dict[str, float | None]) -> SeedReport:
         of=run.config.total_steps,
         world_size=run.world,
         commit=commit and str(commit),
-        **values,
+        tokens=_highest(run.log[keys.TOKENS], evaluations.tokens),
+        seconds=_highest(run.log[keys.ELAPSED_S], evaluations.seconds),
+        loss=loss,
+        perplexity=perplexity_of(loss),
+        merges=len(run.events_with(keys.MERGE)),
+        tokens_per_s=run.median(keys.TOKENS_PER_S),
+        step_ms=run.median(keys.STEP_MS),
+        memory_gib=_highest(run.of_main(keys.MEMORY_GIB)),
+        checkpoint_bytes=run.checkpoint_bytes,
+        merge_s=float(np.median(merges)) if merges else None,
+        merges_s=sum(merges) if merges else None,
+        flops=prediction.flops and prediction.flops(run.step),
     )
 
 
 def _together(values: Sequence[str]) -> str:
     """One word for all seeds if they agree, else how many say what."""
-    counts = {value: values.count(value) for value in dict.fromkeys(values)}
+    counts = Counter(values)
     if len(counts) == 1:
         return values[0]
     return ", ".join(f"{count} × {value}" for value, count in counts.items())
 
 
-def _warm(run: RunFiles, what: str) -> float | None:
-    """Tokens or seconds before the adapters were born, here or in the run this one starts from."""
-    before = getattr(run.start, what) if run.start else 0.0
-    warm = run.config.warm_start
-    if warm is None:
-        return before or None
-    tokens, seconds = place_of(run, [min(warm.steps, run.step)])
-    return float((tokens if what == "tokens" else seconds)[0])
+def _warm_start(run: RunFiles) -> tuple[float | None, float | None]:
+    """(tokens, seconds) before the adapters were born, here or in the run this one starts from."""
+    if run.config.warm_start is not None:
+        tokens, seconds = place_of(run, [min(run.config.warm_start.steps, run.step)])
+        return tokens.item(), seconds.item()
+    return (run.start.tokens or None, run.start.seconds or None) if run.start else (None, None)
 
 
 def _highest(*columns: np.ndarray) -> float | None:
     values = np.concatenate(columns)
     return max(values[np.isfinite(values)].tolist(), default=None)
-
-
-def _loss(run: RunFiles) -> float | None:
-    """The last validation loss."""
-    return float(run.evaluations.loss[-1]) if len(run.evaluations.loss) else None
-
-
-def _merges(run: RunFiles) -> list[float]:
-    """Seconds of each merge."""
-    return [line[keys.MERGE_S] for line in run.events_with(keys.MERGE_S)]
-
-
-FINAL = ("loss", "perplexity")  # compared only where they are of the same step
-FIGURES: dict[str, Callable[[RunFiles, Prediction], float | None]] = {
-    "tokens": lambda run, _: _highest(run.log[keys.TOKENS], run.evaluations.tokens),
-    "seconds": lambda run, _: _highest(run.log[keys.ELAPSED_S], run.evaluations.seconds),
-    "loss": lambda run, _: _loss(run),
-    "perplexity": lambda run, _: perplexity_of(_loss(run)),
-    "merges": lambda run, _: float(len(run.events_with(keys.MERGE))),
-    "tokens_per_s": lambda run, _: run.median(keys.TOKENS_PER_S),
-    "step_ms": lambda run, _: run.median(keys.STEP_MS),
-    "memory_gib": lambda run, _: _highest(run.of_main(keys.MEMORY_GIB)),
-    "checkpoint_bytes": lambda run, _: run.checkpoint_bytes,
-    "merge_s": lambda run, _: float(np.median(_merges(run))) if _merges(run) else None,
-    "merges_s": lambda run, _: float(sum(_merges(run))) if _merges(run) else None,
-    "flops": lambda run, prediction: prediction.flops(run.step) if prediction.flops else None,
-}

@@ -3,32 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from relora.report.records import Spread
 from relora.words import format_duration
 
-Format = Callable[[float], str]
+Format = str | Callable[[Any], str]  # as for `str.format`, or a function
 
 
-def shown(value: Spread | float | None, form: Format) -> str:
-    """A number or a dash; of seeds mean ± sd, or the mean alone where there is no spread."""
-    if not isinstance(value, Spread):
-        return "–" if value is None else form(value)
-    text = shown(value.mean, form) + (f" ± {form(value.sd)}" if value.sd else "")
-    seeds = len(value.values)
-    return text if value.n in (0, seeds) else f"{text} ({value.n} of {seeds} seeds)"
+def shown(value: Any, form: Format = str) -> str:
+    """A value or a dash; of seeds mean ± sd, or the mean alone where there is no spread."""
+    if isinstance(value, Spread):
+        text = shown(value.mean, form) + (f" ± {shown(value.sd, form)}" if value.sd else "")
+        seeds = len(value.values)
+        return text if value.n in (0, seeds) else f"{text} ({value.n} of {seeds} seeds)"
+    if value is None:
+        return "–"
+    return form.format(value) if isinstance(form, str) else form(value)
 
 
-def number(digits: int) -> Format:
-    """Fixed digits after the point."""
-    return lambda value: f"{value:,.{digits}f}"
-
-
-def signed(digits: int) -> Format:
-    """The same with a sign; no −0."""
-    return lambda value: (
-        f"{value:+,.{digits}f}".replace("-", "−") if abs(value) >= 0.5 * 10**-digits else "0"
-    )
+def signed(value: float) -> str:
+    """Two digits and a sign; no −0."""
+    return f"{value:+,.2f}".replace("-", "−") if abs(value) >= 0.005 else "0"
 
 
 def percent(value: float) -> str:
@@ -39,11 +35,6 @@ def percent(value: float) -> str:
 def share(value: float) -> str:
     """A part of a whole; 0 only if it is."""
     return f"{100 * value:.2g} %" if value else "0"
-
-
-def times(value: float) -> str:
-    """A ratio as a factor."""
-    return f"× {value:.2f}"
 
 
 def gib(value: float) -> str:

@@ -1,27 +1,18 @@
-"""Pictures of the three questions: perplexity over tokens, over time, and beside memory.
-
-What is thinned for drawing stays whole in the report: of each stretch of a long curve the lowest
-and the highest point are drawn, so that no spike is lost.
-"""
+"""Pictures of the three questions: perplexity over tokens, over time, and beside memory."""
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator
 
 from relora.report.records import Column, Curve, Curves, Report
-from relora.report.style import INCHES, Style, legend
+from relora.report.style import INCHES, Style, legend, panels, set_log_y
 from relora.words import format_bytes, format_count
 
-DRAWN = 240  # stretches of a curve, each with its lowest and its highest point
-SHARED = 2000  # stretches of all curves of a picture together, where there are many
-FEWEST = 30
 MOST_MARKS = 200  # marks of an arm; more would hide its curve
 SMOOTHED = 50  # the running mean is over this share of a curve: one fiftieth
 UNITS = ((86400 * 3, "days", 86400.0), (7200, "hours", 3600.0), (180, "minutes", 60.0))
@@ -32,76 +23,83 @@ def draw_curves(report: Report, style: Style, axis: str) -> Any:
     figure, (top, bottom) = plt.subplots(
         *(2, 1), figsize=(INCHES, 4.6), sharex=True, height_ratios=(3.2, 1), layout="constrained"
     )
-    arms = [(n, arm) for n, arm in enumerate(report.arms) if arm.evaluated]
-    unit, scale = _axis(axis, [arm.curves.mean for _, arm in arms])
-    marked: set[tuple[object, ...]] = set()
-    many = sum(len(arm.curves.seeds) for _, arm in arms)
-    heights: list[float] = []
-    for number, arm in arms:
-        colour, curves, mean = style.colour(number), arm.curves, arm.curves.mean
+    arms = [arm for arm in report.arms if arm.evaluated]
+    unit, scale = _axis(axis, [arm.curves.mean for arm in arms])
+    marked: dict[tuple[Any, ...], str] = {}  # colour of each mark: that of the first who has it
+    heights = []
+    for arm in arms:
+        number, curves, mean = report.numbers[arm.name], arm.curves, arm.curves.mean
+        colour = style.colour(number)
         x, y = _along(mean, axis, scale), _column(mean.perplexity)
         for seed in curves.seeds:
-            points = thin(_along(seed, axis, scale), _column(seed.perplexity), many)
-            top.plot(*points, "o", color=colour, markersize=2.2, alpha=0.55, markeredgewidth=0)
-            heights += points[1].tolist()
+            heights.append(_column(seed.perplexity))
+            point = {"color": colour, "markersize": 2.2, "alpha": 0.55, "markeredgewidth": 0}
+            top.plot(_along(seed, axis, scale), heights[-1], "o", **point)
         if len(curves.seeds) > 1:
             sd = _column(mean.sd)
             top.fill_between(x, y - sd, y + sd, color=colour, alpha=0.18, linewidth=0)
-        top.plot(*thin(x, y, many), **style.line(number))
-        _mark((top, bottom), curves, axis, scale, colour, marked)
+        top.plot(x, y, **style.line(number))
         rates = _column(curves.lr.lr)
         bottom.plot(_along(curves.lr, axis, scale), rates, **style.line(number, linewidth=1.1))
+        for mark in _marks(curves, axis, scale):
+            marked.setdefault(mark, colour)
+    for (dash, *place), colour in marked.items():
+        for axes in (top, bottom):
+            if dash:
+                line = {"linewidth": 0.8, "linestyle": dash, "alpha": 0.75, "zorder": 1}
+                axes.axvline(*place, color=colour, **line)
+            else:
+                axes.axvspan(*place, color=colour, alpha=0.1, linewidth=0)
     top.set_ylabel("validation perplexity")
-    _set_log(top, heights)
+    _set_y(top, heights)
     bottom.set_ylabel("learning rate")
     bottom.set_ylim(bottom=0)
     bottom.yaxis.set_major_locator(MaxNLocator(3))
-    bottom.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.2g}" if v else "0"))
+    bottom.yaxis.set_major_formatter(lambda value, _: f"{value:.2g}" if value else "0")
     _set_x(bottom, unit)
     figure.align_ylabels()
-    marks = [(":", "merge")] if any(arm.curves.merges.step for _, arm in arms) else []
-    marks += [("--", "adapters born")] if any(arm.curves.births.step for _, arm in arms) else []
-    legend(figure, style, [(n, arm.name) for n, arm in arms], marks=marks)
+    drawn = {dash for dash, *_ in marked}
+    marks = [mark for mark in ((":", "merge"), ("--", "adapters born")) if mark[0] in drawn]
+    legend(figure, style, {arm.name: report.numbers[arm.name] for arm in arms}, marks=marks)
     return figure
 
 
 def draw_training(report: Report, style: Style) -> Any:
     """Every logged training loss, pale, and its running mean."""
-    figure, axes = plt.subplots(figsize=(INCHES, 3.0), layout="constrained")
+    figure, (axes,) = panels(1, 1, height=3.0)
     seeds = [(n, each) for n, arm in enumerate(report.arms) for each in arm.curves.training]
     unit, scale = _axis("tokens", [training for _, training in seeds])
-    heights: list[float] = []
+    heights = []
     for number, training in seeds:
         x, y = _along(training, "tokens", scale), _column(training.loss)
         there = np.isfinite(x) & np.isfinite(y)
-        raw = thin(x[there], y[there], len(seeds))
-        axes.plot(*raw, color=style.colour(number), linewidth=0.7, alpha=0.35)
-        axes.plot(*thin(x[there], running_mean(y[there]), len(seeds)), **style.line(number))
-        heights += raw[1].tolist()
+        heights.append(y[there])
+        axes.plot(x[there], y[there], color=style.colour(number), linewidth=0.7, alpha=0.35)
+        axes.plot(x[there], running_mean(y[there]), **style.line(number))
     axes.set_ylabel("training loss (nats per token)")
-    _set_log(axes, heights)
+    _set_y(axes, heights)
     _set_x(axes, unit)
-    legend(figure, style, [(n, arm.name) for n, arm in enumerate(report.arms)])
+    legend(figure, style, report.numbers)
     return figure
 
 
 def draw_memory(report: Report, style: Style) -> Any:
     """Perplexity at equal tokens beside memory; the line is the best that fits."""
-    figure, axes = plt.subplots(figsize=(INCHES, 3.0), layout="constrained")
-    answer, numbers = report.questions.memory, {a.name: n for n, a in enumerate(report.arms)}
+    figure, (axes,) = panels(1, 1, height=3.0)
+    answer = report.questions.memory
     best: list[tuple[float, float]] = []
     for row in answer.rows:
         memory, perplexity = row.memory.mean, row.perplexity.mean
         if memory is None or perplexity is None or row.best_perplexity is None:
             continue
-        number = numbers[row.arm]
+        number = report.numbers[row.arm]
         spreads: Any = {"xerr": row.memory.sd, "yerr": row.perplexity.sd}
         axes.errorbar(memory, perplexity, **spreads, **style.point(number), capsize=3, zorder=3)
         predicted = report.arms[number].predicted.memory
         if answer.measured and predicted is not None:
             colour = style.colour(number)
             axes.plot([memory, predicted], [perplexity] * 2, color=colour, linewidth=0.8, alpha=0.7)
-            axes.plot(predicted, perplexity, **style.point(number), fillstyle="none")
+            axes.plot(predicted, perplexity, **style.point(number, fillstyle="none"))
         best.append((memory, row.best_perplexity))
     if len(best) > 1:
         axes.step(*zip(*best, strict=True), where="post", color=style.muted, linewidth=1, zorder=1)
@@ -110,27 +108,9 @@ def draw_memory(report: Report, style: Style) -> Any:
     axes.set_xlabel(f"{what}, per rank")
     axes.set_ylabel("perplexity at equal tokens")
     axes.xaxis.set_major_locator(MaxNLocator(8))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_bytes(value)))
-    legend(figure, style, [(numbers[row.arm], row.arm) for row in answer.rows], points=True)
+    axes.xaxis.set_major_formatter(lambda value, _: format_bytes(value))
+    legend(figure, style, {row.arm: report.numbers[row.arm] for row in answer.rows}, points=True)
     return figure
-
-
-def thin(x: np.ndarray, y: np.ndarray, curves: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """The lowest and the highest point of each of `DRAWN` stretches, and the last point.
-
-    Args:
-        curves: how many share the picture, and its room.
-    """
-    stretches = max(FEWEST, min(DRAWN, SHARED // curves))
-    if len(x) <= 2 * stretches:
-        return x, y
-    kept = {0, len(x) - 1}
-    edges = np.linspace(0, len(x), stretches + 1).astype(int)
-    filled = np.nan_to_num(y, nan=float(np.nanmedian(y)) if np.isfinite(y).any() else 0.0)
-    for start, stop in itertools.pairwise(edges):
-        kept |= {start + int(filled[start:stop].argmin()), start + int(filled[start:stop].argmax())}
-    order = np.array(sorted(kept))
-    return x[order], y[order]
 
 
 def running_mean(values: np.ndarray) -> np.ndarray:
@@ -140,16 +120,6 @@ def running_mean(values: np.ndarray) -> np.ndarray:
     at = np.arange(len(values))
     reach = np.minimum(np.minimum(at, len(values) - 1 - at), half)
     return (sums[at + reach + 1] - sums[at - reach]) / (2 * reach + 1)
-
-
-def log_ticks(low: float, high: float) -> list[float]:
-    """Three to eight round numbers on a log axis."""
-    for steps in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7)):
-        exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        ticks = [s * 10.0**e for e in exponents for s in steps if low <= s * 10.0**e <= high]
-        if len(ticks) >= 4:
-            return ticks if len(ticks) <= 8 else ticks[:: math.ceil(len(ticks) / 8)]
-    return [tick for tick in MaxNLocator(6).tick_values(low, high) if low <= tick <= high]
 
 
 def _column(values: Column) -> np.ndarray:
@@ -175,49 +145,25 @@ def _set_x(axes: Any, unit: str) -> None:
     axes.set_xlabel(unit)
     axes.xaxis.set_major_locator(MaxNLocator(5))
     if unit == "tokens":
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_count(value)))
+        axes.xaxis.set_major_formatter(lambda value, _: format_count(value))
     axes.set_xlim(left=0)
 
 
-def _set_log(axes: Any, heights: Sequence[float]) -> None:
-    """A log axis with room for all heights, if they are positive."""
-    heights = [y for y in heights if math.isfinite(y)]
-    if not heights or min(heights) <= 0:
-        return
-    room = max((max(heights) / min(heights)) ** 0.04, 1.002)
-    low, high = min(heights) / room, max(heights) * room
-    axes.set_yscale("log")
-    axes.set_ylim(low, high)
-    axes.yaxis.set_major_locator(FixedLocator(log_ticks(low, high)))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.5g}"))
+def _set_y(axes: Any, columns: Sequence[np.ndarray]) -> None:
+    """A log axis with room for all values, if they are positive."""
+    values = np.concatenate(columns)
+    values = values[np.isfinite(values)]
+    if len(values) and values.min() > 0:
+        low, high = values.min(), values.max()
+        room = max((high / low) ** 0.04, 1.002)
+        set_log_y(axes, low / room, high * room)
 
 
-def _mark(
-    panels: Sequence[Any],
-    curves: Curves,
-    axis: str,
-    scale: float,
-    colour: str,
-    marked: set[tuple[object, ...]],
-) -> None:
-    """Merges dotted, births dashed, over both panels; rewarms shaded.
-
-    Args:
-        marked: what other arms have marked, which is not marked again.
-    """
-    found: list[tuple[str, tuple[float, ...]]] = []
-    for style, curve in ((":", curves.merges), ("--", curves.births)):
-        found += [(style, (x,)) for x in _along(curve, axis, scale)]
+def _marks(curves: Curves, axis: str, scale: float) -> list[tuple[Any, ...]]:
+    """Merges dotted, births dashed, and rewarms from where to where with no dash."""
+    marks: list[tuple[Any, ...]] = []
+    for dash, curve in ((":", curves.merges), ("--", curves.births)):
+        marks += [(dash, x) for x in _along(curve, axis, scale)]
     ends = [_along(curve, axis, scale) for curve in (curves.rewarm_from, curves.rewarm_to)]
-    found += [("", pair) for pair in zip(*ends, strict=True)]
-    for style, place in found if len(found) <= MOST_MARKS else ():
-        if (style, *place) in marked:
-            continue
-        marked.add((style, *place))
-        for axes in panels:
-            if style:
-                line = {"linewidth": 0.8, "linestyle": style, "alpha": 0.75, "zorder": 1}
-                axes.axvline(*place, color=colour, **line)
-            else:
-                axes.axvspan(*place, color=colour, alpha=0.1, linewidth=0)
+    marks += [("", *pair) for pair in zip(*ends, strict=True)]
+    return marks if len(marks) <= MOST_MARKS else []

@@ -11,7 +11,7 @@ import numpy as np
 from relora.record import keys
 from relora.report.arms import ArmRuns, mean_over_seeds, perplexity_of, spread
 from relora.report.read import Evaluations, RunFiles
-from relora.report.records import Column, Curve, Curves
+from relora.report.records import Curve, Curves
 
 LR_POINTS = 400  # of a learning-rate curve, beside its corners
 
@@ -19,10 +19,12 @@ LR_POINTS = 400  # of a learning-rate curve, beside its corners
 def curves_of(arm: ArmRuns) -> Curves:
     """Mean and spread over the arm's seeds, each seed's own curves, and what happened when."""
     leader = arm.leader
-    merges = [float(line["step"]) for line in leader.events_with(keys.MERGE)]
-    births = [float(line["step"]) for line in leader.events_with(keys.BIRTH)]
+    merges, births = (
+        [float(line["step"]) for line in leader.events_with(key)]
+        for key in (keys.MERGE, keys.BIRTH)
+    )
     rewarm = leader.config.clock.rewarm
-    starts = [step for step in (*births, *merges) if rewarm]
+    starts = births + merges if rewarm else []
     return Curves(
         mean=_mean(arm),
         seeds=[_evaluated(run.evaluations) for run in arm.runs],
@@ -30,7 +32,7 @@ def curves_of(arm: ArmRuns) -> Curves:
         merges=_at(leader, merges),
         births=_at(leader, births),
         rewarm_from=_at(leader, starts),
-        rewarm_to=_at(leader, [min(step + rewarm, float(leader.step)) for step in starts]),
+        rewarm_to=_at(leader, [min(step + rewarm, leader.step) for step in starts]),
         lr=_learning_rate(leader),
     )
 
@@ -40,50 +42,49 @@ def place_of(run: RunFiles, steps: Sequence[float]) -> tuple[np.ndarray, np.ndar
 
     Before the first line from 0, or from what the start had cost.
     """
-    log, evaluations = run.log, run.evaluations
+    log, evaluations, start = run.log, run.evaluations, run.start
     known = np.concatenate([log["step"], evaluations.step])
     order = np.argsort(known, kind="stable")
-    columns = []
-    for logged, evaluated, start in (
-        (log[keys.TOKENS], evaluations.tokens, run.start.tokens if run.start else 0.0),
-        (log[keys.ELAPSED_S], evaluations.seconds, run.start.seconds if run.start else 0.0),
-    ):
+
+    def at_steps(logged: np.ndarray, evaluated: np.ndarray, begin: float) -> np.ndarray:
         values = np.concatenate([logged, evaluated])[order]
         there = np.isfinite(values)
-        x, y = [0.0, *known[order][there]], [start, *values[there]]
-        columns.append(np.interp(np.array(steps, np.float64), x, y))
-    return columns[0], columns[1]
+        return np.interp(steps, [0.0, *known[order][there]], [begin, *values[there]])
 
-
-def _plain(values: Any) -> Column:
-    """A column as JSON takes it: NaN becomes null, whole numbers are whole."""
-    return [
-        None if not math.isfinite(v) else int(v) if v.is_integer() and abs(v) < 2**53 else v
-        for v in np.asarray(values, np.float64).tolist()
-    ]
-
-
-def _at(run: RunFiles, steps: Sequence[float], **more: Column) -> Curve:
-    tokens, seconds = map(_plain, place_of(run, steps))
-    return Curve(step=_plain(steps), tokens=tokens, seconds=seconds, **more)
-
-
-def _training(log: dict[str, np.ndarray]) -> Curve:
-    return Curve(
-        step=_plain(log["step"]),
-        tokens=_plain(log[keys.TOKENS]),
-        seconds=_plain(log[keys.ELAPSED_S]),
-        loss=_plain(log[keys.TRAIN_LOSS]),
+    return (
+        at_steps(log[keys.TOKENS], evaluations.tokens, start.tokens if start else 0.0),
+        at_steps(log[keys.ELAPSED_S], evaluations.seconds, start.seconds if start else 0.0),
     )
 
 
-def _evaluated(found: Evaluations) -> Curve:
+def _curve(**columns: Any) -> Curve:
+    """Columns as JSON takes them: what is no number becomes null."""
     return Curve(
-        step=_plain(found.step),
-        tokens=_plain(found.tokens),
-        seconds=_plain(found.seconds),
-        loss=_plain(found.loss),
-        perplexity=[perplexity_of(loss) for loss in found.loss.tolist()],
+        **{
+            name: [v if math.isfinite(v) else None for v in np.asarray(values, np.float64).tolist()]
+            for name, values in columns.items()
+        }
+    )
+
+
+def _at(run: RunFiles, steps: Sequence[float], **more: Sequence[float]) -> Curve:
+    tokens, seconds = place_of(run, steps)
+    return _curve(step=steps, tokens=tokens, seconds=seconds, **more)
+
+
+def _training(log: dict[str, np.ndarray]) -> Curve:
+    return _curve(
+        step=log["step"],
+        tokens=log[keys.TOKENS],
+        seconds=log[keys.ELAPSED_S],
+        loss=log[keys.TRAIN_LOSS],
+    )
+
+
+def _evaluated(found: Evaluations, **more: Any) -> Curve:
+    columns = {"perplexity": [perplexity_of(loss) for loss in found.loss.tolist()], **more}
+    return _curve(
+        step=found.step, tokens=found.tokens, seconds=found.seconds, loss=found.loss, **columns
     )
 
 
@@ -91,11 +92,9 @@ def _mean(arm: ArmRuns) -> Curve:
     if not arm.evaluated:
         return _evaluated(arm.leader.evaluations)
     mean = mean_over_seeds(arm)
-    at = [np.searchsorted(run.evaluations.step, mean.step) for run in arm.furthest]
-    losses = [run.evaluations.loss[n] for run, n in zip(arm.furthest, at, strict=True)]
-    spreads = [spread([*map(perplexity_of, each)]) for each in np.transpose(losses).tolist()]
-    perplexities = {"perplexity": [s.mean for s in spreads], "sd": [s.sd for s in spreads]}
-    return _evaluated(mean).model_copy(update=perplexities)
+    losses = np.transpose([run.evaluations.at(mean.step).loss for run in arm.furthest]).tolist()
+    spreads = [spread([perplexity_of(loss) for loss in each]) for each in losses]
+    return _evaluated(mean, perplexity=[s.mean for s in spreads], sd=[s.sd for s in spreads])
 
 
 def _learning_rate(run: RunFiles) -> Curve:
@@ -107,4 +106,4 @@ def _learning_rate(run: RunFiles) -> Curve:
     for corner in (clock.warmup, clock.birth or 0, *thinned):
         wanted |= {corner - 1, corner, corner + clock.rewarm}
     steps = sorted(step for step in wanted if 0 <= step < done)
-    return _at(run, steps, lr=_plain([run.config.learning_rate(step) for step in steps]))
+    return _at(run, steps, lr=[run.config.learning_rate(step) for step in steps])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,45 +26,55 @@ from relora.report.verdict import verdict_title, verdicts
 
 
 class Picture(NamedTuple):
-    """How a picture is drawn, and what is said below it."""
+    """The table it stands below, how it is drawn, and what is said of it."""
 
+    table: str
     draw: Callable[[Report, Style], Any]
     caption: str
 
 
-DRAWINGS = {
+PICTURES = {
     "curves_tokens": Picture(
+        "tokens",
         partial(curve_figures.draw_curves, axis="tokens"),
         "Validation perplexity over tokens. Points are evaluations, of every seed; the band is ± "
         "one standard deviation over seeds. Shaded: the learning rate warms up again.",
     ),
     "curves_time": Picture(
-        partial(curve_figures.draw_curves, axis="seconds"), "The same over wall-clock."
+        "seconds",
+        partial(curve_figures.draw_curves, axis="seconds"),
+        "The same over wall-clock.",
     ),
     "memory": Picture(
+        "memory",
         curve_figures.draw_memory,
         "Whiskers are ± one standard deviation. The grey line is the best perplexity within a "
         "given memory. Hollow: the peak that the planner predicts, on GPUs.",
     ),
     "training_loss": Picture(
+        "cost",
         curve_figures.draw_training,
         "Pale: every logged loss. Strong: its centred mean over 1/50 of the run.",
     ),
     "spectra": Picture(
+        "spectra",
         spectra_figures.draw_spectra,
         "Singular values of W − W₀, all updates together since the start W₀; layers of one kind "
         "pooled, largest first. Values below 1/10,000 of the largest lie on the lower edge.",
     ),
     "ranks": Picture(
+        "spectra",
         spectra_figures.draw_ranks,
         "Medians over layers, by cycle. A level line is an arm without cycles, at its end.",
     ),
     "layers": Picture(
+        "spectra",
         spectra_figures.draw_heat,
         f"Effective rank of each cycle's update, layer by layer; of more than {MAPS} arms the "
         "first.",
     ),
     "similarity": Picture(
+        "similarity",
         spectra_figures.draw_similarity,
         "Mean over layers: 1 means that one subspace lies in the other. Of more than "
         f"{MAPS} pairs the first; the table has all.",
@@ -79,22 +89,14 @@ class Drawn(NamedTuple):
     dark: bytes
 
 
-def pictures_of(report: Report) -> list[str]:
-    """The pictures that this report has."""
-    found = {name for table in tables(report).values() for name in table.pictures}
-    if report.spectra and not spectra_figures.has_heat(report):
-        found.discard("layers")
-    return [name for name in DRAWINGS if name in found]
-
-
 def draw_all(report: Report) -> dict[str, Drawn]:
-    """Every picture, by name."""
-    return {
-        name: Drawn(
-            *(to_png(partial(DRAWINGS[name].draw, report, style), style) for style in (LIGHT, DARK))
-        )
-        for name in pictures_of(report)
-    }
+    """Every picture that this report has, by name."""
+    found, drawn = tables(report), {}
+    for name, picture in PICTURES.items():
+        if picture.table in found and (name != "layers" or spectra_figures.has_heat(report)):
+            light, dark = (to_png(partial(picture.draw, report, s), s) for s in (LIGHT, DARK))
+            drawn[name] = Drawn(light, dark)
+    return drawn
 
 
 def to_markdown(report: Report, pictures: Mapping[str, str]) -> str:
@@ -108,9 +110,9 @@ def to_markdown(report: Report, pictures: Mapping[str, str]) -> str:
     parts.append(_md_list(f"**{_md(arm)}**: {_md(line)}" for arm, line in verdicts(report).items()))
     if report.warnings:
         parts += ["Read this first:", _md_list(map(_md, report.warnings))]
-    for table in tables(report).values():
+    for key, table in tables(report).items():
         parts += [f"## {table.title}", _md_table(table), *filter(None, [table.note])]
-        there = [name for name in table.pictures if name in pictures]
+        there = [name for name, p in PICTURES.items() if p.table == key and name in pictures]
         parts += [f"![{table.title}]({pictures[name]})" for name in there]
     return "\n\n".join(parts) + "\n"
 
@@ -135,8 +137,8 @@ def to_html(report: Report, drawn: Mapping[str, Drawn], refresh_s: float | None)
         verdicts=verdicts(report),
         tables=tables(report),
         drawn=drawn,
-        captions={name: picture.caption for name, picture in DRAWINGS.items()},
-        numbers={arm.name: number for number, arm in enumerate(report.arms)},
+        pictures=PICTURES,
+        numbers=report.numbers,
         runs=[seed for arm in report.arms for seed in arm.seeds],
         light=LIGHT,
         dark=DARK,
@@ -176,7 +178,7 @@ def _md(text: str) -> str:
     return re.sub(r"([\\|`*_<>\[\]])", r"\\\1", text.replace("\n", " "))
 
 
-def _md_list(lines: Any) -> str:
+def _md_list(lines: Iterable[str]) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 

@@ -7,9 +7,13 @@ from typing import NamedTuple
 from relora.config import Config
 from relora.errors import UserError
 from relora.load import OF_SPEED, build_config
-from relora.lora.config import LoRAConfig
-from relora.model import ModelConfig
+from relora.lora.choose import describe_left
+from relora.model import build_meta_model
+from relora.plan.estimate import bytes_per_step, memory_by_part, peak_memory, training_flops
+from relora.plan.shape import shape_of
 from relora.record.layout import RunDirectory
+from relora.record.loaded import structure_of
+from relora.record.saving import checkpoint_bytes
 from relora.report.questions import CountFlops
 from relora.report.read import RunFiles
 from relora.report.records import Predicted
@@ -26,36 +30,29 @@ class Prediction(NamedTuple):
 
 def predict(run: RunFiles) -> Prediction:
     """Ask the planner about a run; its own copy of the model's structure is taken."""
-    from relora.lora.choose import describe_left
-    from relora.model import build_meta_model
-    from relora.plan.estimate import bytes_per_step, memory_by_part, peak_memory, training_flops
-    from relora.record.loaded import structure_of
-    from relora.record.saving import checkpoint_bytes
-
     config = run.config.model_copy(update={"run_dir": run.path})
     try:
         config = _as_of_main(config.model_copy(update={"model": structure_of(config)}), run)
-        plain, _ = _count(config.model, None)
-        trainable, frozen = _count(config.model, config.lora)
+        lora = config.lora
+        sizes = shape_of(config).sizes(None if lora is None else lora.rank)
+        trainable = sum(size for size, trained in sizes if trained)
+        frozen = sum(size for size, trained in sizes if not trained)
         figures = Predicted(
             memory=peak_memory(config, run.world),
             memory_by_part=memory_by_part(config, run.world),
-            bytes_per_step=bytes_per_step(config, run.world, config.lora is not None),
-            checkpoint_bytes=float(checkpoint_bytes(trainable, frozen)),
+            bytes_per_step=bytes_per_step(config, run.world, lora is not None),
+            checkpoint_bytes=checkpoint_bytes(trainable, frozen),
             trainable=trainable,
-            parameters=plain,
+            parameters=sum(size for size, _ in shape_of(config).parameters),
         )
-        before = 0.0
+        before = training_flops(config, 0)  # nothing; what cannot be counted is known here
         if run.start is not None:
             source = run.start.config.model_copy(update={"model": config.model})
             before = training_flops(source, run.start.step)
-        training_flops(config, 0)
-        left: tuple[str, ...] = ()
-        if config.lora is not None:
-            left = tuple(describe_left(build_meta_model(config.model), config.lora))
+        left = describe_left(build_meta_model(config.model), lora) if lora is not None else []
     except (UserError, ValueError) as error:
         return Prediction(complaint=str(error))
-    return Prediction(figures, left, lambda steps: before + training_flops(config, steps))
+    return Prediction(figures, tuple(left), lambda steps: before + training_flops(config, steps))
 
 
 def _as_of_main(config: Config, run: RunFiles) -> Config:
@@ -69,15 +66,3 @@ def _as_of_main(config: Config, run: RunFiles) -> Config:
             section, _, key = path.partition(".")
             values[section] = {**(values[section] or {}), key: value}
     return build_config(values, f"{RunDirectory(run.path).environment}: settings", read_model=False)
-
-
-def _count(model: ModelConfig, lora: LoRAConfig | None) -> tuple[int, int]:
-    """(trainable, frozen) numbers of parameters."""
-    from relora.lora.inject import add_adapters
-    from relora.model import build_meta_model, count_parameters
-
-    built = build_meta_model(model)
-    if lora is not None:
-        add_adapters(built, lora, seed=None)
-    trainable, total = count_parameters(built)
-    return trainable, total - trainable

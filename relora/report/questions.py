@@ -35,8 +35,7 @@ Found = tuple[float, float] | None  # tokens, loss
 def at_equal_tokens(arms: Sequence[ArmRuns], baseline: ArmRuns) -> AtEqual:
     """At the smallest last token count of all runs, from the last evaluation at or before it."""
     at = min(float(run.evaluations.tokens[-1]) for run in _compared(arms))
-    rows = [_row(arm, [at_tokens(run, at) for run in arm.runs]) for arm in arms]
-    return AtEqual(at=at, rows=_beside(rows, baseline))
+    return _at_equal(at, arms, baseline, lambda run: at_tokens(run, at))
 
 
 def at_equal_seconds(arms: Sequence[ArmRuns], baseline: ArmRuns) -> AtEqual:
@@ -44,14 +43,13 @@ def at_equal_seconds(arms: Sequence[ArmRuns], baseline: ArmRuns) -> AtEqual:
 
     Runs whose time is a mixture have none that compares; `at` is None if there are no others.
     """
-    there = [run for run in _compared(arms) if not run.mixed]
-    at = min((float(run.evaluations.seconds[-1]) for run in there), default=None)
+    timed = [run for run in _compared(arms) if not run.mixed]
+    at = min((float(run.evaluations.seconds[-1]) for run in timed), default=None)
 
     def found(run: RunFiles) -> Found:
         return None if at is None or run.mixed else at_seconds(run, at)
 
-    rows = [_row(arm, [found(run) for run in arm.runs]) for arm in arms]
-    return AtEqual(at=at, rows=_beside(rows, baseline))
+    return _at_equal(at, arms, baseline, found)
 
 
 def at_equal_memory(tokens: AtEqual, memory: Mapping[str, Spread], measured: bool) -> AtEqualMemory:
@@ -89,12 +87,22 @@ def until_the_baseline(
     arms: Sequence[ArmRuns], baseline: ArmRuns, flops: Mapping[str, CountFlops]
 ) -> Target:
     """Tokens, time and FLOPs until the baseline's last loss is reached, by the mean over seeds."""
-    means = {arm.name: mean_over_seeds(arm) for arm in arms}
-    loss = float(means[baseline.name].loss[-1])
+    loss = float(mean_over_seeds(baseline).loss[-1])
+    crossings = {arm.name: reached(mean_over_seeds(arm), loss) for arm in arms}
+
+    def spent(arm: ArmRuns) -> dict[str, float | None]:
+        crossing, count = crossings[arm.name], flops[arm.name]
+        timed = not any(run.mixed for run in arm.runs)
+        return {
+            "tokens": crossing and crossing.tokens,
+            "seconds": crossing.seconds if crossing and timed else None,
+            "flops": count(math.ceil(crossing.step)) if crossing and count else None,
+        }
+
+    its = spent(baseline)
     rows = []
     for arm in arms:
-        crossing, count = reached(means[arm.name], loss), flops[arm.name]
-        timed = crossing is not None and not any(run.mixed for run in arm.runs)
+        crossing, own = crossings[arm.name], spent(arm)
         rows.append(
             TargetRow(
                 arm=arm.name,
@@ -103,22 +111,12 @@ def until_the_baseline(
                     reached(run.evaluations, loss) is not None for run in arm.runs
                 ),
                 of=len(arm.runs),
-                step=crossing.step if crossing else None,
-                tokens=crossing.tokens if crossing else None,
-                seconds=crossing.seconds if crossing and timed else None,
-                flops=count(math.ceil(crossing.step)) if crossing and count else None,
+                step=crossing and crossing.step,
+                **own,
+                **{f"{key}_ratio": ratio(own[key], its[key]) for key in own},
             )
         )
-    first = next(row for row in rows if row.arm == baseline.name)
-    ratios = [
-        {f"{key}_ratio": ratio(getattr(row, key), getattr(first, key)) for key in _SPENT}
-        for row in rows
-    ]
-    rows = [row.model_copy(update=update) for row, update in zip(rows, ratios, strict=True)]
     return Target(loss=loss, perplexity=perplexity_of(loss), rows=rows)
-
-
-_SPENT = ("tokens", "seconds", "flops")
 
 
 def ratio(own: float | None, its: float | None) -> float | None:
@@ -126,26 +124,30 @@ def ratio(own: float | None, its: float | None) -> float | None:
     return own / its if own is not None and its else None
 
 
-def _row(arm: ArmRuns, found: Sequence[Found]) -> EqualRow:
-    losses = [pair[1] if pair else None for pair in found]
-    return EqualRow(
-        arm=arm.name,
-        loss=spread(losses),
-        perplexity=spread([perplexity_of(loss) for loss in losses]),
-        tokens=spread([pair[0] if pair else None for pair in found]),
-    )
-
-
-def _beside(rows: Sequence[EqualRow], baseline: ArmRuns) -> list[EqualRow]:
-    """Each row with its mean perplexity's difference from the baseline's."""
-    first = next(row for row in rows if row.arm == baseline.name).perplexity.mean
-    found = []
-    for row in rows:
-        own = row.perplexity.mean
-        difference = own - first if own is not None and first is not None else None
-        update = {"difference": difference, "ratio": ratio(own, first)}
-        found.append(row.model_copy(update=update))
-    return found
+def _at_equal(
+    at: float | None, arms: Sequence[ArmRuns], baseline: ArmRuns, find: Callable[[RunFiles], Found]
+) -> AtEqual:
+    """What `find` says of each seed there, beside the baseline's mean perplexity."""
+    found = {arm.name: [find(run) for run in arm.runs] for arm in arms}
+    perplexities = {
+        name: spread([pair and perplexity_of(pair[1]) for pair in pairs])
+        for name, pairs in found.items()
+    }
+    its = perplexities[baseline.name].mean
+    rows = []
+    for name, pairs in found.items():
+        own = perplexities[name]
+        rows.append(
+            EqualRow(
+                arm=name,
+                loss=spread([pair and pair[1] for pair in pairs]),
+                perplexity=own,
+                tokens=spread([pair and pair[0] for pair in pairs]),
+                difference=None if own.mean is None or its is None else own.mean - its,
+                ratio=ratio(own.mean, its),
+            )
+        )
+    return AtEqual(at=at, rows=rows)
 
 
 def _compared(arms: Sequence[ArmRuns]) -> list[RunFiles]:

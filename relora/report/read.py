@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,14 +16,14 @@ import numpy as np
 
 from relora.config import Config
 from relora.errors import CheckpointError, ConfigError
-from relora.files import exists, is_file, read_json, supplied
+from relora.files import exists, is_file, read_json
 from relora.load import build_config, leaves, load_run_config
 from relora.record import keys
-from relora.record.checkpoint import newest_state
+from relora.record.checkpoint import Standing, newest_state
 from relora.record.layout import CHECKPOINT_STATE, RunDirectory
-from relora.record.metrics import decode_line
+from relora.record.metrics import iter_metrics
 from relora.record.moved import moved_path
-from relora.record.rundir import check_plain, read_run_state, read_stretches
+from relora.record.rundir import read_run_state, read_stretches
 
 COLUMNS = (
     "step",
@@ -46,7 +45,6 @@ AT_WORK = ("running", "preempted", "unknown")  # these may still get further by 
 class Start:
     """What was spent before a run's first step on the weights it starts from."""
 
-    source: str
     config: Config  # of the run that made them
     step: int
     tokens: float
@@ -63,6 +61,11 @@ class Evaluations:
     loss: np.ndarray
     lost: int = 0  # evaluations after the last finite one
 
+    def at(self, steps: np.ndarray) -> Evaluations:
+        """Those of some steps, all of which there must be."""
+        rows = np.searchsorted(self.step, steps)
+        return Evaluations(steps, self.tokens[rows], self.seconds[rows], self.loss[rows])
+
 
 @dataclass(frozen=True)
 class Stretch:
@@ -72,10 +75,6 @@ class Stretch:
     end: int  # as far as the run has got
     environment: dict[str, Any]
 
-    def holds(self, steps: np.ndarray) -> np.ndarray:
-        """Which of the steps are its own."""
-        return (steps > self.begin) & (steps <= self.end)
-
     @property
     def speed(self) -> dict[str, Any]:
         """What decides how long a step takes."""
@@ -83,7 +82,7 @@ class Stretch:
         return {k: v for k, v in flat.items() if k in MACHINE or k.startswith("settings.")}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RunFiles:
     """One run directory."""
 
@@ -105,8 +104,7 @@ class RunFiles:
     @property
     def step(self) -> int:
         """Updates done, as far as the metrics say."""
-        logged = [*self.log["step"][-1:], *self.evaluations.step[-1:]]
-        return int(max(logged, default=0))
+        return _last_step(self.log, self.evaluations)
 
     @property
     def main(self) -> Stretch:
@@ -140,8 +138,9 @@ class RunFiles:
 
     def of_main(self, key: str) -> np.ndarray:
         """A training figure in the longest stretch, where it is finite."""
-        values = self.log[key]
-        return values[np.isfinite(values) & self.main.holds(self.log["step"])]
+        values, steps = self.log[key], self.log["step"]
+        within = (steps > self.main.begin) & (steps <= self.main.end)
+        return values[np.isfinite(values) & within]
 
     def median(self, key: str) -> float | None:
         """Median of a training figure in the longest stretch; robust against a pause."""
@@ -155,89 +154,75 @@ def read_run(run_dir: Path) -> RunFiles:
     Raises:
         CheckpointError: it is none, or a file in it is broken; names the file and the line.
     """
-    files = RunDirectory(run_dir)
-    config, metrics, model = files.config, files.metrics, files.model_json
-    if not is_file(config):
-        what = "it has no config.yaml" if exists(run_dir) else "no such directory"
-        raise CheckpointError(f"{run_dir}: is no run directory that has started: {what}")
-    state = read_run_state(run_dir)
-    status = state.status
-    if not exists(metrics) and status in ("finished", "unknown"):
-        raise CheckpointError(
-            f"{run_dir}: is no run directory that has started: it has no metrics.jsonl"
-        )
+    files, state = RunDirectory(run_dir), read_run_state(run_dir)
+    lacking = None
+    if not is_file(files.config):
+        lacking = "it has no config.yaml" if exists(run_dir) else "no such directory"
+    elif not exists(files.metrics) and state.status in ("finished", "unknown"):
+        lacking = "it has no metrics.jsonl"
+    if lacking:
+        raise CheckpointError(f"{run_dir}: is no run directory that has started: {lacking}")
     try:
-        settings = load_run_config(run_dir)
+        config = load_run_config(run_dir)
     except ConfigError as error:
         raise CheckpointError(f"{run_dir}: its config cannot be read: {error}") from None
-    start, complaints = _read_start(settings, run_dir)
-    log, evaluations, events, last = _read_metrics(metrics, start)
-    newest, unsound = newest_state(run_dir)
-    complaints += [f"passed over {complaint}" for complaint in unsound]
-    steps = [*log["step"], *evaluations.step]
-    stretches, unknown = _read_stretches(run_dir, int(max(steps, default=0)))
+    complaints: list[str] = []
+    given, start = config.model.pretrained, _read_start(config, run_dir, complaints)
+    if given is not None and start is None:
+        complaints.append(
+            f"what the weights it starts from ({given}) had cost is unknown and not counted"
+        )
+    log, evaluations, events, last = _read_metrics(run_dir, start)
+    newest = _read_newest(run_dir, complaints)
+    running = state.status == "running"
     return RunFiles(
         path=run_dir,
-        config=settings,
-        status=status,
+        config=config,
+        status=state.status,
         reason=state.reason,
-        model=read_json(model, CheckpointError) if exists(model) else None,
-        stretches=stretches,
+        model=read_json(files.model_json, CheckpointError) if exists(files.model_json) else None,
+        stretches=_read_stretches(run_dir, _last_step(log, evaluations), complaints),
         log=log,
         evaluations=evaluations,
         events=events,
         checkpoint_bytes=newest and newest.bytes,
         data=newest and newest.state.data,
         start=start,
-        silent_s=max(0.0, time.time() - last) if status == "running" and last else None,
-        complaints=complaints + unknown,
+        silent_s=max(0.0, time.time() - last) if running and last else None,
+        complaints=complaints,
     )
 
 
-def _read_stretches(run_dir: Path, last: int) -> tuple[list[Stretch], list[str]]:
-    """A run's stretches up to its last step, at least one, and what is wrong with their file."""
-    complaints = []
+def _read_newest(place: Path, complaints: list[str]) -> Standing | None:
+    """How a run's newest whole checkpoint stands, or the one that `place` is."""
+    found, unsound = newest_state(place)
+    complaints += [f"passed over {complaint}" for complaint in unsound]
+    return found
+
+
+def _read_stretches(run_dir: Path, last: int, complaints: list[str]) -> list[Stretch]:
+    """A run's stretches up to its last step, at least one."""
     try:
         found = read_stretches(run_dir)
     except CheckpointError as error:  # the figures do not depend on it
-        found, complaints = [], [f"{error}; what it ran on is unknown"]
-    begins = [min(stretch.pop("from_step"), last) for stretch in found] or [0]
-    ends = [*begins[1:], last]
-    stretches = [
-        Stretch(begin, end, environment)
-        for begin, end, environment in zip(begins, ends, found or [{}], strict=True)
-    ]
+        complaints.append(f"{error}; what it ran on is unknown")
+        found = []
+    found = found or [{"from_step": 0}]
+    begins = [min(environment.pop("from_step"), last) for environment in found]
+    stretches = [*map(Stretch, begins, [*begins[1:], last], found)]
     # One that has not got to a step yet says nothing of the run so far.
-    return [s for s in stretches if s.end > s.begin] or stretches[-1:], complaints
-
-
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a file of JSON lines; an unfinished last line is left out.
-
-    Raises:
-        CheckpointError: another line is broken; names it.
-    """
-    check_plain(path)
-    with (
-        supplied(CheckpointError, path),
-        path.open(encoding="utf8", errors="replace", newline="\n") as file,
-    ):
-        for number, line in enumerate(file, 1):
-            if line.endswith("\n"):  # else somebody is writing it
-                try:
-                    yield decode_line(line)
-                except ValueError as error:
-                    raise CheckpointError(f"{path}: line {number} {error}") from None
+    return [s for s in stretches if s.end > s.begin] or stretches[-1:]
 
 
 def _read_metrics(
-    path: Path, start: Start | None
+    run_dir: Path, start: Start | None
 ) -> tuple[dict[str, np.ndarray], Evaluations, list[dict[str, Any]], float | None]:
+    """Columns of training figures, evaluations, other lines, and when the last was written."""
     columns: dict[str, list[Any]] = {key: [] for key in COLUMNS}
     evaluated: list[dict[str, Any]] = []
     events: list[dict[str, Any]] = []
     last = None
-    for line in read_lines(path) if exists(path) else ():
+    for line in iter_metrics(run_dir) if exists(RunDirectory(run_dir).metrics) else ():
         last = line.get("time_s", last)
         if keys.TRAIN_LOSS in line:
             for key, values in columns.items():
@@ -247,19 +232,23 @@ def _read_metrics(
         if keys.EVAL_LOSS in line:
             evaluated.append(line)
     log = {key: numbers(values) for key, values in columns.items()}
-    extra_tokens, extra_s = (start.tokens, start.seconds) if start else (0.0, 0.0)
-    log[keys.TOKENS] += extra_tokens
-    log[keys.ELAPSED_S] += extra_s
-    finite = [i for i, line in enumerate(evaluated) if is_number(line[keys.EVAL_LOSS])]
-    kept = [evaluated[i] for i in finite]
-    evaluations = Evaluations(
-        numbers([line["step"] for line in kept]),
-        numbers([line.get(keys.TOKENS) for line in kept]) + extra_tokens,
-        numbers([line.get(keys.ELAPSED_S) for line in kept]) + extra_s,
-        numbers([line[keys.EVAL_LOSS] for line in kept]),
-        len(evaluated) - (finite[-1] + 1 if finite else 0),
+    finite = [n for n, line in enumerate(evaluated) if is_number(line[keys.EVAL_LOSS])]
+    step, tokens, seconds, loss = (
+        numbers([evaluated[n].get(key) for n in finite])
+        for key in ("step", keys.TOKENS, keys.ELAPSED_S, keys.EVAL_LOSS)
     )
+    if start is not None:  # in place
+        for column in (log[keys.TOKENS], tokens):
+            column += start.tokens
+        for column in (log[keys.ELAPSED_S], seconds):
+            column += start.seconds
+    lost = len(evaluated) - (finite[-1] + 1 if finite else 0)
+    evaluations = Evaluations(step, tokens, seconds, loss, lost)
     return log, evaluations, events, last if is_number(last) else None
+
+
+def _last_step(log: dict[str, np.ndarray], evaluations: Evaluations) -> int:
+    return int(max([*log["step"][-1:], *evaluations.step[-1:]], default=0))
 
 
 def numbers(values: list[Any]) -> np.ndarray:
@@ -275,23 +264,19 @@ def is_number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) < LARGEST
 
 
-def _read_start(config: Config, run_dir: Path) -> tuple[Start | None, list[str]]:
-    """What the weights of `model.pretrained` had cost, if they come from a run."""
+def _read_start(config: Config, run_dir: Path, complaints: list[str]) -> Start | None:
+    """What the weights of `model.pretrained` had cost; None if they are from no run."""
     given = config.model.pretrained
-    if given is None:
-        return None, []
-    unknown = f"what the weights it starts from ({given}) had cost is unknown and not counted"
-    found, unsound = newest_state(moved_path(given, config, run_dir))
-    complaints = [f"passed over {complaint}" for complaint in unsound]
-    if found is None:
-        return None, [*complaints, unknown]
+    found = given and _read_newest(moved_path(given, config, run_dir), complaints)
+    if not found:
+        return None
     state = found.state
     try:
         source = build_config(state.config or {}, f"{given}: {CHECKPOINT_STATE}", read_model=False)
     except ConfigError:
-        return None, [*complaints, unknown]
+        return None
     if source.model.pretrained is not None:
         before = source.model.pretrained
         complaints.append(f"{given} itself starts from {before}, whose cost is not counted")
     tokens = float(state.consumed * source.data.sequence_length)
-    return Start(str(given), source, state.step, tokens, state.elapsed_s), complaints
+    return Start(source, state.step, tokens, state.elapsed_s)

@@ -16,13 +16,13 @@ Figure = float | None
 Column = list[float | None]
 
 
-class Record(BaseModel):
+class StrictModel(BaseModel):
     """A part of the report: nothing else in it, and no NaN."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class Spread(Record):
+class Spread(StrictModel):
     """Mean and sample standard deviation (n − 1) over the seeds that have a value."""
 
     mean: Figure
@@ -31,7 +31,7 @@ class Spread(Record):
     values: Column
 
 
-class Curve(Record):
+class Curve(StrictModel):
     """Columns of one length: where (step, tokens, seconds) and what; an empty one is not there."""
 
     step: Column
@@ -43,7 +43,7 @@ class Curve(Record):
     lr: Column = []  # of the updates that follow the steps
 
 
-class Curves(Record):
+class Curves(StrictModel):
     """All curves of an arm; marks and rates are those of the seed that has got furthest."""
 
     mean: Curve  # of the furthest seeds, at steps that all have; perplexities are averaged
@@ -56,7 +56,7 @@ class Curves(Record):
     lr: Curve
 
 
-class Figures(Record, Generic[Value]):
+class Figures(StrictModel, Generic[Value]):
     """What is known of a run at its end, or of all seeds of an arm."""
 
     tokens: Value
@@ -85,7 +85,7 @@ class SeedReport(Figures[Figure]):
     commit: str | None
 
 
-class Predicted(Record):
+class Predicted(StrictModel):
     """From config, model and number of ranks alone, as `relora plan` says it."""
 
     memory: Figure = None  # most bytes on a rank's device at once
@@ -104,7 +104,7 @@ class Predicted(Record):
         return sum(parts[key] for key in parts if key not in ("buffers", "host"))
 
 
-class ArmReport(Record):
+class ArmReport(StrictModel):
     """Runs of one config that differ by their seed."""
 
     name: str
@@ -122,7 +122,7 @@ class ArmReport(Record):
     curves: Curves
 
 
-class EqualRow(Record):
+class EqualRow(StrictModel):
     """An arm where all have spent the same."""
 
     arm: str
@@ -133,14 +133,14 @@ class EqualRow(Record):
     ratio: Figure = None
 
 
-class AtEqual(Record):
+class AtEqual(StrictModel):
     """An answer at equal tokens or seconds."""
 
     at: Figure
     rows: list[EqualRow]
 
 
-class MemoryRow(Record):
+class MemoryRow(StrictModel):
     """An arm, and the best that fits into its memory."""
 
     arm: str
@@ -150,14 +150,14 @@ class MemoryRow(Record):
     best_perplexity: Figure
 
 
-class AtEqualMemory(Record):
+class AtEqualMemory(StrictModel):
     """Arms by their memory: the devices' own peak if `measured`, else the training state."""
 
     measured: bool
     rows: list[MemoryRow]
 
 
-class TargetRow(Record):
+class TargetRow(StrictModel):
     """What an arm spent until it was as good as the baseline, and that beside the baseline's."""
 
     arm: str
@@ -173,7 +173,7 @@ class TargetRow(Record):
     flops_ratio: Figure = None
 
 
-class Target(Record):
+class Target(StrictModel):
     """The baseline's last loss, and who reaches it when."""
 
     loss: float
@@ -181,7 +181,7 @@ class Target(Record):
     rows: list[TargetRow]
 
 
-class Questions(Record):
+class Questions(StrictModel):
     """The three questions, and the way to the baseline's loss."""
 
     tokens: AtEqual
@@ -190,14 +190,14 @@ class Questions(Record):
     target: Target
 
 
-class Difference(Record):
+class Difference(StrictModel):
     """A leaf of config, model or environment that is not the same in all arms."""
 
     path: str
     values: dict[str, Any]  # by arm
 
 
-class SpectraFigures(Record, Generic[Value]):
+class SpectraFigures(StrictModel, Generic[Value]):
     """What is measured of an update: of one cycle, and of all together."""
 
     cycle_stable_rank: Value
@@ -224,7 +224,7 @@ class LayerSpectra(SpectraFigures[list[Column]]):
     cycles: list[int]
 
 
-class ArmSpectra(Record):
+class ArmSpectra(StrictModel):
     """Spectra of an arm: layers and values are those of the seed that was measured last."""
 
     arm: str
@@ -238,7 +238,7 @@ class ArmSpectra(Record):
     total_values: dict[str, list[float]]  # by kind of layer, pooled, descending
 
 
-class Similarity(Record):
+class Similarity(StrictModel):
     """φ(i, j) between two updates, mean over `layers` layers."""
 
     what: str  # arms, seeds or cycles
@@ -249,7 +249,7 @@ class Similarity(Record):
     whole: Figure
 
 
-class Report(Record):
+class Report(StrictModel):
     """A comparison."""
 
     format: int = 2
@@ -263,3 +263,8 @@ class Report(Record):
     differences: dict[str, list[Difference]]  # config, environment
     spectra: list[ArmSpectra]  # of those that have any
     similarity: list[Similarity]
+
+    @property
+    def numbers(self) -> dict[str, int]:
+        """Place of each arm among all, which its colour follows."""
+        return {arm.name: number for number, arm in enumerate(self.arms)}

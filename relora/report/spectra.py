@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
+from relora.analysis import subspace_similarity
 from relora.model import layer_kind
 from relora.record import keys
 from relora.record.spectra_files import Measurement, read_measurements
@@ -25,8 +27,6 @@ from relora.report.records import (
 
 MEASURED = tuple(SpectraFigures.model_fields)
 PAIRED = 5  # arms of which every pair is compared
-
-
 Seed = tuple[RunFiles, list[Measurement]]
 
 
@@ -143,35 +143,32 @@ def _similarities(measured: dict[str, list[Seed]], baseline: str) -> list[Simila
         if len(cycles) > 1:
             titles = (f"{name}, step {cycles[-2].step}", f"{name}, step {cycles[-1].step}")
             found.append(_similarity("cycles", titles, cycles[-2], cycles[-1], "cycle_left"))
-    return [each for each in found if each.layers]
+    return [each for each in found if each is not None]
 
 
 def _similarity(
     what: str, titles: tuple[str, str], a: Measurement, b: Measurement, kind: str
-) -> Similarity:
-    """Mean of φ over the layers that both have in one shape."""
-    import torch
-
-    from relora.analysis import subspace_similarity
-
+) -> Similarity | None:
+    """Mean of φ over the layers that both have in one shape; None if there are none."""
     tables = []
-    for layer in a.layers:
-        if layer not in b.layers:
-            continue
+    for layer in (layer for layer in a.layers if layer in b.layers):
         u, v = a.tensor(layer, kind), b.tensor(layer, kind)
         if u is None or v is None or u.shape != v.shape:
             continue
         phi = subspace_similarity(torch.from_numpy(u), torch.from_numpy(v)).double().numpy()
         if np.isfinite(phi).all():
             tables.append(phi)
+            width = len(u)
+    if not tables:
+        return None
     # Layers may have fewer directions than others: as many as their smaller dimension.
-    rows, columns = np.min([table.shape for table in tables] or [(0, 0)], axis=0)
-    mean = np.mean([t[:rows, :columns] for t in tables] or [np.zeros((0, 0))], axis=0)
+    rows, columns = np.min([table.shape for table in tables], axis=0)
+    mean = np.mean([table[:rows, :columns] for table in tables], axis=0)
     return Similarity(
         what=what,
         of=titles,
         layers=len(tables),
-        width=int(u.shape[0]) if tables and u is not None else None,
+        width=width,
         phi=mean.round(6).tolist(),
-        whole=float(mean[-1, -1]) if tables else None,
+        whole=float(mean[-1, -1]),
     )

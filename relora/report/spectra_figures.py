@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator
 
-from relora.report.curve_figures import thin
 from relora.report.records import ArmSpectra, Report
 from relora.report.spectra import last_of_cycles
-from relora.report.style import INCHES, Style, legend
+from relora.report.style import Style, legend, panels, set_log_y
 
 FLOOR = 1e-4  # of the largest value of a panel; what is below is rounding, and not drawn
 MAPS = 8  # heat maps of one kind in a picture
@@ -23,24 +21,21 @@ def draw_spectra(report: Report, style: Style) -> Any:
     """Singular values of W_end − W_start, one panel a kind of layer, all arms in each."""
     arms = report.spectra
     kinds = list(dict.fromkeys(kind for arm in arms for kind in arm.total_values))
-    figure, panels = _grid(len(kinds), min(3, max(1, len(kinds))), height=2.1)
-    for axes, kind in zip(panels, kinds, strict=True):
+    figure, found = panels(len(kinds), min(3, max(1, len(kinds))), height=2.1)
+    for axes, kind in zip(found, kinds, strict=True):
         top = max(arm.total_values.get(kind, [0.0])[0] for arm in arms) or 1.0
-        for number, arm in _numbered(report):
+        for arm in arms:
             values = np.array(arm.total_values.get(kind, []))
-            share = 100 * (np.arange(len(values)) + 0.5) / len(values) if len(values) else values
-            points = thin(share, np.maximum(values, FLOOR * top), len(arms) * len(kinds))
-            axes.plot(*points, **style.line(number))
-        axes.set_yscale("log")
-        axes.set_ylim(FLOOR * top, 2 * top)
+            share = 100 * (np.arange(len(values)) + 0.5) / max(1, len(values))
+            line = style.line(report.numbers[arm.arm])
+            axes.plot(share, np.maximum(values, FLOOR * top), **line)
+        set_log_y(axes, FLOOR * top, 2 * top)
         axes.set_xlim(0, 100)
         axes.set_title(kind)
-        _decades(axes)
-        axes.xaxis.set_major_locator(FixedLocator([0, 50, 100]))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}%"))
+        axes.set_xticks([0, 50, 100], ["0%", "50%", "100%"])
     figure.supxlabel("share of singular values", fontsize=9.5)
     figure.supylabel("singular value of W − W₀", fontsize=9.5)
-    legend(figure, style, [(n, arm.arm) for n, arm in _numbered(report)])
+    legend(figure, style, _numbers(report))
     return figure
 
 
@@ -51,13 +46,13 @@ def draw_ranks(report: Report, style: Style) -> Any:
         "total_effective_rank": "effective rank\nof all updates",
         "amplification": "amplification\nfactor",
     }
-    figure, panels = _grid(3, 3, height=2.1)
-    seeds = [(n, seed) for n, arm in _numbered(report) for seed in arm.seeds]
+    figure, found = panels(3, 3, height=2.1)
+    seeds = [(report.numbers[arm.arm], seed) for arm in report.spectra for seed in arm.seeds]
     last = max((m.cycles for _, seed in seeds for m in seed), default=0)
-    for axes, (key, title) in zip(panels, titles.items(), strict=True):
+    for axes, (key, title) in zip(found, titles.items(), strict=True):
         for number, seed in seeds:
-            found = {m.cycles: getattr(m, key) for m in seed}  # a cycle's last one
-            points = {cycle: value for cycle, value in found.items() if value is not None}
+            of_cycles = {m.cycles: getattr(m, key) for m in seed}  # a cycle's last one
+            points = {cycle: value for cycle, value in of_cycles.items() if value is not None}
             if set(points) == {0}:  # no cycles: full rank, LoRA
                 axes.axhline(points[0], **style.line(number))
             elif points:
@@ -69,7 +64,7 @@ def draw_ranks(report: Report, style: Style) -> Any:
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(5))
         axes.set_xlabel("cycle")
-    legend(figure, style, [(n, arm.arm) for n, arm in _numbered(report)])
+    legend(figure, style, _numbers(report))
     return figure
 
 
@@ -78,13 +73,11 @@ def draw_heat(report: Report, style: Style) -> Any:
     arms = _with_cycles(report)[:MAPS]
     layers = max(len(arm.layers.names) for arm in arms)
     height = min(9.0, max(2.0, 0.17 * layers + 0.9)) if layers <= LABELLED else 5.0
-    figure, panels = _grid(len(arms), min(2, len(arms)), height=height)
-    for axes, arm in zip(panels, arms, strict=True):
+    figure, found = panels(len(arms), min(2, len(arms)), height=height)
+    for axes, arm in zip(found, arms, strict=True):
         cycles = last_of_cycles(arm.layers.cycles)
         table = np.array(arm.layers.cycle_effective_rank, np.float64)[:, [*cycles.values()]]
-        picture = axes.imshow(table, aspect="auto", cmap="viridis", interpolation="none")
-        axes.grid(False)
-        axes.spines[:].set_visible(False)
+        picture = _draw_map(axes, table, aspect="auto")
         axes.set_title(arm.arm)
         axes.set_xlabel("cycle")
         marked = _some(table.shape[1], 12)
@@ -92,32 +85,24 @@ def draw_heat(report: Report, style: Style) -> Any:
         names = [_short(name) for name in arm.layers.names]
         shown = _some(len(names), LABELLED if len(arms) < 3 else LABELLED // 3)
         axes.set_yticks(shown, [names[n] for n in shown], fontsize=6.5 if len(names) > 12 else 8)
-        bar = figure.colorbar(picture, ax=axes, shrink=0.9, pad=0.02)
-        bar.outline.set_visible(False)
-        bar.set_label("effective rank of the cycle's update")
+        _draw_scale(figure, picture, axes, "effective rank of the cycle's update", shrink=0.9)
     return figure
 
 
 def draw_similarity(report: Report, style: Style) -> Any:
     """φ(i, j), how much of one update's leading directions lies in another's; 0 to 1."""
     pairs = report.similarity[:MAPS]
-    figure, panels = _grid(len(pairs), min(3, len(pairs)), height=2.5)
-    picture = None
-    for axes, pair in zip(panels, pairs, strict=True):
+    figure, found = panels(len(pairs), min(3, len(pairs)), height=2.5)
+    for axes, pair in zip(found, pairs, strict=True):
         table = np.array(pair.phi)
-        colours = {"vmin": 0, "vmax": 1, "cmap": "viridis"}
-        picture = axes.imshow(table, origin="lower", interpolation="none", **colours)
-        axes.grid(False)
-        axes.spines[:].set_visible(False)
+        picture = _draw_map(axes, table, origin="lower", vmin=0, vmax=1)
         axes.set_title("\n".join(_cut(title, 22) for title in pair.of), fontsize=8)
-        for line, count in ((axes.xaxis, table.shape[1]), (axes.yaxis, table.shape[0])):
-            line.set_major_locator(FixedLocator(sorted({0, count // 2 - 1, count - 1})))
-            line.set_major_formatter(FuncFormatter(lambda value, _: f"{value + 1:.0f}"))
+        for set_ticks, count in zip((axes.set_yticks, axes.set_xticks), table.shape, strict=True):
+            ticks = sorted({0, count // 2 - 1, count - 1})
+            set_ticks(ticks, [str(tick + 1) for tick in ticks])
         axes.set_xlabel("j")
         axes.set_ylabel("i")
-    bar = figure.colorbar(picture, ax=panels, shrink=0.7, pad=0.02)
-    bar.outline.set_visible(False)
-    bar.set_label("φ(i, j)")
+    _draw_scale(figure, picture, found, "φ(i, j)", shrink=0.7)
     return figure
 
 
@@ -126,34 +111,27 @@ def has_heat(report: Report) -> bool:
     return bool(_with_cycles(report))
 
 
-def _numbered(report: Report) -> list[tuple[int, ArmSpectra]]:
-    """Arms that have spectra, with their numbers in the report."""
-    numbers = {arm.name: n for n, arm in enumerate(report.arms)}
-    return [(numbers[arm.arm], arm) for arm in report.spectra]
+def _numbers(report: Report) -> dict[str, int]:
+    """Of the arms that have spectra."""
+    return {arm.arm: report.numbers[arm.arm] for arm in report.spectra}
 
 
 def _with_cycles(report: Report) -> list[ArmSpectra]:
     return [arm for arm in report.spectra if len(last_of_cycles(arm.layers.cycles)) > 1]
 
 
-def _grid(count: int, columns: int, height: float) -> tuple[Any, list[Any]]:
-    """Panels in rows, those that are too many taken away."""
-    rows = max(1, math.ceil(count / columns))
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(INCHES, height * rows), squeeze=False, layout="constrained"
-    )
-    panels = list(axes.flat)
-    for spare in panels[count:]:
-        spare.remove()
-    return figure, panels[:count]
+def _draw_map(axes: Any, table: np.ndarray, **more: Any) -> Any:
+    """A table as colours, without lines on it."""
+    axes.grid(False)
+    axes.spines[:].set_visible(False)
+    return axes.imshow(table, cmap="viridis", interpolation="none", **more)
 
 
-def _decades(axes: Any) -> None:
-    axes.yaxis.set_minor_locator(NullLocator())
-    low, high = axes.get_ylim()
-    exponents = range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1)
-    axes.yaxis.set_major_locator(FixedLocator([10.0**e for e in exponents]))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+def _draw_scale(figure: Any, picture: Any, axes: Any, label: str, shrink: float) -> None:
+    """What the colours mean, beside the axes that show them."""
+    bar = figure.colorbar(picture, ax=axes, shrink=shrink, pad=0.02)
+    bar.outline.set_visible(False)
+    bar.set_label(label)
 
 
 def _some(count: int, most: int) -> list[int]:

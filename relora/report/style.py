@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ mpl.use("Agg")
 
 import matplotlib.pyplot as plt
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.6)), (0, (1.4, 1.4)), (0, (6, 1.5, 1.4, 1.5)))
 MARKERS = ("o", "s", "^", "D")  # in the order of the dashes
@@ -35,21 +36,15 @@ class Style:
         """Of an arm by its number."""
         return self.arms[arm % len(self.arms)]
 
-    def dash(self, arm: int) -> Any:
-        """Line style of an arm: arms of one colour differ in it."""
-        return DASHES[arm // len(self.arms) % len(DASHES)]
-
-    def marker(self, arm: int) -> str:
-        """Point of an arm: arms of one colour differ in it."""
-        return MARKERS[arm // len(self.arms) % len(MARKERS)]
-
     def line(self, arm: int, **more: Any) -> dict[str, Any]:
-        """How an arm's curves are drawn."""
-        return {"color": self.colour(arm), "linestyle": self.dash(arm), "linewidth": 1.6, **more}
+        """How an arm's curves are drawn: arms of one colour differ in their dashes."""
+        dash = DASHES[arm // len(self.arms) % len(DASHES)]
+        return {"color": self.colour(arm), "linestyle": dash, "linewidth": 1.6, **more}
 
-    def point(self, arm: int) -> dict[str, Any]:
-        """How an arm's points are drawn."""
-        return {"color": self.colour(arm), "marker": self.marker(arm), "markersize": 7}
+    def point(self, arm: int, **more: Any) -> dict[str, Any]:
+        """How an arm's points are drawn: arms of one colour differ in their shape."""
+        marker = MARKERS[arm // len(self.arms) % len(MARKERS)]
+        return {"color": self.colour(arm), "marker": marker, "markersize": 7, **more}
 
 
 LIGHT = Style(
@@ -87,16 +82,46 @@ def to_png(draw: Callable[[], Any], style: Style) -> bytes:
     return file.getvalue()
 
 
+def panels(count: int, columns: int, height: float) -> tuple[Any, list[Any]]:
+    """A figure of so many axes in rows, each so many inches high."""
+    rows = max(1, math.ceil(count / columns))
+    size = (INCHES, height * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    for spare in axes.flat[count:]:
+        spare.remove()
+    return figure, list(axes.flat[:count])
+
+
+def set_log_y(axes: Any, low: float, high: float) -> None:
+    """A log axis from `low` to `high` with a few round numbers on it."""
+    axes.set_yscale("log")
+    axes.set_ylim(low, high)
+    axes.set_yticks(log_ticks(low, high))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.5g}")
+    axes.minorticks_off()
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Three to eight round numbers on a log axis."""
+    exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for steps in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7)):
+        ticks = [s * 10.0**e for e in exponents for s in steps if low <= s * 10.0**e <= high]
+        if len(ticks) >= 4:
+            return ticks if len(ticks) <= 8 else ticks[:: math.ceil(len(ticks) / 8)]
+    return [tick for tick in MaxNLocator(6).tick_values(low, high) if low <= tick <= high]
+
+
 def legend(
     figure: Any,
     style: Style,
-    arms: Iterable[tuple[int, str]],
+    numbers: Mapping[str, int],
     points: bool = False,
     marks: Iterable[tuple[Any, str]] = (),
 ) -> None:
-    """Arms by number and name above a figure, and what grey lines mean.
+    """Arms above a figure, and what grey lines mean.
 
     Args:
+        numbers: of the arms that the figure shows, by name.
         points: arms are points and not lines.
         marks: line style and meaning.
     """
@@ -104,9 +129,9 @@ def legend(
         Line2D(
             *([], []),
             label=f"\u200b{name}",  # a name with _ in front would be hidden
-            **({**style.point(n), "linestyle": ""} if points else style.line(n)),
+            **(style.point(n, linestyle="") if points else style.line(n)),
         )
-        for n, name in arms
+        for name, n in numbers.items()
     ]
     handles += [
         Line2D([], [], color=style.muted, linestyle=dash, label=meaning) for dash, meaning in marks

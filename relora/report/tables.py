@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import json
+from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-from relora.report import cells
-from relora.report.cells import number, percent, seconds_text, share, shown, signed, times
+from relora.report.cells import Format, flops, gib, percent, seconds_text, share, shown, signed
 from relora.report.records import ArmReport, Report
 from relora.report.verdict import no_evaluation
 from relora.words import format_bytes, format_count, format_duration
 
 Cell = Callable[[Any], str]  # of a row's record
+OPTIONAL = {"in host memory", "peak GiB on the GPU", "predicted"}  # only where an arm has any
 NO_FIGURE = ("not reached", "no evaluation yet", "no evaluation")
 
 
@@ -24,7 +26,6 @@ class Table(NamedTuple):
     rows: list[list[str]]
     arms: bool = True
     note: str = ""
-    pictures: tuple[str, ...] = ()  # names of those that follow it
 
     @property
     def text_columns(self) -> list[bool]:
@@ -40,112 +41,81 @@ def tables(report: Report) -> dict[str, Table]:
     answers, arms = report.questions, report.arms
     tokens = f"At equal tokens: {shown(answers.tokens.at, format_count)}"
     seconds = f"At equal wall-clock: {shown(answers.seconds.at, format_duration)}"
-    target = f"Until the baseline's perplexity: {shown(answers.target.perplexity, number(2))}"
+    memory = f"At equal {'peak memory of the GPU' if answers.memory.measured else 'training state'}"
+    target = f"Until the baseline's perplexity: {shown(answers.target.perplexity, '{:,.2f}')}"
+    fitting = [
+        SimpleNamespace(arm=arms[report.numbers[row.arm]], answer=row)
+        for row in answers.memory.rows
+    ]
+    runs = [SimpleNamespace(arm=arm, seed=seed) for arm in arms for seed in arm.seeds]
     found = {
         "arms": _build("Arms", arms, ARMS),
         "tokens": _build(tokens, answers.tokens.rows, AT_EQUAL),
         "seconds": _build(seconds, answers.seconds.rows, AT_EQUAL),
-        "memory": _memory(report),
+        "memory": _build(memory, fitting, MEMORY),
         "target": _build(target, answers.target.rows, TARGET),
         "speed": _build("Speed", arms, SPEED),
         "cost": _build("Cost", arms, COST),
-        "seeds": _seeds(report),
-        "spectra": _build("What the updates are made of", report.spectra, SPECTRA),
+        "seeds": _build("Every run", runs if len(runs) > len(arms) else [], SEEDS, arms=False),
+        "spectra": _build("What the updates are made of", report.spectra, UPDATES),
         "similarity": _build("Subspace similarity", report.similarity, SIMILARITY, arms=False),
         "config": _differences(report, "config", "Config"),
         "environment": _differences(report, "environment", "Versions, commits, machines"),
     }
     return {
-        key: table._replace(note=NOTES.get(key, ""), pictures=PICTURES.get(key, ()))
-        for key, table in found.items()
+        name: table._replace(note=NOTES.get(name, ""))
+        for name, table in found.items()
         if table.rows
     }
 
 
 def _build(
-    title: str, rows: Iterable[Any], columns: Mapping[str, Cell], arms: bool = True
+    title: str, rows: Sequence[Any], columns: Mapping[str, Cell], arms: bool = True
 ) -> Table:
     """A table whose cells are functions of a row, by column."""
-    cells_of = [[cell(row) for cell in columns.values()] for row in rows]
-    return Table(title, [*columns], cells_of, arms)
+    cells = {name: [cell(row) for row in rows] for name, cell in columns.items()}
+    for name in OPTIONAL & cells.keys():
+        if set(cells[name]) <= {"–", "0B"}:
+            del cells[name]
+    return Table(title, [*cells], [[*row] for row in zip(*cells.values(), strict=True)], arms)
 
 
-def _of(path: str, form: Callable[[Any], str] = str) -> Cell:
+def _of(path: str, form: Format = str) -> Cell:
     """A figure of a row's record as a cell."""
     value = attrgetter(path)
     return lambda row: shown(value(row), form)
 
 
-def _spent(key: str, form: cells.Format) -> Cell:
+def _spent(key: str, form: Format) -> Cell:
     """What was spent until the baseline's perplexity, by those that have it."""
     cell = _of(key, form)
     return lambda row: cell(row) if row.reached else "not reached"
 
 
+def _held(*parts: str) -> Cell:
+    """Bytes of some parts of the training state."""
+
+    def cell(row: Any) -> str:
+        held = row.arm.predicted.memory_by_part
+        return "–" if held is None else format_bytes(sum(held[part] for part in parts))
+
+    return cell
+
+
+def _on_gpu(path: str, form: Format) -> Cell:
+    """A figure that elsewhere would be one of the whole process, which says nothing."""
+    cell = _of(path, form)
+    return lambda row: cell(row) if row.arm.on_gpu else "–"
+
+
 def _perplexity(arm: ArmReport) -> str:
-    form = number(2)
-    return shown(arm.figures.perplexity, form) if arm.evaluated else no_evaluation(arm)
+    return shown(arm.figures.perplexity, "{:,.2f}") if arm.evaluated else no_evaluation(arm)
 
 
 def _warm(arm: ArmReport) -> str:
     text = shown(arm.warm_start_seconds, format_duration)
     tokens = shown(arm.warm_start, format_count)
     return text if arm.warm_start.mean is None else f"{text} for {tokens} tokens"
-
-
-def _memory(report: Report) -> Table:
-    answer, arms = report.questions.memory, {arm.name: arm for arm in report.arms}
-    answers = {row.arm: row for row in answer.rows}
-
-    def parts(*keys: str) -> Cell:
-        def cell(arm: ArmReport) -> str:
-            held = arm.predicted.memory_by_part
-            return "–" if held is None else format_bytes(sum(held[key] for key in keys))
-
-        return cell
-
-    def on_gpu(cell: Cell) -> Cell:
-        """Elsewhere it would be a figure of the whole process, which says nothing."""
-        return lambda arm: cell(arm) if arm.on_gpu else "–"
-
-    columns: dict[str, Cell] = {
-        "arm": _of("name"),
-        "training state per rank": _of("predicted.state", format_bytes),
-        "weights": parts("weights", "remainder"),
-        "gradients": parts("gradients"),
-        "masters": parts("masters"),
-        "moments": parts("moments"),
-        "activations": parts("activations", "logits"),
-    }
-    if any((arm.predicted.memory_by_part or {}).get("host") for arm in report.arms):
-        columns["in host memory"] = parts("host")
-    if any(arm.on_gpu for arm in report.arms):
-        columns["peak GiB on the GPU"] = on_gpu(_of("figures.memory_gib", cells.gib))
-        predicted = _of("predicted.memory", lambda count: cells.gib(count / 2**30))
-        columns["predicted"] = on_gpu(predicted)
-    columns |= {
-        "perplexity": lambda arm: shown(answers[arm.name].perplexity, number(2)),
-        "best within this memory": lambda arm: answers[arm.name].best_within or "–",
-        "its perplexity": lambda arm: shown(answers[arm.name].best_perplexity, number(2)),
-    }
-    title = f"At equal {'peak memory of the GPU' if answer.measured else 'training state'}"
-    rows = [arms[name] for name in answers]
-    return _build(title, rows, columns)
-
-
-def _seeds(report: Report) -> Table:
-    several = any(len(arm.seeds) > 1 for arm in report.arms)
-    gpu = any(arm.on_gpu for arm in report.arms)
-    rows = []
-    for arm, seed in ((a, s) for a in report.arms for s in a.seeds):
-        row = [seed.run, arm.name, str(seed.seed), seed.status, f"{seed.step}/{seed.of}"]
-        row += [shown(seed.seconds, format_duration), shown(seed.loss, number(4))]
-        row += [shown(seed.perplexity, number(2)), shown(seed.tokens_per_s, number(0))]
-        row += [shown(seed.memory_gib, cells.gib) if arm.on_gpu else "–"] if gpu else []
-        rows.append(row)
-    columns = ["run", "arm", "seed", "status", "step", "time", "validation loss", "perplexity"]
-    columns += ["tokens/s", "peak GiB on the GPU"] if gpu else ["tokens/s"]
-    return Table("Every run", columns, rows if several else [], arms=False)
 
 
 def _differences(report: Report, what: str, title: str) -> Table:
@@ -157,53 +127,67 @@ def _differences(report: Report, what: str, title: str) -> Table:
 
 def _leaf(value: Any) -> str:
     """A value of a config as YAML has it."""
-    plain = {None: "null", True: "true", False: "false"}
     if value is None or isinstance(value, bool):
-        return plain[value]
+        return json.dumps(value)
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 ARMS: dict[str, Cell] = {
     "arm": _of("name"),
     "perplexity": _perplexity,
-    "validation loss": _of("figures.loss", number(4)),
+    "validation loss": _of("figures.loss", "{:,.4f}"),
     "tokens": _of("figures.tokens", format_count),
     "time": _of("figures.seconds", format_duration),
     "step": _of("progress"),
     "status": _of("status"),
-    "merges": _of("figures.merges", number(0)),
+    "merges": _of("figures.merges", "{:,.0f}"),
     "seeds": lambda arm: ", ".join(str(seed.seed) for seed in arm.seeds),
     "method": _of("method"),
 }
 AT_EQUAL: dict[str, Cell] = {
     "arm": _of("arm"),
-    "perplexity": _of("perplexity", number(2)),
-    "difference": _of("difference", signed(2)),
+    "perplexity": _of("perplexity", "{:,.2f}"),
+    "difference": _of("difference", signed),
     "relative": _of("ratio", percent),
-    "validation loss": _of("loss", number(4)),
+    "validation loss": _of("loss", "{:,.4f}"),
     "tokens": _of("tokens", format_count),
+}
+MEMORY: dict[str, Cell] = {
+    "arm": _of("arm.name"),
+    "training state per rank": _of("arm.predicted.state", format_bytes),
+    "weights": _held("weights", "remainder"),
+    "gradients": _held("gradients"),
+    "masters": _held("masters"),
+    "moments": _held("moments"),
+    "activations": _held("activations", "logits"),
+    "in host memory": _held("host"),
+    "peak GiB on the GPU": _on_gpu("arm.figures.memory_gib", gib),
+    "predicted": _on_gpu("arm.predicted.memory", lambda count: gib(count / 2**30)),
+    "perplexity": _of("answer.perplexity", "{:,.2f}"),
+    "best within this memory": _of("answer.best_within"),
+    "its perplexity": _of("answer.best_perplexity", "{:,.2f}"),
 }
 TARGET: dict[str, Cell] = {
     "arm": _of("arm"),
     "tokens": _spent("tokens", format_count),
-    "of its tokens": _of("tokens_ratio", times),
+    "of its tokens": _of("tokens_ratio", "× {:.2f}"),
     "time": _spent("seconds", format_duration),
-    "of its time": _of("seconds_ratio", times),
-    "FLOPs": _spent("flops", cells.flops),
-    "of its FLOPs": _of("flops_ratio", times),
+    "of its time": _of("seconds_ratio", "× {:.2f}"),
+    "FLOPs": _spent("flops", flops),
+    "of its FLOPs": _of("flops_ratio", "× {:.2f}"),
     "seeds that reach it": lambda row: f"{row.seeds_that_reach_it} of {row.of}",
 }
 SPEED: dict[str, Cell] = {
     "arm": _of("name"),
-    "tokens/s": _of("figures.tokens_per_s", number(0)),
-    "ms/step": _of("figures.step_ms", number(1)),
+    "tokens/s": _of("figures.tokens_per_s", "{:,.0f}"),
+    "ms/step": _of("figures.step_ms", "{:,.1f}"),
     "trainable": _of("predicted.trainable", format_count),
     "parameters": _of("predicted.parameters", format_count),
     "bytes/step per rank": _of("predicted.bytes_per_step", format_bytes),
 }
 COST: dict[str, Cell] = {
     "arm": _of("name"),
-    "FLOPs": _of("figures.flops", cells.flops),
+    "FLOPs": _of("figures.flops", flops),
     "time": _of("figures.seconds", format_duration),
     "of it warm start": _warm,
     "all merges": _of("figures.merges_s", seconds_text),
@@ -211,32 +195,36 @@ COST: dict[str, Cell] = {
     "checkpoint": _of("figures.checkpoint_bytes", format_bytes),
     "predicted": _of("predicted.checkpoint_bytes", format_bytes),
 }
-SPECTRA: dict[str, Cell] = {
+SEEDS: dict[str, Cell] = {
+    "run": _of("seed.run"),
+    "arm": _of("arm.name"),
+    "seed": _of("seed.seed"),
+    "status": _of("seed.status"),
+    "step": lambda row: f"{row.seed.step}/{row.seed.of}",
+    "time": _of("seed.seconds", format_duration),
+    "validation loss": _of("seed.loss", "{:,.4f}"),
+    "perplexity": _of("seed.perplexity", "{:,.2f}"),
+    "tokens/s": _of("seed.tokens_per_s", "{:,.0f}"),
+    "peak GiB on the GPU": _on_gpu("seed.memory_gib", gib),
+}
+UPDATES: dict[str, Cell] = {
     "arm": _of("arm"),
     "from step": _of("start"),
     "to step": _of("step"),
-    "effective rank, cycle": _of("last.cycle_effective_rank", number(2)),
-    "stable rank, cycle": _of("last.cycle_stable_rank", number(2)),
-    "effective rank, all": _of("last.total_effective_rank", number(2)),
-    "stable rank, all": _of("last.total_stable_rank", number(2)),
-    "overlap": _of("last.overlap", number(2)),
-    "amplification": _of("last.amplification", number(2)),
-    "‖ΔW‖ / ‖W₀‖": _of("last.total_ratio", number(2)),
+    "effective rank, cycle": _of("last.cycle_effective_rank", "{:,.2f}"),
+    "stable rank, cycle": _of("last.cycle_stable_rank", "{:,.2f}"),
+    "effective rank, all": _of("last.total_effective_rank", "{:,.2f}"),
+    "stable rank, all": _of("last.total_stable_rank", "{:,.2f}"),
+    "overlap": _of("last.overlap", "{:,.2f}"),
+    "amplification": _of("last.amplification", "{:,.2f}"),
+    "‖ΔW‖ / ‖W₀‖": _of("last.total_ratio", "{:,.2f}"),
     "lost to rounding": _of("rounding_loss", share),
 }
 SIMILARITY: dict[str, Cell] = {
     "pair": lambda pair: " / ".join(pair.of),
     "of": _of("what"),
     "layers": _of("layers"),
-    "φ of all directions": _of("whole", number(3)),
-}
-PICTURES = {
-    "tokens": ("curves_tokens",),
-    "seconds": ("curves_time",),
-    "memory": ("memory",),
-    "cost": ("training_loss",),
-    "spectra": ("spectra", "ranks", "layers"),
-    "similarity": ("similarity",),
+    "φ of all directions": _of("whole", "{:,.3f}"),
 }
 _WARM = "A warm start counts: its tokens, time and FLOPs are part of its arm's."
 _FLOPS = (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from relora.report.cells import flops, number, percent, shown
+from relora.report.cells import flops, percent, shown
 from relora.report.questions import ratio
 from relora.report.read import AT_WORK
 from relora.report.records import ArmReport, EqualRow, Report
@@ -34,7 +34,7 @@ def _verdict(report: Report, arm: ArmReport, row: EqualRow | None) -> str:
     going = "" if arm.status == "finished" else f" ({arm.status}, {arm.progress})"
     if row is None:
         return f"{no_evaluation(arm)}{going}"
-    text = f"perplexity {shown(row.perplexity, number(2))}"
+    text = f"perplexity {shown(row.perplexity, '{:,.2f}')}"
     if arm.name == report.baseline:
         return f"{text}, the baseline{going}"
 

@@ -121,6 +121,11 @@ class Clock(NamedTuple):
         )
         return boundary if boundary > 0 else None
 
+    def is_warming(self, step: int) -> bool:
+        """Whether the update that follows `step` finished ones is of a warm-up or a rewarm."""
+        boundary = self.boundary_before(step)
+        return step < self.warmup or (boundary is not None and step - boundary < self.rewarm)
+
     def base_factor(self, step: int) -> float:
         """The curve without restarts, for step >= warmup.
 

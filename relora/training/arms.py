@@ -122,7 +122,7 @@ def standard_arms(config: Config, directory: Path) -> list[Arm]:
     full = tuple(filter(None, (*FULL_RANK, start)))
     rate = config.relora.lr or config.lora.lr or config.optimizer.lr
     lora = ("relora=null", f"lora.lr={rate}")
-    control = [f"model.config={_quoted(_write_control(config, directory))}"]
+    control = [f"model.config={_quoted(write_control(config, directory))}"]
     if config.model.pretrained:
         control.append("model.pretrained=null")
     found = [
@@ -160,7 +160,7 @@ def _quoted(path: Path) -> str:
     return json.dumps(str(path), ensure_ascii=False)
 
 
-def _write_control(config: Config, directory: Path) -> Path:
+def write_control(config: Config, directory: Path) -> Path:
     """A JSON of the model made narrower, until all of it is as much as the adapted one trains.
 
     Raises:

@@ -32,8 +32,10 @@ from relora.record.rundir import (
     read_run_state,
     write_run_state,
 )
-from relora.training.loop import Update, train_run, update
-from relora.training.run import leave_run, start_again, start_run
+from relora.training.loop import train_run
+from relora.training.phases import PHASES, Phases
+from relora.training.run import leave_run
+from relora.training.start import start_again
 
 
 def guarded(
@@ -41,20 +43,20 @@ def guarded(
     shards: TokenShards,
     ranks: Ranks,
     wanted: Path | None = None,
-    update: Update = update,
+    phases: Phases = PHASES,
 ) -> int:
     """Run with the run directory claimed, and leave in it how the run ended; its exit code.
 
     Args:
         wanted: the checkpoint to go on from in place of the newest.
-        update: as for `train_run`.
+        phases: as for `train_run`.
     """
     stop, claim, moved, step = _begin(config, ranks)
     status, reason, code = "failed", "a bug", 1
     run, together = None, False
     try:
-        run = start_run(config, shards, ranks, wanted, moved)
-        while (finished := train_run(run, stop, update)) is None:
+        run = phases.start(config, shards, ranks, wanted, moved)
+        while (finished := train_run(run, stop, phases)) is None:
             run = start_again(run)
         status, reason, code = ("finished", "", 0) if finished else ("preempted", "", PREEMPTED)
         if not finished:

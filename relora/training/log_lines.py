@@ -86,12 +86,12 @@ def header(
         "ranks": f"{ranks.world} × {ranks.device.type}, ZeRO {config.deepspeed.zero_stage}, "
         f"{config.deepspeed.precision}; {batch.global_batch_size} sequences of {length} a step = "
         f"{ranks.world} × {batch.micro_batch_size} × {accumulation} accumulated",
-        "timeline": timeline(config.clock),
+        "timeline": phases_line(config.clock),
     }
     return [f"{name:9} {text}" for name, text in rows.items()]
 
 
-def timeline(clock: Clock) -> str:
+def phases_line(clock: Clock) -> str:
     """The phases of a run in one line."""
     parts = []
     if clock.birth is None:

@@ -69,13 +69,13 @@ def keep_start(run: Run) -> None:
     Raises:
         CheckpointError: it cannot be written (every rank raises).
     """
-    trouble = _Trouble(run)
-    for name, mine in _shared_out(run):
-        weight = run.state.gather([run.state[names_of(name).weight]], "value")[0]
-        if mine:
-            with trouble.noted():
-                write_start(run.config.run_dir, name, weight, run.step)
-    trouble.tell()
+    run_dir = run.config.run_dir
+    with run.ranks.together() as alone:
+        for name, mine in _shared_out(run):
+            weight = run.state.gather([run.state[names_of(name).weight]], "value")[0]
+            if mine:
+                with alone(), _files_of(run_dir):
+                    write_start(run_dir, name, weight, run.step)
 
 
 @torch.no_grad()
@@ -90,51 +90,61 @@ def measure(run: Run, merge: int | None) -> dict[str, float]:
     Raises:
         CheckpointError: W_start is gone, or nothing can be written (every rank raises).
     """
-    ranks, settings, run_dir = run.ranks, run.config.spectra, run.config.run_dir
-    assert settings is not None
-    earlier: dict[str, Tensor] = {}
-    tensors: dict[str, Tensor] = {}
-    figures: dict[str, dict[str, Any]] = {}
-    trouble = _Trouble(run)
-    with trouble.noted():
-        earlier = directions_of_cycle(run_dir, run.config.clock.merges_before(run.step - 1))
-    for name, mine in _shared_out(run):
-        layer = run.engine.module.get_submodule(name)
-        names = names_of(name)[: 3 if isinstance(layer, AdaptedLayer) else 1]
-        held = run.state.gather([run.state[each] for each in names], "value")
-        if mine:
-            with trouble.noted():
-                with open_start(run_dir, name, run.config.spectra_start) as file:
-                    start = file.get_tensor("weight")
-                figures[name], found = measure_layer(
-                    layer, held, start, earlier.get(name), settings.directions
-                )
-                tensors |= {f"{name}|{key}": tensor for key, tensor in found.items()}
+    ranks, run_dir = run.ranks, run.config.run_dir
     part = RunDirectory(run_dir).part_of_measurement(run.step, ranks.rank)
-    with trouble.noted():
-        write_part(part, tensors)
-    trouble.tell(part)
-    everyone = {name: row for rows in ranks.gather(figures) for name, row in rows.items()}
-    layers = [{"name": name, **everyone[name]} for name, _ in _shared_out(run)]
-    if ranks.is_main:
-        with trouble.noted():
-            join_parts(run_dir, run.step, ranks.world, merge, layers)
-    trouble.tell(part)
+    try:
+        figures = _write_part(run, part)
+        everyone = {name: row for rows in ranks.gather(figures) for name, row in rows.items()}
+        layers = [{"name": name, **everyone[name]} for name, _ in _shared_out(run)]
+        with ranks.together(), _files_of(run_dir):
+            if ranks.is_main:
+                join_parts(run_dir, run.step, ranks.world, merge, layers)
+    except CheckpointError:
+        with suppress(OSError):
+            part.unlink()
+        raise
     medians = {}
     for key in MEDIANS:
         known = [row[key] for row in layers if row[key] is not None]
         if known:
-            medians[f"{keys.SPECTRA}{key}"] = statistics.median(known)
+            medians[f"{keys.SPECTRA_PREFIX}{key}"] = statistics.median(known)
     return medians
 
 
-def draw(run_dir: Path, step: int) -> Any:
+def _write_part(run: Run, part: Path) -> dict[str, dict[str, Any]]:
+    """Measure this rank's layers and write their file; returns their figures. Collective."""
+    settings, run_dir = run.config.spectra, run.config.run_dir
+    assert settings is not None
+    earlier: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
+    figures: dict[str, dict[str, Any]] = {}
+    with run.ranks.together() as alone:
+        with alone(), _files_of(run_dir):
+            earlier = directions_of_cycle(run_dir, run.config.clock.merges_before(run.step - 1))
+        for name, mine in _shared_out(run):
+            layer = run.engine.module.get_submodule(name)
+            names = names_of(name)[: 3 if isinstance(layer, AdaptedLayer) else 1]
+            held = run.state.gather([run.state[each] for each in names], "value")
+            if mine:
+                with alone(), _files_of(run_dir):
+                    with open_start(run_dir, name, run.config.spectra_start) as file:
+                        start = file.get_tensor("weight")
+                    figures[name], found = measure_layer(
+                        layer, held, start, earlier.get(name), settings.directions
+                    )
+                    tensors |= {f"{name}|{key}": tensor for key, tensor in found.items()}
+        with _files_of(run_dir):
+            write_part(part, tensors)
+    return figures
+
+
+def draw_spectrum(run_dir: Path, step: int) -> Any:
     """A measurement as a matplotlib figure: singular values of each kind of layer, medians.
 
     Most of what it costs is text and axes, so there is one of each, and few ticks; a logarithmic
     axis would take three times as long.
     """
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # runs that measure nothing start without it
 
     tensors = read_tensors(run_dir, step)
     kinds: dict[tuple[str, str, int], list[Tensor]] = {}
@@ -168,41 +178,24 @@ def check_start(run: Run) -> None:
     Raises:
         CheckpointError: it is not, and the next measurement would end the run (every rank raises).
     """
-    run_dir, trouble = run.config.run_dir, _Trouble(run)
-    for name, mine in _shared_out(run):
-        if mine:
-            with trouble.noted(), open_start(run_dir, name, run.config.spectra_start):
-                pass
-    trouble.tell()
+    run_dir, start = run.config.run_dir, run.config.spectra_start
+    with run.ranks.together(), _files_of(run_dir):
+        for name, mine in _shared_out(run):
+            if mine:
+                with open_start(run_dir, name, start):
+                    pass
 
 
-class _Trouble:
-    """What kept this rank from its files, kept until all ranks can hear of it."""
-
-    def __init__(self, run: Run) -> None:
-        self.run = run
-        self.problem: CheckpointError | None = None
-
-    @contextmanager
-    def noted(self) -> Iterator[None]:
-        """Keep the first thing that goes wrong with files."""
-        try:
-            yield
-        except (OSError, SafetensorError, ValueError, torch.linalg.LinAlgError) as error:
-            self.problem = self.problem or CheckpointError(
-                f"{RunDirectory(self.run.config.run_dir).spectra}: {error}; the checkpoints are "
-                "intact, and with spectra: null the run goes on without measuring"
-            )
-
-    def tell(self, part: Path | None = None) -> None:
-        """Raise on every rank what any rank has met, and don't leave this rank's part then."""
-        try:
-            self.run.ranks.agree(self.problem)
-        except CheckpointError:
-            if part is not None:
-                with suppress(OSError):
-                    part.unlink()
-            raise
+@contextmanager
+def _files_of(run_dir: Path) -> Iterator[None]:
+    """What goes wrong with the files of spectra, with the way out."""
+    try:
+        yield
+    except (OSError, SafetensorError, ValueError, torch.linalg.LinAlgError) as error:
+        raise CheckpointError(
+            f"{RunDirectory(run_dir).spectra}: {error}; the checkpoints are intact, and with "
+            "spectra: null the run goes on without measuring"
+        ) from error
 
 
 def _shared_out(run: Run) -> Iterator[tuple[str, bool]]:

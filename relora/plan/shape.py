@@ -1,0 +1,110 @@
+"""What a model is made of: its matrices, and its parameters by what they are."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from relora.config import Config
+from relora.lora.choose import find_targets
+from relora.lora.config import LoRAConfig
+from relora.lora.layers import kind_of, parameter_roles
+from relora.model import ModelConfig, build_meta_model, find_model_directory
+from relora.record.layout import MODEL_JSON
+
+
+class Matrix(NamedTuple):
+    """The weight of a linear layer, by what multiplies with it."""
+
+    inputs: int
+    outputs: int
+    adapted: bool  # has A and B beside it once adapters are born
+
+
+class Shape(NamedTuple):
+    """What a model is made of."""
+
+    matrices: tuple[Matrix, ...]  # of linear layers, the output head among them
+    parameters: tuple[tuple[int, bool], ...]  # (entries, whether adapters freeze it)
+
+    def adapted(self) -> list[Matrix]:
+        """The matrices with adapters."""
+        return [matrix for matrix in self.matrices if matrix.adapted]
+
+    def sizes(self, rank: int | None) -> list[tuple[int, bool]]:
+        """(entries, trainable) of every parameter, with adapters of a rank or in full rank."""
+        if rank is None:
+            return [(size, True) for size, _ in self.parameters]
+        sizes = [(size, not frozen) for size, frozen in self.parameters]
+        for matrix in self.adapted():
+            sizes += [(rank * matrix.inputs, True), (rank * matrix.outputs, True)]
+        return sizes
+
+
+def shape_of(config: Config) -> Shape:
+    """The shape of a config's model; `adapted` says what its `lora` section would adapt."""
+    return _shape(*model_key(config))
+
+
+def model_key(config: Config) -> tuple[ModelConfig, str, str]:
+    """All that the shape depends on, hashable: the JSON may change under the same path."""
+    model = config.model
+    path = model.config
+    if path is None:
+        assert model.pretrained is not None
+        path = find_model_directory(model.pretrained) / MODEL_JSON
+    lora = config.lora.model_dump_json() if config.lora else ""
+    return model, f"{path.resolve()} {path.read_text(encoding='utf8')}", lora
+
+
+@cache
+def _shape(model_config: ModelConfig, content: str, lora: str) -> Shape:
+    model = build_meta_model(model_config)
+    targets = find_targets(model, LoRAConfig.model_validate_json(lora)) if lora else []
+    adapted = {id(model.get_submodule(name)) for name in targets}
+    linear = linear_modules(model)
+    matrices = []
+    for module in linear:
+        kind = kind_of(module)
+        assert kind is not None
+        outputs, inputs = kind.matrix(module.weight).shape
+        matrices.append(Matrix(inputs, outputs, id(module) in adapted))
+    frozen = {id(m.weight) for m in linear if id(m) in adapted}
+    return Shape(
+        tuple(matrices),
+        tuple((p.numel(), id(p) in frozen) for p in model.parameters()),
+    )
+
+
+def linear_modules(model: nn.Module) -> list[Any]:
+    """The linear layers, in the order of `Shape.matrices`."""
+    linear: Any = (m for m in model.modules() if kind_of(m) is not None)
+    return [m for m in linear if m.weight.dim() == 2]
+
+
+def count_by_group(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """(trainable, frozen) numbers of parameters by what they are, shared ones counted once."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    names = ("projections", "experts", "adapters", "embeddings", "head", "norms, biases")
+    groups, roles = dict.fromkeys(names, (0, 0)), parameter_roles(model)
+    for name, parameter in model.named_parameters():
+        if roles[name] in ("A", "B"):
+            group = "adapters"
+        elif id(parameter) in embeddings:
+            group = "embeddings"
+        elif head is not None and parameter is getattr(head, "weight", None):
+            group = "head"
+        elif parameter.dim() == 3 and "expert" in name:
+            group = "experts"
+        else:
+            group = "norms, biases" if parameter.dim() == 1 else "projections"
+        trainable, frozen = groups[group]
+        if parameter.requires_grad:
+            trainable += parameter.numel()
+        else:
+            frozen += parameter.numel()
+        groups[group] = trainable, frozen
+    return {group: counts for group, counts in groups.items() if any(counts)}
