@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import signal
@@ -23,6 +24,9 @@ for _number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
             _number,
             signal.default_int_handler if _number == signal.SIGINT else signal.SIG_DFL,
         )
+
+# What imports leave is half a million objects, and they stay: nobody need look through them.
+gc.disable()
 
 # Models of 10⁴ parameters: threads that wait for a busy core cost more than they bring.
 torch.set_num_threads(1)
@@ -60,6 +64,12 @@ def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
     """Each test gets the mark of its tier."""
     for item in items:
         item.add_marker(tiers.tier_of(item))
+
+
+def pytest_collection_finish() -> None:
+    """From here on garbage is collected: that of tests."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.hookimpl(wrapper=True)
