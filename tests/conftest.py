@@ -61,9 +61,19 @@ TINY_GPT2: dict[str, Any] = {
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
-    """Each test gets the mark of its tier."""
+    """Each test gets the mark of its tier, and of its variants the first is traced for coverage.
+
+    The others run the same lines, and traced they would take half as long again.
+    """
+    traced = set()
     for item in items:
-        item.add_marker(tiers.tier_of(item))
+        tier = tiers.tier_of(item)
+        item.add_marker(tier)
+        name = item.nodeid.partition("[")[0]
+        if name in traced:
+            item.add_marker("no_cover")
+        elif tier not in ("slow", "gpu"):
+            traced.add(name)
 
 
 def pytest_collection_finish() -> None:
