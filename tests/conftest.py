@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import tiers
 
@@ -27,9 +26,6 @@ for _number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
 
 # What imports leave is half a million objects, and they stay: nobody need look through them.
 gc.disable()
-
-# Models of 10⁴ parameters: threads that wait for a busy core cost more than they bring.
-torch.set_num_threads(1)
 
 # Sizes that nothing divides: shards of ZeRO are padded, and a group's last rank gets less.
 TINY_LLAMA: dict[str, Any] = {
@@ -78,6 +74,10 @@ def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
 
 def pytest_collection_finish() -> None:
     """From here on garbage is collected: that of tests."""
+    import torch  # not at the top: the process that only gives tests to others needs none
+
+    # Models of 10⁴ parameters: threads that wait for a busy core cost more than they bring.
+    torch.set_num_threads(1)
     gc.freeze()
     gc.enable()
 
