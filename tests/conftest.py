@@ -27,6 +27,17 @@ for _number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
 # What imports leave is half a million objects, and they stay: nobody need look through them.
 gc.disable()
 
+UNTRACED = {
+    "test_any_model",
+    "test_compare::test_a_million_lines_take_seconds",
+    "test_configs",
+    "test_data_tokenizer",
+    "test_matrix",
+    "test_method_reference",
+    "test_model_json::test_a_mutated_model_is_planned_or_refused_in_one_message",
+    "test_tokenizer_agreement",
+}
+
 # Sizes that nothing divides: shards of ZeRO are padded, and a group's last rank gets less.
 TINY_LLAMA: dict[str, Any] = {
     "model_type": "llama",
@@ -59,14 +70,16 @@ TINY_GPT2: dict[str, Any] = {
 def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
     """Each test gets the mark of its tier, and of its variants the first is traced for coverage.
 
-    The others run the same lines, and traced they would take half as long again.
+    The others run the same lines, and traced they would take half as long again. So would the dear
+    computations of UNTRACED, on lines that others run too.
     """
     traced = set()
     for item in items:
         tier = tiers.tier_of(item)
         item.add_marker(tier)
         name = item.nodeid.partition("[")[0]
-        if name in traced:
+        file = item.module.__name__
+        if name in traced or not UNTRACED.isdisjoint((file, f"{file}::{item.originalname}")):
             item.add_marker("no_cover")
         elif tier not in ("slow", "gpu"):
             traced.add(name)
