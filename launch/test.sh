@@ -10,6 +10,7 @@ set -euo pipefail
 # shellcheck source=/dev/null
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 set_up dev
+unset PYTHONDONTWRITEBYTECODE # hundreds of processes would compile everything anew
 
 if [[ $CONSTRAINTS == launch/constraints.txt ]]; then # not what other versions are for
     ruff check .

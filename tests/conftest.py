@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import signal
@@ -11,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import tiers
 
@@ -24,8 +24,19 @@ for _number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
             signal.default_int_handler if _number == signal.SIGINT else signal.SIG_DFL,
         )
 
-# Models of 10⁴ parameters: threads that wait for a busy core cost more than they bring.
-torch.set_num_threads(1)
+# What imports leave is half a million objects, and they stay: nobody need look through them.
+gc.disable()
+
+UNTRACED = {
+    "test_any_model",
+    "test_compare::test_a_million_lines_take_seconds",
+    "test_configs",
+    "test_data_tokenizer",
+    "test_matrix",
+    "test_method_reference",
+    "test_model_json::test_a_mutated_model_is_planned_or_refused_in_one_message",
+    "test_tokenizer_agreement",
+}
 
 # Sizes that nothing divides: shards of ZeRO are padded, and a group's last rank gets less.
 TINY_LLAMA: dict[str, Any] = {
@@ -57,9 +68,31 @@ TINY_GPT2: dict[str, Any] = {
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
-    """Each test gets the mark of its tier."""
+    """Each test gets the mark of its tier, and of its variants the first is traced for coverage.
+
+    The others run the same lines, and traced they would take half as long again. So would the dear
+    computations of UNTRACED, on lines that others run too.
+    """
+    traced = set()
     for item in items:
-        item.add_marker(tiers.tier_of(item))
+        tier = tiers.tier_of(item)
+        item.add_marker(tier)
+        name = item.nodeid.partition("[")[0]
+        file = item.module.__name__
+        if name in traced or not UNTRACED.isdisjoint((file, f"{file}::{item.originalname}")):
+            item.add_marker("no_cover")
+        elif tier not in ("slow", "gpu"):
+            traced.add(name)
+
+
+def pytest_collection_finish() -> None:
+    """From here on garbage is collected: that of tests."""
+    import torch  # not at the top: the process that only gives tests to others needs none
+
+    # Models of 10⁴ parameters: threads that wait for a busy core cost more than they bring.
+    torch.set_num_threads(1)
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.hookimpl(wrapper=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -151,6 +152,7 @@ def _rank_main(
         from relora.engine import deepspeed
         from relora.engine.distributed import read_ranks
 
+        gc.freeze()  # what imports have left stays; nobody need look through it
         ranks = read_ranks()
         torch.set_num_threads(1)  # threads that wait for a busy core cost more than they bring
         deepspeed.init_distributed(ranks, timeout / 60)

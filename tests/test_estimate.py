@@ -86,13 +86,19 @@ def config_of(directory: Path, model: dict[str, Any], **changes: Any) -> Config:
     return build_config(values, "test")
 
 
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One directory for all: a model file is run through once for each path that it has."""
+    return tmp_path_factory.mktemp("estimate")
+
+
 @pytest.mark.parametrize("again", [False, True], ids=["", "checkpointing"])
 @pytest.mark.parametrize("adapters", [False, True], ids=["full rank", "adapters"])
 @pytest.mark.parametrize("name", MODELS)
 def test_flops_are_those_that_torch_counts(
-    name: str, adapters: bool, again: bool, tmp_path: Path
+    name: str, adapters: bool, again: bool, place: Path
 ) -> None:
-    config = config_of(tmp_path, MODELS[name], again=again)
+    config = config_of(place, MODELS[name], again=again)
     model = build_model(config.model, 0)
     model.set_attn_implementation("eager")  # torch does not count the fused kernel of CPUs
     equip(model, config, adapters)
@@ -140,8 +146,8 @@ def test_the_ceiling_is_that_of_the_design(
     assert speedup_ceiling(full_rank_twin(config)) == 1
 
 
-def test_training_flops_add_up_over_phases_and_merges(tmp_path: Path) -> None:
-    config = config_of(tmp_path, LLAMA)  # merges after 50 and 80
+def test_training_flops_add_up_over_phases_and_merges(place: Path) -> None:
+    config = config_of(place, LLAMA)  # merges after 50 and 80
     full = flops_per_token(config, False).total * 256
     step = flops_per_token(config, True).total * 256
     merge = merge_flops(config)
@@ -170,7 +176,7 @@ def test_training_flops_add_up_over_phases_and_merges(tmp_path: Path) -> None:
 def test_a_model_file_that_changes_is_read_again(tmp_path: Path) -> None:
     one, two, three = (
         flops_per_token(config_of(tmp_path, {**LLAMA, "num_hidden_layers": n}), False).forward
-        for n in (3, 6, 9)
+        for n in (1, 2, 3)
     )
     head = 2 * 512 * 32
     assert three - two == two - one > 0
@@ -304,9 +310,9 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize(("stage", "precision", "adapters"), ENGINES)
 def test_each_part_is_that_of_a_real_engine(
-    stage: int, precision: str, adapters: bool, world: int, measured: Any, tmp_path: Path
+    stage: int, precision: str, adapters: bool, world: int, measured: Any, place: Path
 ) -> None:
-    parts = memory_by_part(engine_config(tmp_path, stage, precision, adapters), world, adapters)
+    parts = memory_by_part(engine_config(place, stage, precision, adapters), world, adapters)
     parts["remainder or host"] = parts["remainder"] + parts["host"]
     ranks = measured(world)[str((stage, precision, adapters))]
     names = ("weights", "masters", "moments", "gradients", "remainder or host")
@@ -320,9 +326,9 @@ def test_each_part_is_that_of_a_real_engine(
 
 @pytest.mark.parametrize(("stage", "precision", "adapters"), ENGINES)
 def test_traffic_is_that_of_two_ranks(
-    stage: int, precision: str, adapters: bool, measured: Any, tmp_path: Path
+    stage: int, precision: str, adapters: bool, measured: Any, place: Path
 ) -> None:
-    config = engine_config(tmp_path, stage, precision, adapters)
+    config = engine_config(place, stage, precision, adapters)
     expected = bytes_per_step(config, 2, adapters)
     for found in measured(2)[str((stage, precision, adapters))]:
         assert found["received"] == pytest.approx(expected, rel=0.05)
@@ -331,9 +337,9 @@ def test_traffic_is_that_of_two_ranks(
 
 @pytest.mark.parametrize("adapters", [False, True])
 def test_traffic_of_a_large_model_is_that_of_two_ranks(
-    adapters: bool, measured: Any, tmp_path: Path
+    adapters: bool, measured: Any, place: Path
 ) -> None:
-    config = engine_config(tmp_path, 3, "bf16", adapters, LARGE)
+    config = engine_config(place, 3, "bf16", adapters, LARGE)
     expected = bytes_per_step(config, 2, adapters)
     for found in measured(2)[str((3, "large", adapters))]:
         assert found["received"] == pytest.approx(expected, rel=0.05)
@@ -361,9 +367,9 @@ class Saved:
 @pytest.mark.parametrize("adapters", [False, True], ids=["full rank", "adapters"])
 @pytest.mark.parametrize("name", MODELS)
 def test_activations_are_what_autograd_saves(
-    name: str, adapters: bool, precision: str, tmp_path: Path
+    name: str, adapters: bool, precision: str, place: Path
 ) -> None:
-    config = config_of(tmp_path, MODELS[name], deepspeed={"precision": precision})
+    config = config_of(place, MODELS[name], deepspeed={"precision": precision})
     model = build_model(config.model, 0)
     equip(model, config, adapters)
     store_base_(model, precision_of(config.deepspeed.precision))
@@ -381,32 +387,32 @@ def test_activations_are_what_autograd_saves(
     assert kept.logits == saved.logits
 
 
-def test_checkpointing_keeps_inputs_of_blocks_and_one_block(tmp_path: Path) -> None:
-    plain = dry_run(config_of(tmp_path, LLAMA), False)
-    again = dry_run(config_of(tmp_path, LLAMA, again=True), False)
-    more = dry_run(config_of(tmp_path, {**LLAMA, "num_hidden_layers": 5}, again=True), False)
+def test_checkpointing_keeps_inputs_of_blocks_and_one_block(place: Path) -> None:
+    plain = dry_run(config_of(place, LLAMA), False)
+    again = dry_run(config_of(place, LLAMA, again=True), False)
+    more = dry_run(config_of(place, {**LLAMA, "num_hidden_layers": 5}, again=True), False)
     # Two blocks more cost two inputs of 2 × 32 tokens of 32 fp32 numbers.
     assert more.activations - again.activations == 2 * (2 * 32 * 32 * 4)
     assert again.activations < plain.activations
 
 
-def test_what_is_offloaded_leaves_the_device(tmp_path: Path) -> None:
+def test_what_is_offloaded_leaves_the_device(place: Path) -> None:
     section = {"zero_stage": 2, "precision": "bf16"}
-    config = config_of(tmp_path, LLAMA, deepspeed=section)
+    config = config_of(place, LLAMA, deepspeed=section)
     here = memory_by_part(config, 2, True)
     there = memory_by_part(
-        config_of(tmp_path, LLAMA, deepspeed={**section, "offload_optimizer": True}), 2, True
+        config_of(place, LLAMA, deepspeed={**section, "offload_optimizer": True}), 2, True
     )
     moved = ("gradients", "masters", "moments")
     assert [there[part] for part in moved] == [0, 0, 0]
     assert there["host"] - here["host"] == sum(here[part] for part in moved)
     relora = {"cycle_steps": 30, "rewarm_steps": 5, "remainder": "device"}
-    config = config_of(tmp_path, LLAMA, deepspeed=section, relora=relora)
+    config = config_of(place, LLAMA, deepspeed=section, relora=relora)
     assert memory_by_part(config, 2, True)["remainder"] == here["host"]
 
 
-def test_the_larger_phase_is_shown_and_peaks_below_the_sum(tmp_path: Path) -> None:
-    config = config_of(tmp_path, LLAMA)
+def test_the_larger_phase_is_shown_and_peaks_below_the_sum(place: Path) -> None:
+    config = config_of(place, LLAMA)
     phases = [peak_memory(config, 1, adapters) for adapters in (False, True)]
     assert peak_memory(config, 1) == max(phases)
     larger = phases[1] > phases[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -61,10 +62,18 @@ VALUES = {
 }
 
 
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One directory for all: a model file is run through once for each path that it has."""
+    return tmp_path_factory.mktemp("plan")
+
+
 @pytest.fixture
-def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A config of a tiny Llama, in the working directory."""
-    monkeypatch.chdir(tmp_path)
+def config(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A config of a tiny Llama, in the working directory, with nothing else in it."""
+    shutil.rmtree(place)
+    place.mkdir()
+    monkeypatch.chdir(place)
     Path("model.json").write_text(json.dumps(LLAMA))
     Path("config.yaml").write_text(yaml.safe_dump(VALUES))
     return Path("config.yaml")

@@ -21,6 +21,7 @@ from unittest import mock
 
 import pytest
 
+HERE = f"{Path(__file__).parent}/"
 NAMES = ("unit", "process", "launch", "slow", "gpu")
 TIERS = {
     # through a launcher: deepspeed's, `relora launch`, or a script of launch/
@@ -97,12 +98,13 @@ def _runs(code: CodeType) -> bool:
 
 def _reached(function: Any) -> list[Any]:
     """What a function names among its module's globals, and so on through the tests' helpers."""
-    found, ahead = [], [function]
+    found: dict[int, Any] = {}  # by identity: not all of it can be hashed
+    ahead = [function]
     while ahead:
         one = ahead.pop()
-        if any(one is other for other in found):
+        if id(one) in found:
             continue
-        found.append(one)
+        found[id(one)] = one
         if isinstance(one, type):
             ahead += [each for each in vars(one).values() if isinstance(each, FunctionType)]
         one = getattr(one, "__wrapped__", one)
@@ -115,7 +117,7 @@ def _reached(function: Any) -> list[Any]:
                 ahead += [vars(value)[each] for each in names if callable(vars(value).get(each))]
             elif callable(value):
                 ahead.append(value)
-    return found
+    return list(found.values())
 
 
 def _names(code: CodeType) -> set[str]:
@@ -124,7 +126,7 @@ def _names(code: CodeType) -> set[str]:
 
 
 def _of_the_tests(function: FunctionType) -> bool:
-    return Path(function.__code__.co_filename).parent == Path(__file__).parent
+    return function.__code__.co_filename.startswith(HERE)
 
 
 @contextlib.contextmanager
