@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -123,6 +124,19 @@ def _signals_stay_as_they_are() -> Iterator[None]:
     for number, handler in before.items():
         signal.signal(number, handler)
     assert after == before
+
+
+RANKS_VARIABLES = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
+
+
+@pytest.fixture(autouse=True)
+def _no_test_leaves_a_rank() -> Iterator[None]:
+    """Processes that later tests start would take themselves for it."""
+    yield
+    left = RANKS_VARIABLES & os.environ.keys()
+    for name in left:
+        del os.environ[name]
+    assert not left
 
 
 @pytest.fixture(scope="session")

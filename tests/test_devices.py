@@ -13,7 +13,7 @@ import torch
 
 from relora.engine import devices
 from relora.engine.devices import choose_devices
-from relora.engine.distributed import read_ranks
+from relora.engine.distributed import environment_kept, read_ranks
 from relora.errors import ConfigError
 from runs import Process, make_config, relora
 
@@ -157,7 +157,10 @@ def test_more_ranks_than_gpus_is_a_message_and_no_traceback(
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="2 ranks on this machine, and each sees 1 GPU "):
+    with (
+        environment_kept(),
+        pytest.raises(ConfigError, match="2 ranks on this machine, and each sees 1 GPU "),
+    ):
         read_ranks()
     assert relora("train", make_config(tmp_path / "run")) == 2
     assert "--gpus-per-node" in capsys.readouterr().err

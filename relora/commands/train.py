@@ -7,7 +7,13 @@ from pathlib import Path
 
 from relora.config import Config
 from relora.engine import deepspeed
-from relora.engine.distributed import is_lost_rank, read_rank, read_ranks, read_world
+from relora.engine.distributed import (
+    environment_kept,
+    is_lost_rank,
+    read_rank,
+    read_ranks,
+    read_world,
+)
 from relora.engine.launcher import speaks_for_machine
 from relora.engine.signals import handlers_kept
 from relora.errors import LostRankError
@@ -36,7 +42,8 @@ def train(config: Config, resume: str = "auto") -> int:
     Raises:
         UserError: a config, data, checkpoint or numbers that a user can mend; see its `code`.
     """
-    with handlers_kept():  # who called from Python goes on, and hears its own signals
+    # Who called from Python goes on, hears its own signals, and may start others.
+    with handlers_kept(), environment_kept():
         return _train(config, resume)
 
 

@@ -21,6 +21,15 @@ import torch.distributed as dist
 from relora.cores import threads_per_rank
 from relora.errors import ConfigError, UserError
 
+# The launcher's variables, as a process says them that has no launcher.
+ALONE = {
+    "RANK": "0",
+    "WORLD_SIZE": "1",
+    "LOCAL_RANK": "0",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "0",  # whatever is free: nobody else has to find it
+}
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -104,6 +113,19 @@ class Ranks:
             dist.barrier()
 
 
+@contextmanager
+def environment_kept() -> Iterator[None]:
+    """What a block adds to the launcher's variables goes with it: processes that are started later
+    would take themselves for ranks."""
+    before = {name: os.environ.get(name) for name in ALONE}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+
+
 def read_world() -> int:
     """World size as the launcher's environment says, before any process group exists."""
     return int(os.environ.get("WORLD_SIZE", "1"))
@@ -121,13 +143,7 @@ def read_ranks() -> Ranks:
     the machine's cores between its ranks when they compute on the CPU, unless OMP_NUM_THREADS or
     MKL_NUM_THREADS says how many threads a rank takes.
     """
-    for name, value in {
-        "RANK": "0",
-        "WORLD_SIZE": "1",
-        "LOCAL_RANK": "0",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "0",  # whatever is free: nobody else has to find it
-    }.items():
+    for name, value in ALONE.items():
         os.environ.setdefault(name, value)
     local_rank, world = int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"])
     # deepspeed's launcher says LOCAL_SIZE, torchrun LOCAL_WORLD_SIZE.
