@@ -175,10 +175,10 @@ def test_training_flops_add_up_over_phases_and_merges(place: Path) -> None:
 
 def test_a_model_file_that_changes_is_read_again(tmp_path: Path) -> None:
     one, two, three = (
-        flops_per_token(config_of(tmp_path, {**LLAMA, "num_hidden_layers": n}), False).forward
+        flops_per_token(config_of(tmp_path, {**LLAMA, "num_hidden_layers": n}), False).total
         for n in (1, 2, 3)
     )
-    head = 2 * 512 * 32
+    head = 3 * 2 * 512 * 32
     assert three - two == two - one > 0
     # Beside blocks and head, torch 2.6 counts the angles of the positions.
     assert 0 <= one - head - (two - one) < 8
