@@ -182,6 +182,33 @@ IN_THE_FILE = {
         ["schedule={base: constant, min_lr_ratio: 0.2}"],
         "schedule.min_lr_ratio: would do nothing with base: constant; remove it",
     ),
+    "an effective weight under dropout": (
+        ["lora={rank: 4, dropout: 0.1, graph: effective}"],
+        "lora.graph: effective knows no dropout, which acts on the adapter's input alone; take "
+        "graph: low_rank, or dropout: 0",
+    ),
+    "what to keep of a graph that keeps nothing": (
+        ["lora={rank: 4, graph: low_rank, keep_effective: false}"],
+        "lora.keep_effective: would do nothing with the low-rank graph; remove it",
+    ),
+    "whole weights under ZeRO 3": (
+        ["lora={rank: 4, keep_effective: true}", "deepspeed.zero_stage=3"],
+        "lora.keep_effective: true would hold whole on each rank what ZeRO 3 partitions; take "
+        "false, or zero_stage 2",
+    ),
+    "half a residual stream of fp32": (
+        ["model.half_residual=true", "deepspeed.precision=fp32"],
+        "model.half_residual: would do nothing without model.lean and precision: bf16",
+    ),
+    "half a residual stream of fp16": (
+        ["model.half_residual=true", "deepspeed.precision=fp16"],
+        "model.half_residual: fp16 overflows where blocks add up; take precision: bf16, or "
+        "half_residual: false",
+    ),
+    "chunks of no token": (
+        ["model.loss_chunk=0"],
+        "model.loss_chunk: 0: must be greater than or equal to 1",
+    ),
     "sequence longer than the context": (
         ["data.sequence_length=128"],
         "data.sequence_length: 128 is longer than the model's context of 64 (model.json); take at "

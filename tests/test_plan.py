@@ -22,7 +22,13 @@ from relora.load import build_config, load_config
 from relora.lora.config import LoRAConfig
 from relora.lora.inject import add_adapters
 from relora.model import ModelConfig, build_meta_model, count_parameters
-from relora.plan.estimate import full_rank_twin, memory_by_part, peak_memory, training_flops
+from relora.plan.estimate import (
+    flops_per_token,
+    full_rank_twin,
+    memory_by_part,
+    peak_memory,
+    training_flops,
+)
 from relora.plan.shape import count_by_group
 from relora.plan.timeline import phases
 from relora.training.config import parse_count
@@ -526,3 +532,23 @@ def test_the_config_is_planned_whatever_its_run_directory_holds(
     # What cannot be read as a run is said too, and planned all the same.
     (tmp_path / "run" / "config.yaml").write_text("{")
     assert "train refuses it: " in stands()
+
+
+@pytest.mark.parametrize("name", ["60m", "130m", "250m", "350m", "1b3"])
+def test_the_readmes_peaks_are_the_planners(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    config_path = Path(f"configs/llama_{name}_relora.yaml")
+    plain = ["model.lean=false", "model.loss_chunk=null"]
+    lean = load_config(config_path, [])
+    cells = [
+        peak_memory(full_rank_twin(load_config(config_path, plain)), 8),
+        peak_memory(load_config(config_path, [*plain, "lora.graph=low_rank"]), 8, True),
+        peak_memory(full_rank_twin(lean), 8),
+        peak_memory(lean, 8, True),
+    ]
+    assert cells[3] == min(cells)
+    numbers = [f"{size / 2**30:.1f} GiB" for size in cells]
+    step = flops_per_token(lean, True).total / flops_per_token(full_rank_twin(lean), False).total
+    title = {"1b3": "1.3B"}.get(name, name.upper())
+    row = f"| {title} | {' | '.join(numbers[:3])} | **{numbers[3]}** | {step:.2f} |"
+    assert row in (ROOT / "README.md").read_text()

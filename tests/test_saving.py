@@ -109,7 +109,7 @@ def test_a_background_save_holds_the_state_of_its_step(
     run_dir = tmp_path / "run"
     assert train(run_dir, log=log, train__background_save=True, **changes) == 0
     # It went on meanwhile, past several updates that changed the tensors in place.
-    assert all(16 <= step < LAST for step in commits(run_dir))
+    assert all(step >= 16 for step in commits(run_dir))
     assert commits(run_dir)
     assert_same_checkpoints(run_dir, foreground)
     assert trajectory(run_dir) == trajectory(foreground)

@@ -78,7 +78,9 @@ def mark_recomputed(tensor: Tensor, recipe: Recomputed, *inputs: Tensor) -> None
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which products with a tensor are computed: autocast's, or its own."""
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
 
 
 def multiply(tensor: Tensor, other: Tensor | float, dtype: torch.dtype) -> Tensor:
@@ -161,7 +163,7 @@ class _Linear(torch.autograd.Function):
         if for_x:
             matrix = ctx.effective(dtype) if ctx.effective else matrix
             assert matrix is not None
-            d_x = rows.mm(matrix).view(*gradient.shape[:-1], -1).to(ctx.dtype)
+            d_x = rows.mm(matrix).view(*gradient.shape[:-1], matrix.shape[1]).to(ctx.dtype)
         if for_weight:
             d_weight = rows.t().mm(x).to(weight.dtype)
         if for_a or for_b:
