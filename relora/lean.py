@@ -87,7 +87,7 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         return multiply(normed, weight, dtype), normed, inverse
 
     recipe = Recomputed(make)
-    output: Tensor = _RMSNorm.apply(x, weight, recipe)
+    output: Tensor = _RMSNorm.apply(recipe, x, weight)
     mark_recomputed(output, recipe, x, weight)
     return output
 
@@ -95,7 +95,7 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) · up; keeps both and not the product."""
     recipe = Recomputed(_swiglu)
-    output: Tensor = _SwiGLU.apply(gate, up, recipe)
+    output: Tensor = _SwiGLU.apply(recipe, gate, up)
     mark_recomputed(output, recipe, gate, up)
     return output
 
@@ -105,46 +105,46 @@ def _swiglu(gate: Tensor, up: Tensor) -> tuple[Tensor, ...]:
     return active * up, active
 
 
-class _RMSNorm(torch.autograd.Function):
+class _Recomputing(torch.autograd.Function):
+    """Keeps its inputs alone; what a recipe makes of them is made again in the backward pass."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, recipe: Recomputed) -> Tensor:
-        ctx.save_for_backward(x, weight)
+    def forward(ctx: Any, recipe: Recomputed, *inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(*inputs)
         ctx.recipe = recipe
-        output = recipe.again(x, weight)[0]
+        output = recipe.again(*inputs)[0]
         recipe.forget()
         return output
 
     @staticmethod
+    def made(ctx: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """(the inputs, what the recipe makes), for the last that needs them."""
+        inputs = ctx.saved_tensors  # once: gradient checkpointing makes them at that moment
+        made = ctx.recipe.again(*inputs)
+        ctx.recipe.forget()
+        return inputs, made
+
+
+class _RMSNorm(_Recomputing):
+    @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        _, normed, inverse = ctx.recipe.again(x, weight)
-        ctx.recipe.forget()
+        (x, weight), (_, normed, inverse) = _Recomputing.made(ctx)
         product = gradient * normed
         d_weight = product.flatten(0, -2).sum(0).to(weight.dtype)
         total = (product @ weight.to(product.dtype)).unsqueeze_(-1)
         d_x = gradient * weight.to(normed.dtype)
         d_x = d_x.addcmul_(normed, total, value=-1 / x.shape[-1]).mul_(inverse)
-        return d_x.to(x.dtype), d_weight, None
+        return None, d_x.to(x.dtype), d_weight
 
 
-class _SwiGLU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, recipe: Recomputed) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        ctx.recipe = recipe
-        output = recipe.again(gate, up)[0]
-        recipe.forget()
-        return output
-
+class _SwiGLU(_Recomputing):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        gate, up = ctx.saved_tensors
-        _, active = ctx.recipe.again(gate, up)
-        ctx.recipe.forget()
+        (gate, up), (_, active) = _Recomputing.made(ctx)
         d_gate = torch.ops.aten.silu_backward(gradient * up, gate)
-        return d_gate, gradient * active, None
+        return None, d_gate, gradient * active
 
 
 def make_lean(
