@@ -64,6 +64,24 @@ def _add_training_verbs(verbs: Verbs) -> None:
         help="of the whole job, all ranks together: gives hours and GPU-hours",
     )
 
+    bench = _verb(
+        verbs,
+        "bench",
+        "time a step of each method here, interleaved, on random tokens: one process, no data",
+        "relora bench configs/llama_60m_relora.yaml batch.micro_batch_size=4 --rounds 9",
+    )
+    _config(bench)
+    bench.add_argument(
+        "--arms",
+        dest="names",
+        nargs="+",
+        metavar="ARM",
+        help="of full, full-lean, published, relora, relora-frozen-a (all), to compare with the "
+        "first",
+    )
+    bench.add_argument("--rounds", type=_few, default=9, metavar="N")
+    bench.add_argument("--to", type=Path, metavar="FILE", help="write the figures there, as JSON")
+
     prepare = _verb(
         verbs,
         "prepare",
@@ -258,13 +276,16 @@ def _with_config(verb: str, arguments: dict[str, Any]) -> dict[str, Any]:
     path, overrides = arguments["config"], arguments["overrides"]
     checked = {name: value for name, value in arguments.items() if name != "overrides"}
     checked["config"] = config = load_config(path, overrides)
-    if verb in ("plan", "launch", "arms"):
+    if verb in ("plan", "bench", "launch", "arms"):
         checked["given"] = [str(path), *overrides]
     if verb == "plan":
         check_world(config, arguments["devices"])
-        png = arguments["png"]
-        if png is not None and (not png.parent.is_dir() or png.is_dir()):
-            raise ConfigError(f"--png {png}: {png.parent} is no directory, or {png.name} is one")
+    for option in ("png", "to") if verb in ("plan", "bench") else ():
+        path = arguments.get(option)
+        if path is not None and (not path.parent.is_dir() or path.is_dir()):
+            raise ConfigError(
+                f"--{option} {path}: {path.parent} is no directory, or {path.name} is one"
+            )
     return checked
 
 

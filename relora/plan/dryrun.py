@@ -132,7 +132,7 @@ def _run(model_config: ModelConfig, lora: str, step: Step, masks: bool) -> Kept:
         tally.done = True
         if model_config.gradient_checkpointing:
             model.gradient_checkpointing_enable()
-        passes = [FlopCounterMode(display=False, custom_mapping=_formulas()) for _ in range(2)]
+        passes = [FlopCounterMode(display=False, custom_mapping=flop_formulas()) for _ in range(2)]
         with context, passes[0]:
             loss = model(input_ids=tokens, labels=tokens).loss
         with passes[1]:
@@ -151,7 +151,7 @@ def _run(model_config: ModelConfig, lora: str, step: Step, masks: bool) -> Kept:
     return tally.kept(forward, backward, _left_out(model, model_config))
 
 
-def _formulas() -> dict[Any, Any]:
+def flop_formulas() -> dict[Any, Any]:
     """FLOPs of products that torch's counter does not know, or takes for others."""
 
     def forward(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
