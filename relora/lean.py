@@ -217,7 +217,9 @@ def make_lean(
     modules: list[Any] = list(model.modules())
     norms = [m for m in modules if blocks and _is_rms_norm(m)]
     mlps = [m for m in modules if blocks and _is_swiglu_mlp(m)]
-    attentions = [m for m in modules if blocks and _turns(type(m))]
+    kinds: set[Any] = {type(m) for m in modules} if blocks else set()
+    turning = {kind: _turning(kind) for kind in kinds if _turns(kind)}
+    attentions = [m for m in modules if type(m) in turning]
     head: Any = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     chunked = loss_chunk is not None and head is not None and _is_plain_loss(model)
     for norm in norms:
@@ -225,7 +227,7 @@ def make_lean(
     for mlp in mlps:
         _mix_in(mlp, LeanMLP)
     for attention in attentions:
-        attention.__class__ = _turning(type(attention))
+        attention.__class__ = turning[type(attention)]
     for module in modules if norms or mlps else ():
         if type(module) is nn.Linear and module is not head:
             module.__class__ = LeanLinear
@@ -261,7 +263,6 @@ def _turning(plain: Any) -> Any:
     return type(plain.__name__, (plain,), {"__module__": plain.__module__, "forward": forward})
 
 
-@cache
 def _turns(kind: Any) -> bool:
     """Whether a class turns queries and keys by a function that gives what `rotate` does."""
     code = getattr(kind.forward, "__code__", None)

@@ -24,9 +24,8 @@ def store_base_(model: nn.Module, formats: precision.Precision) -> None:
     """
     if not formats.is_deepspeeds:
         for _, layer in adapted_layers(model):
-            for param in (layer.weight, layer.lora_A):
-                if not param.requires_grad:
-                    param.data = param.data.to(precision.dtype_of(formats.base))
+            for param in layer.frozen():
+                param.data = param.data.to(precision.dtype_of(formats.base))
 
 
 def decode(live: Tensor, remainder: Tensor | None) -> Tensor:

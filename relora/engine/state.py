@@ -17,7 +17,7 @@ from relora.engine.codec import REMAINDER_DTYPE
 from relora.engine.sources import Source, Tensors
 from relora.engine.views import MOMENTS, ParameterView, live_of, trainable_views
 from relora.errors import ConfigError
-from relora.lora.layers import adapted_layers
+from relora.lora.layers import parameter_roles
 
 
 class EngineState:
@@ -56,7 +56,7 @@ class EngineState:
             _check_plain(self.model, optimizer)
         trainable = trainable_views(wrapper)
         self.by_name: dict[str, ParameterView] = {}
-        factors = {id(layer.lora_A) for _, layer in adapted_layers(self.model)}
+        roles = parameter_roles(self.model)
         for name, param in self.model.named_parameters():
             live, live_start, shape = live_of(param)
             master, start, count, flat, offset = trainable.get(param, (None, 0, 0, None, 0))
@@ -65,7 +65,7 @@ class EngineState:
             view = ParameterView(
                 name, param, shape, live, live_start, master, start, count, flat, offset
             )
-            completed = not param.requires_grad and id(param) not in factors
+            completed = not param.requires_grad and roles[name] != "A"
             if remainder and completed and live.dtype == torch.bfloat16:
                 device = live.device if remainder == "device" else torch.device("cpu")
                 view.remainder = torch.zeros_like(live, dtype=REMAINDER_DTYPE, device=device)

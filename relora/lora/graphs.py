@@ -127,6 +127,9 @@ def _source(x: Tensor, dtype: torch.dtype) -> tuple[_Source, Tensor]:
     if x.dtype == dtype:
         plain = x.detach()
         return getattr(x, _SOURCE, None) or _Source((plain,)), plain
+    if x.is_inference():  # nobody would see it change
+        cast = x.to(dtype)
+        return _Source((cast,)), cast
     known = getattr(x, _CAST, None)
     if known is None or known[0] != x._version or known[1].dtype != dtype:
         known = (x._version, x.detach().to(dtype))

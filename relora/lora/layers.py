@@ -103,6 +103,10 @@ class AdaptedLayer(nn.Module):
         self.keeps_effective = False
         self.made = None
 
+    def frozen(self) -> list[Tensor]:
+        """The parameters that change at restarts alone: the weight, and A if it does not train."""
+        return [self.weight] if self.lora_A.requires_grad else [self.weight, self.lora_A]
+
     def choose_graph_(
         self,
         graph: Literal["auto", "low_rank", "effective"],
