@@ -11,7 +11,7 @@ import functools
 import inspect
 import textwrap
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -73,20 +73,20 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> list[str]:
                 f"lora.rank: {config.rank} is beyond the smaller dimension of {name} "
                 f"{tuple(linear[name].weight.shape)}; take at most {smaller}"
             )
-    find_shared({name: _matrix_of(linear[name]).shape[1] for name in chosen}, config)
+    find_shared(model, chosen, config)
     return chosen
 
 
-def find_shared(inputs: Mapping[str, int], config: LoRAConfig) -> dict[str, str]:
+def find_shared(model: nn.Module, targets: Sequence[str], config: LoRAConfig) -> dict[str, str]:
     """For each layer that shares its A, the first of those that it shares it with.
 
     Args:
-        inputs: number of input features of every layer with an adapter, by name, in the model's
-            order.
+        targets: names of the layers that get adapters, or have them, in the model's order.
 
     Raises:
         ConfigError: a name in `share_a` that no such layer has; layers with other inputs.
     """
+    inputs = {name: _matrix_of(model.get_submodule(name)).shape[1] for name in targets}
     found: dict[str, str] = {}
     for group in config.share_a or ():
         for last in group:

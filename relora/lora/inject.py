@@ -55,8 +55,7 @@ def add_adapters(
         layer.add_lora_(config.rank, config.scale, config.dropout, config.train == "both")
         layer.choose_graph_(config.graph, config.keep_effective, tokens, micro_batches)
     adapted: Any = {name: model.get_submodule(name) for name in names}
-    inputs = {name: layer.lora_A.shape[1] for name, layer in adapted.items()}
-    for name, first in find_shared(inputs, config).items():
+    for name, first in find_shared(model, names, config).items():
         adapted[name].shared_a = names_of(first).a
     if seed is not None:
         for name, layer in adapted.items():

@@ -79,19 +79,21 @@ def speedup_ceiling(config: Config) -> float:
     """How much faster than in full rank a step with adapters can be at best, by arithmetic.
 
     At best one product with W + s·B·A, formed once a micro-batch, serves the forward pass and one
-    the gradient of the input; A and B then take 4r(m + n) a token, B alone 2r(m + n), where a
-    full-rank weight's own gradient takes 2mn.
+    the gradient of the input; A and B then take 4r(m + n) a token, B alone 2r(m + n) or, where
+    another layer of the same A has multiplied the input with it, 2rm. A full-rank weight's own
+    gradient takes 2mn.
     """
     lora = config.lora
     if lora is None:
         return 1.0
-    products = (4 if lora.train == "both" else 2) * lora.rank
+    factor = (4 if lora.train == "both" else 2) * lora.rank
     # Fewer uses than one a token where it goes through few experts, two of a layer that is shared.
     layers = zip(shape_of(config).matrices, dry_run(config, False).uses, strict=True)
     adapted = [(m, uses) for m, uses in layers if m.adapted]
     full = flops_per_token(config, False).total
     saved = sum(
-        uses * (2 * m.inputs * m.outputs - products * (m.inputs + m.outputs)) for m, uses in adapted
+        uses * (2 * m.inputs * m.outputs - factor * (m.outputs + m.inputs * (not m.shares_a)))
+        for m, uses in adapted
     )
     return full / (full - saved)
 

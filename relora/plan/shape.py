@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from relora.config import Config
-from relora.lora.choose import find_targets
+from relora.lora.choose import find_shared, find_targets
 from relora.lora.config import LoRAConfig
 from relora.lora.layers import kind_of, parameter_roles
 from relora.model import ModelConfig, build_meta_model, find_model_directory
@@ -21,6 +21,7 @@ class Matrix(NamedTuple):
     inputs: int
     outputs: int
     adapted: bool  # has A and B beside it once adapters are born
+    shares_a: bool = False  # with another, which multiplies their input with it
 
 
 class Shape(NamedTuple):
@@ -66,15 +67,18 @@ def model_key(config: Config) -> tuple[ModelConfig, str, str]:
 @cache
 def _shape(model_config: ModelConfig, content: str, lora: str) -> Shape:
     model = build_meta_model(model_config)
-    targets = find_targets(model, LoRAConfig.model_validate_json(lora)) if lora else []
+    config = LoRAConfig.model_validate_json(lora) if lora else None
+    targets = find_targets(model, config) if config else []
     adapted = {id(model.get_submodule(name)) for name in targets}
+    shared = find_shared(model, targets, config) if config else {}
+    shares = {id(model.get_submodule(name)) for name, first in shared.items() if name != first}
     linear = linear_modules(model)
     matrices = []
     for module in linear:
         kind = kind_of(module)
         assert kind is not None
         outputs, inputs = kind.matrix(module.weight).shape
-        matrices.append(Matrix(inputs, outputs, id(module) in adapted))
+        matrices.append(Matrix(inputs, outputs, id(module) in adapted, id(module) in shares))
     frozen = {id(m.weight) for m in linear if id(m) in adapted}
     return Shape(
         tuple(matrices),
