@@ -2,6 +2,7 @@
 
     RMSNorm    y = w · x / √(mean(x²) + ε)     keeps x, and writes y once, in the products' dtype
     SwiGLU     z = silu(g) · u                  keeps g and u
+    rotary     y = x · cos + rotated x · sin    keeps cos and sin, and rounds y once
     linear     y Wᵀ                             keeps nothing of y and z: see `graphs.Recomputed`
 
 Of a model of transformers the modules that compute these are found by trying them, whatever they
@@ -10,7 +11,9 @@ are called; what computes anything else stays as it is. Parameters keep their na
 
 from __future__ import annotations
 
+import contextlib
 from functools import cache
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -23,12 +26,15 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from relora.lora.graphs import Recomputed, compute_dtype, linear, mark_recomputed, multiply
 from relora.loss import ChunkedHead, ChunkedModel
 
+ROTARY = "apply_rotary_pos_emb"  # what transformers' modules call, by its name in their files
+
 
 class Lean(NamedTuple):
     """What of a model was made to keep less."""
 
     norms: int
     mlps: int
+    rotary: int
     loss: bool
 
 
@@ -147,6 +153,50 @@ class _SwiGLU(_Recomputing):
         return None, d_gate, gradient * active
 
 
+def rotate(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *_: Any, unsqueeze_dim: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Queries and keys (…, D) turned by their positions, in the dtype of products.
+
+    Args:
+        cos, sin: without the axis `unsqueeze_dim`; they have no gradient.
+    """
+    turn = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+    return _Rotation.apply(q, *turn), _Rotation.apply(k, *turn)
+
+
+class _Rotation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.dtype = x.dtype
+        own = compute_dtype(x)
+        dtype = own if own != x.dtype else torch.result_type(x, cos)
+        first, second = sin.chunk(2, dim=-1)
+        return _turned(x, cos, first, second, -1, dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        first, second = sin.chunk(2, dim=-1)
+        return _turned(gradient, cos, second, first, 1, ctx.dtype), None, None
+
+
+def _turned(
+    x: Tensor, cos: Tensor, first: Tensor, second: Tensor, sign: int, dtype: torch.dtype
+) -> Tensor:
+    """(x₁ cos₁ + sign · x₂ first, x₂ cos₂ − sign · x₁ second) for the halves x₁, x₂ of the last
+    axis, rounded once."""
+    product = x * cos
+    output = torch.empty_like(product, dtype=dtype)
+    halves = zip(*(tensor.chunk(2, dim=-1) for tensor in (product, output)), strict=True)
+    others = (x.chunk(2, dim=-1)[1], first, sign), (x.chunk(2, dim=-1)[0], second, -sign)
+    for (own, into), (other, factor, value) in zip(halves, others, strict=True):
+        torch.addcmul(own, other, factor, value=value, out=into)
+    return output
+
+
 def make_lean(
     model: nn.Module,
     blocks: bool = True,
@@ -156,7 +206,7 @@ def make_lean(
     """Let a model keep less for its backward pass, in place; before adapters are added.
 
     Args:
-        blocks: norms and MLPs make again what they give.
+        blocks: norms and MLPs make again what they give, and rotary embeddings take fewer passes.
         loss_chunk: tokens that the output head and the loss are computed for at a time, None for
             all. Only where logits are what the head gives, and the loss is their cross-entropy.
         residual: dtype of what the blocks add to, if other than that of the embeddings.
@@ -164,15 +214,21 @@ def make_lean(
     Returns:
         What was found to be one of these.
     """
-    norms = [m for m in model.modules() if blocks and _is_rms_norm(m)]
-    mlps = [m for m in model.modules() if blocks and _is_swiglu_mlp(m)]
+    modules: list[Any] = list(model.modules())
+    norms = [m for m in modules if blocks and _is_rms_norm(m)]
+    mlps = [m for m in modules if blocks and _is_swiglu_mlp(m)]
+    kinds: set[Any] = {type(m) for m in modules} if blocks else set()
+    turning = {kind: _turning(kind) for kind in kinds if _turns(kind)}
+    attentions = [m for m in modules if type(m) in turning]
     head: Any = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     chunked = loss_chunk is not None and head is not None and _is_plain_loss(model)
     for norm in norms:
         _mix_in(norm, LeanRMSNorm)
     for mlp in mlps:
         _mix_in(mlp, LeanMLP)
-    for module in model.modules() if norms or mlps else ():
+    for attention in attentions:
+        attention.__class__ = turning[type(attention)]
+    for module in modules if norms or mlps else ():
         if type(module) is nn.Linear and module is not head:
             module.__class__ = LeanLinear
     if residual is not None and norms:
@@ -183,7 +239,7 @@ def make_lean(
         _mix_in(head, ChunkedHead)
         head.loss_chunk = loss_chunk
         _mix_in(model, ChunkedModel)
-    return Lean(len(norms), len(mlps), chunked)
+    return Lean(len(norms), len(mlps), len(attentions), chunked)
 
 
 @cache
@@ -195,6 +251,40 @@ def _mixed(lean: Any, plain: Any) -> Any:
 def _mix_in(module: nn.Module, lean: Any) -> None:
     plain: Any = type(module)
     module.__class__ = _mixed(lean, plain)
+
+
+@cache
+def _turning(plain: Any) -> Any:
+    """A class whose forward pass is that of another, but for how it turns queries and keys."""
+    own = plain.forward
+    world = {**own.__globals__, ROTARY: rotate}
+    forward = FunctionType(own.__code__, world, own.__name__, own.__defaults__, own.__closure__)
+    forward.__kwdefaults__ = own.__kwdefaults__
+    return type(plain.__name__, (plain,), {"__module__": plain.__module__, "forward": forward})
+
+
+def _turns(kind: Any) -> bool:
+    """Whether a class turns queries and keys by a function that gives what `rotate` does."""
+    code = getattr(kind.forward, "__code__", None)
+    if code is None or ROTARY not in code.co_names:
+        return False
+    function: Any = kind.forward.__globals__.get(ROTARY)
+    with _disable_current_modes(), torch.device("cpu"), torch.no_grad():
+        q, k = (torch.linspace(-1, n, 48).view(2, 2, 3, 4).sin() for n in (2, 3))
+        for dim, shape in ((1, (2, 3, 4)), (2, (2, 2, 4))):
+            cos, sin = (torch.linspace(-2, n, 4 * shape[0] * shape[1]).view(shape) for n in (1, 4))
+            expected = rotate(q, k, cos, sin, unsqueeze_dim=dim)
+            try:
+                found = function(q, k, cos, sin, unsqueeze_dim=dim)
+                alike = all(map(torch.allclose, found, expected))
+            except Exception:  # whatever else it may want, it is another function
+                return False
+            if not alike:
+                return False
+        with contextlib.suppress(RuntimeError):
+            function(q, k, cos[..., :2], sin[..., :2], unsqueeze_dim=2)
+            return False  # it turns a part of each head, as long as cos and sin are
+    return True
 
 
 def _is_rms_norm(module: Any) -> bool:

@@ -113,6 +113,12 @@ class Method:
     share: float = 0.9  # of the moments of A and B that a reset zeroes, by magnitude
     adam_step: bool = False
     merged_decay: bool = False  # weight decay acts on W + s·B·A: so on W and B, and not on A
+    trains_a: bool = True
+    drawn_as: Mapping[str, str] = field(default_factory=dict)  # the layer that A is drawn for
+
+    def key(self, target: str) -> str:
+        """The name under which a layer's A is drawn."""
+        return f"{self.drawn_as.get(target, target)}.lora_A"
 
     def learning_rate(self, t: int) -> float:
         """Of the update that follows t finished ones."""
@@ -215,11 +221,12 @@ def give_birth_(state: State, targets: list[str], method: Method, draw: Callable
     for target in targets:
         out_features, in_features = state.values[f"{target}.weight"].shape
         del state.moments[f"{target}.weight"]
-        a = draw((method.rank, in_features), 0, f"{target}.lora_A").double()
+        a = draw((method.rank, in_features), 0, method.key(target)).double()
         b = torch.zeros(out_features, method.rank, dtype=torch.float64)
         for name, tensor in {"lora_A": a, "lora_B": b}.items():
             state.values[f"{target}.{name}"] = tensor
-            state.moments[f"{target}.{name}"] = Moments(tensor * 0, tensor * 0)
+            if name == "lora_B" or method.trains_a:
+                state.moments[f"{target}.{name}"] = Moments(tensor * 0, tensor * 0)
 
 
 def update_(
@@ -259,9 +266,9 @@ def restart_(
     for target in targets:
         a, b = f"{target}.lora_A", f"{target}.lora_B"
         state.values[f"{target}.weight"] = effective(state.values, target, method.scale)
-        state.values[a] = draw(tuple(state.values[a].shape), number, a).double()
+        state.values[a] = draw(tuple(state.values[a].shape), number, method.key(target)).double()
         state.values[b] = torch.zeros_like(state.values[b])
-        for name in (a, b):
+        for name in (a, b) if method.trains_a else (b,):
             gaps.append(reset_by_magnitude_(state.moments[name], method.share))
             if method.adam_step:
                 state.moments[name].steps = 0

@@ -84,6 +84,15 @@ def test_a_stop_leaves_no_trace(stops: tuple[int, ...], undisturbed: Path, tmp_p
         (1, {"deepspeed__precision": "bf16", "lora__dropout": 0.1}),
         (3, {"deepspeed__precision": "bf16", "model__gradient_checkpointing": True}),
         (0, {"lora__dropout": 0.3, "relora__reset": {"mode": "random", "adam_step": True}}),
+        (
+            2,
+            {
+                "deepspeed__precision": "bf16",
+                "lora__train": "b",
+                "lora__share_a": [["gate_proj", "up_proj"]],
+            },
+        ),
+        (3, {"deepspeed__precision": "bf16", "lora__train": "b"}),
         (2, {"lora__decay": "merged"}),  # 15 is inside a cycle: the frozen weights have decayed
     ],
     ids=lambda value: str(value).replace("__", "."),

@@ -17,13 +17,15 @@ REMAINDER_DTYPE = precision.dtype_of(precision.REMAINDER)
 
 @torch.no_grad()
 def store_base_(model: nn.Module, formats: precision.Precision) -> None:
-    """Cast the weights that adapters freeze to the dtype that the forward pass reads.
+    """Cast the weights that adapters freeze, and A if it does not train, to the dtype that the
+    forward pass reads.
 
     DeepSpeed's own engine is given fp32, and casts by itself.
     """
     if not formats.is_deepspeeds:
         for _, layer in adapted_layers(model):
-            layer.weight.data = layer.weight.data.to(precision.dtype_of(formats.base))
+            for param in layer.frozen():
+                param.data = param.data.to(precision.dtype_of(formats.base))
 
 
 def decode(live: Tensor, remainder: Tensor | None) -> Tensor:

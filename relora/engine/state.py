@@ -17,6 +17,7 @@ from relora.engine.codec import REMAINDER_DTYPE
 from relora.engine.sources import Source, Tensors
 from relora.engine.views import MOMENTS, ParameterView, live_of, trainable_views
 from relora.errors import ConfigError
+from relora.lora.layers import parameter_roles
 
 
 class EngineState:
@@ -27,8 +28,8 @@ class EngineState:
             adapters in it.
         optimizer: that of the model, of Adam's family, made after the adapters; an engine has its
             own.
-        remainder: where to keep a remainder of every frozen bf16 parameter: `host`, `device`, or
-            None for nowhere.
+        remainder: where to keep a remainder of every frozen bf16 weight: `host`, `device`, or None
+            for nowhere. An A that does not train has none: its value is what forward passes read.
 
     Raises:
         ConfigError: the optimizer is none whose state is known here, or lacks a parameter that is
@@ -55,6 +56,7 @@ class EngineState:
             _check_plain(self.model, optimizer)
         trainable = trainable_views(wrapper)
         self.by_name: dict[str, ParameterView] = {}
+        roles = parameter_roles(self.model)
         for name, param in self.model.named_parameters():
             live, live_start, shape = live_of(param)
             master, start, count, flat, offset = trainable.get(param, (None, 0, 0, None, 0))
@@ -63,7 +65,8 @@ class EngineState:
             view = ParameterView(
                 name, param, shape, live, live_start, master, start, count, flat, offset
             )
-            if remainder and not param.requires_grad and live.dtype == torch.bfloat16:
+            completed = not param.requires_grad and roles[name] != "A"
+            if remainder and completed and live.dtype == torch.bfloat16:
                 device = live.device if remainder == "device" else torch.device("cpu")
                 view.remainder = torch.zeros_like(live, dtype=REMAINDER_DTYPE, device=device)
             self.by_name[name] = view

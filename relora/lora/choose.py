@@ -11,6 +11,7 @@ import functools
 import inspect
 import textwrap
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -72,7 +73,40 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> list[str]:
                 f"lora.rank: {config.rank} is beyond the smaller dimension of {name} "
                 f"{tuple(linear[name].weight.shape)}; take at most {smaller}"
             )
+    find_shared({name: _matrix_of(linear[name]).shape[1] for name in chosen}, config)
     return chosen
+
+
+def find_shared(inputs: Mapping[str, int], config: LoRAConfig) -> dict[str, str]:
+    """For each layer that shares its A, the first of those that it shares it with.
+
+    Args:
+        inputs: number of input features of every layer with an adapter, by name, in the model's
+            order.
+
+    Raises:
+        ConfigError: a name in `share_a` that no such layer has; layers with other inputs.
+    """
+    found: dict[str, str] = {}
+    for group in config.share_a or ():
+        for last in group:
+            if not any(name.rpartition(".")[2] == last for name in inputs):
+                raise ConfigError(
+                    f"lora.share_a: {last!r} is the last part of no adapted layer's name; there "
+                    f"are: {', '.join(sorted({name.rpartition('.')[2] for name in inputs}))}"
+                )
+        first: dict[str, str] = {}
+        for name, size in inputs.items():
+            owner, _, last = name.rpartition(".")
+            if last not in group:
+                continue
+            found[name] = first.setdefault(owner, name)
+            if size != inputs[found[name]]:
+                raise ConfigError(
+                    f"lora.share_a: {name} has {size} inputs and {found[name]} "
+                    f"{inputs[found[name]]}, so they cannot have the same A; take one of them out"
+                )
+    return found
 
 
 def left_in_full(model: nn.Module, config: LoRAConfig) -> list[Left]:

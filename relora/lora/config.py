@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from relora.section import Section
 
@@ -20,6 +20,14 @@ class LoRAConfig(Section):
     # blocks, that is every linear layer but the output head.
     targets: list[str] | None = Field(default=None, min_length=1)
 
+    # Which factors train between restarts. With b, A stays as it was drawn until the next restart:
+    # it has no gradient and no optimizer state, and lies in the base weights' precision.
+    train: Literal["both", "b"] = "both"
+    # With train: b, layers of one block that read the same input may have the same A, by lists of
+    # last parts of names such as [[q_proj, k_proj, v_proj], [gate_proj, up_proj]]; what A makes of
+    # the input is then computed and kept once for all of a list.
+    share_a: list[list[str]] | None = Field(default=None, min_length=1)
+
     # How adapted layers are computed, see `graphs`: through r features beside the base's output, or
     # with W + s·B·A in its place. The same function, and other products; auto takes the fewer.
     graph: Literal["auto", "low_rank", "effective"] = "auto"
@@ -34,6 +42,17 @@ class LoRAConfig(Section):
     # What optimizer.weight_decay acts on: A and B, each by itself, or W + s·B·A as a whole, as in
     # full-rank training. Neither touches norms and biases.
     decay: Literal["factors", "merged"] = "factors"
+
+    @model_validator(mode="after")
+    def _shares_what_does_not_train(self) -> LoRAConfig:
+        if self.share_a is None:
+            return self
+        if self.train == "both":
+            raise ValueError("share_a wants train: b, since an A that trains is its layer's own")
+        names = [name for group in self.share_a for name in group]
+        if len(set(names)) < len(names) or min(map(len, self.share_a)) < 2:
+            raise ValueError("share_a wants lists of two names or more, each name once")
+        return self
 
     @property
     def scale(self) -> float:

@@ -5,9 +5,10 @@
 
 Both are the same function of x, A and B and have the same gradients. Of T tokens through a weight
 (m, n) at rank r, W frozen, forward and backward pass multiply 4Tmn + 6Tr(m + n) by the first way
-and 4Tmn + 4Tr(m + n) by the second, with 2mnr for each time that its weight is formed. The
-effective graph keeps x alone, and not even that where x can be made again from what is kept anyhow
-(`Recomputed`). Dropout acts on the adapter's input alone, so it needs the low-rank graph.
+and 4Tmn + 4Tr(m + n) by the second, with 2mnr for each time that its weight is formed; where A is
+frozen, 4Tr(m + n) and 2Tr(m + n). The effective graph keeps x alone, of a frozen A only x Aᵀ, and
+neither where x can be made again from what is kept anyhow (`Recomputed`). Dropout acts on the
+adapter's input alone, so it needs the low-rank graph.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from torch import Tensor
 
 Graph = Literal["low_rank", "effective"]
 
-_SOURCE, _CAST = "_relora_source", "_relora_cast"  # attributes of tensors
+# Attributes of tensors.
+_SOURCE, _CAST, _INNER = "_relora_source", "_relora_cast", "_relora_inner"
 
 
 def cheaper_graph(outputs: int, inputs: int, tokens: int | None) -> Graph:
@@ -64,10 +66,11 @@ class Recomputed:
 
 
 class _Source(NamedTuple):
-    """What is kept of a layer's input: what it is made of by a recipe, or itself."""
+    """What is kept of a layer's input x: what it is made of by a recipe, or itself, or x·(s·A)ᵀ."""
 
     inputs: tuple[Tensor, ...]
     recipe: Recomputed | None = None
+    is_inner: bool = False
 
 
 def mark_recomputed(tensor: Tensor, recipe: Recomputed, *inputs: Tensor) -> None:
@@ -96,6 +99,7 @@ def linear(
     bias: Tensor | None = None,
     effective: Callable[[torch.dtype], Tensor] | None = None,
     factors: Callable[[torch.dtype], tuple[Tensor, Tensor]] | None = None,
+    shared_a: str | None = None,
 ) -> Tensor:
     """x (…, n) times the transpose of a weight (m, n), or of what A (r, n) and B (m, r) make of it:
     (…, m).
@@ -105,11 +109,16 @@ def linear(
     Args:
         effective: gives the matrix W + s·B·A (m, n) in a dtype, also in the backward pass.
         factors: s·A and s·B in a dtype, asked likewise.
+        shared_a: what layers of the same A have in common; those that read one x multiply it with A
+            once.
     """
     dtype = compute_dtype(x)
     source, cast = _source(x, dtype)
+    keeps_inner = a is not None and not a.requires_grad and source.recipe is None
+    if factors and keeps_inner and torch.is_grad_enabled():
+        source = _Source((_inner(x, cast, factors(dtype)[0], shared_a),), is_inner=True)
     return _Linear.apply(
-        x, cast, weight, a, b, bias, effective, factors, source.recipe, *source.inputs
+        x, cast, weight, a, b, bias, effective, factors, shared_a, source, *source.inputs
     )
 
 
@@ -118,11 +127,27 @@ def _source(x: Tensor, dtype: torch.dtype) -> tuple[_Source, Tensor]:
     if x.dtype == dtype:
         plain = x.detach()
         return getattr(x, _SOURCE, None) or _Source((plain,)), plain
+    if x.is_inference():  # nobody would see it change
+        cast = x.to(dtype)
+        return _Source((cast,)), cast
     known = getattr(x, _CAST, None)
     if known is None or known[0] != x._version or known[1].dtype != dtype:
         known = (x._version, x.detach().to(dtype))
         setattr(x, _CAST, known)
     return _Source((known[1],)), known[1]
+
+
+@torch.no_grad()
+def _inner(holder: Tensor, x: Tensor, scaled_a: Tensor, shared_a: str | None) -> Tensor:
+    """x·(s·A)ᵀ as rows (T, r); kept on a tensor that layers of a shared A have in common."""
+    key = holder._version, shared_a, x.dtype
+    known: tuple[Any, Tensor] | None = getattr(holder, _INNER, None)
+    if shared_a is not None and known is not None and known[0] == key:
+        return known[1]
+    inner = x.reshape(-1, x.shape[-1]).mm(scaled_a.t())
+    if shared_a is not None:
+        setattr(holder, _INNER, (key, inner))
+    return inner
 
 
 class _Linear(torch.autograd.Function):
@@ -137,13 +162,15 @@ class _Linear(torch.autograd.Function):
         bias: Tensor | None,
         effective: Callable[[torch.dtype], Tensor] | None,
         factors: Callable[[torch.dtype], tuple[Tensor, Tensor]] | None,
-        recipe: Recomputed | None,
+        shared_a: str | None,
+        source: _Source,
         *inputs: Tensor,
     ) -> Tensor:
         dtype = cast.dtype
         matrix = effective(dtype) if effective else weight.to(dtype)
         ctx.save_for_backward(weight, a, b, None if effective else matrix, *inputs)
-        ctx.effective, ctx.factors, ctx.recipe = effective, factors, recipe
+        ctx.effective, ctx.factors, ctx.shared_a = effective, factors, shared_a
+        ctx.recipe, ctx.is_inner = source.recipe, source.is_inner
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.dtype = x.dtype
         return F.linear(cast, matrix, None if bias is None else bias.to(dtype))
@@ -156,9 +183,9 @@ class _Linear(torch.autograd.Function):
         dtype = gradient.dtype
         rows = gradient.reshape(-1, gradient.shape[-1])
         x: Any = None
-        if for_weight or for_a or for_b:
-            x = ctx.recipe.again(*inputs)[0] if ctx.recipe else inputs[0]
-            x = x.reshape(-1, x.shape[-1])
+        if for_weight or for_a or (for_b and not ctx.is_inner):
+            whole = ctx.recipe.again(*inputs)[0] if ctx.recipe else inputs[0]
+            x = whole.reshape(-1, whole.shape[-1])
         d_x = d_weight = d_a = d_b = d_bias = None
         if for_x:
             matrix = ctx.effective(dtype) if ctx.effective else matrix
@@ -169,9 +196,10 @@ class _Linear(torch.autograd.Function):
         if for_a or for_b:
             scaled_a, scaled_b = ctx.factors(dtype)
             if for_b:
-                d_b = rows.t().mm(x.mm(scaled_a.t())).to(b.dtype)
+                inner = inputs[0] if x is None else _inner(whole, x, scaled_a, ctx.shared_a)
+                d_b = rows.t().mm(inner).to(b.dtype)
             if for_a:
                 d_a = rows.mm(scaled_b).t().mm(x).to(a.dtype)
         if for_bias:
             d_bias = rows.sum(0).to(ctx.bias_dtype)
-        return d_x, None, d_weight, d_a, d_b, d_bias, *(None for _ in range(3 + len(inputs)))
+        return d_x, None, d_weight, d_a, d_b, d_bias, *(None for _ in range(4 + len(inputs)))

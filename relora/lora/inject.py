@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from relora.lora.choose import find_targets
+from relora.lora.choose import find_shared, find_targets
 from relora.lora.config import LoRAConfig
 from relora.lora.draws import draw_a
 from relora.lora.layers import (
@@ -52,11 +52,17 @@ def add_adapters(
         # forward and two parameters.
         layer.__class__ = adapted_class(kind, plain)
         assert isinstance(layer, AdaptedLayer)
-        layer.add_lora_(config.rank, config.scale, config.dropout)
+        layer.add_lora_(config.rank, config.scale, config.dropout, config.train == "both")
         layer.choose_graph_(config.graph, config.keep_effective, tokens, micro_batches)
-        if seed is not None:
+    adapted: Any = {name: model.get_submodule(name) for name in names}
+    inputs = {name: layer.lora_A.shape[1] for name, layer in adapted.items()}
+    for name, first in find_shared(inputs, config).items():
+        adapted[name].shared_a = names_of(first).a
+    if seed is not None:
+        for name, layer in adapted.items():
+            key = layer.shared_a or names_of(name).a
             with torch.no_grad():
-                layer.lora_A.copy_(draw_a(layer.lora_A.shape, seed, 0, names_of(name).a))
+                layer.lora_A.copy_(draw_a(layer.lora_A.shape, seed, 0, key))
     return names
 
 
@@ -84,7 +90,8 @@ def merge_adapters(model: nn.Module) -> None:
                 "or merge in place with merge_and_restart"
             )
     for _, layer in list(adapted_layers(model)):
-        layer.weight.copy_(layer.merged(layer.weight.float(), layer.lora_A, layer.lora_B))
+        a = layer.lora_A.to(layer.lora_B.dtype)  # where it does not train it lies as W does
+        layer.weight.copy_(layer.merged(layer.weight.float(), a, layer.lora_B))
         layer.weight.requires_grad_(True)
     remove_adapters(model)
 

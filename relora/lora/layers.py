@@ -49,10 +49,12 @@ class AdaptedLayer(nn.Module):
     """What the adapted layers share. Mixed into a layer class that has `weight` and `bias`.
 
     Attributes:
-        lora_A: (r, in) trainable, kept in fp32.
+        lora_A: (r, in) trainable, kept in fp32; or frozen, then in whatever the base is.
         lora_B: (out, r) trainable, kept in fp32.
         scale: s, the factor of the update.
         shrink: d, what weight decay has left of the frozen weight since the last merge.
+        shared_a: the name under which the A of this layer and of others is drawn, the same for all;
+            None if it is drawn under its own.
         graph: how the layer is computed, see `graphs`.
         keeps_effective: whether d·W + s·B·A is formed once for all of `constant_weights`, at two
             bytes an entry in half precision, or where it is used, at 2·out·in·r FLOPs each time.
@@ -65,6 +67,7 @@ class AdaptedLayer(nn.Module):
     scale: float
     shrink: float
     lora_dropout: float
+    shared_a: str | None
     graph: Graph
     keeps_effective: bool
     made: dict[Any, Any] | None  # of the weights, while they are constant
@@ -85,19 +88,24 @@ class AdaptedLayer(nn.Module):
         """Whether a plain layer, of whatever subclass, computes what this kind adapts."""
         return type(layer).forward is cls.plain.forward
 
-    def add_lora_(self, rank: int, scale: float, dropout: float) -> None:
+    def add_lora_(self, rank: int, scale: float, dropout: float, train_a: bool = True) -> None:
         """Freeze the weight and add A and B beside it; B is zero, A is not yet drawn."""
         out_features, in_features = self.matrix(self.weight).shape
         device = self.weight.device
         self.weight.requires_grad_(False)
-        self.lora_A = nn.Parameter(torch.empty(rank, in_features, device=device))
+        self.lora_A = nn.Parameter(torch.empty(rank, in_features, device=device), train_a)
         self.lora_B = nn.Parameter(torch.zeros(out_features, rank, device=device))
         self.scale = scale
         self.shrink = 1.0
         self.lora_dropout = dropout
+        self.shared_a = None
         self.graph = "low_rank"
         self.keeps_effective = False
         self.made = None
+
+    def frozen(self) -> list[Tensor]:
+        """The parameters that change at restarts alone: the weight, and A if it does not train."""
+        return [self.weight] if self.lora_A.requires_grad else [self.weight, self.lora_A]
 
     def choose_graph_(
         self,
@@ -229,7 +237,9 @@ class _Linear(AdaptedLayer):
         """x (…, in) → (…, out)."""
         if self.graph == "effective":
             factors = self.lora_A, self.lora_B
-            return linear(x, self.weight, *factors, self.bias, self.effective, self.factors)
+            return linear(
+                x, self.weight, *factors, self.bias, self.effective, self.factors, self.shared_a
+            )
         # Of a transposed weight too: addmm under autocast wants one dtype for all three; linear
         # casts each by itself.
         weight = self.matrix(self.weight)

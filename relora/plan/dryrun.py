@@ -181,7 +181,7 @@ def _guess(model_config: ModelConfig, lora: str, batch: tuple[int, int], why: st
         add_adapters(model, LoRAConfig.model_validate_json(lora), seed=None)
     roles, frozen, factors = parameter_roles(model), 0, 0
     for name, param in model.named_parameters():
-        frozen += param.numel() if roles[name] == "base" else 0
+        frozen += 0 if param.requires_grad else param.numel()
         factors += param.numel() if roles[name] in ("A", "B") else 0
     return Kept(
         0.0,

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from relora.config import Config
 from relora.engine.options import zero_sizes
 from relora.engine.precision import precision_of
+from relora.lora.config import LoRAConfig
 from relora.plan.dryrun import Kept, dry_run
 from relora.plan.shape import shape_of
 
@@ -78,18 +79,19 @@ def speedup_ceiling(config: Config) -> float:
     """How much faster than in full rank a step with adapters can be at best, by arithmetic.
 
     At best one product with W + s·B·A, formed once a micro-batch, serves the forward pass and one
-    the gradient of the input; A and B then take 4r(m + n) a token, where a full-rank weight's own
-    gradient takes 2mn.
+    the gradient of the input; A and B then take 4r(m + n) a token, B alone 2r(m + n), where a
+    full-rank weight's own gradient takes 2mn.
     """
-    rank = _rank(config, True)
-    if rank is None:
+    lora = config.lora
+    if lora is None:
         return 1.0
+    products = (4 if lora.train == "both" else 2) * lora.rank
     # Fewer uses than one a token where it goes through few experts, two of a layer that is shared.
     layers = zip(shape_of(config).matrices, dry_run(config, False).uses, strict=True)
     adapted = [(m, uses) for m, uses in layers if m.adapted]
     full = flops_per_token(config, False).total
     saved = sum(
-        uses * (2 * m.inputs * m.outputs - 4 * rank * (m.inputs + m.outputs)) for m, uses in adapted
+        uses * (2 * m.inputs * m.outputs - products * (m.inputs + m.outputs)) for m, uses in adapted
     )
     return full / (full - saved)
 
@@ -107,9 +109,9 @@ def training_flops(config: Config, steps: int) -> float:
 
 def merge_flops(config: Config) -> float:
     """FLOPs of one merge: W += s·B·A on every adapted weight."""
-    rank = _rank(config, True)
-    if rank is None:
+    if config.lora is None:
         return 0.0
+    rank = config.lora.rank
     sizes = ((m.inputs, m.outputs) for m in shape_of(config).adapted())
     return float(sum(2 * rank * m * n + m * n for m, n in sizes))
 
@@ -138,7 +140,7 @@ def bytes_per_step(config: Config, world: int, adapters: bool) -> float:
     """
     section = config.deepspeed
     width, frozen_width = _widths(config)
-    sizes = shape_of(config).sizes(_rank(config, adapters))
+    sizes = shape_of(config).sizes(_lora(config, adapters))
     trained = width * sum(size for size, trainable in sizes if trainable)
     share = (world - 1) / world
     if section.zero_stage == 0:
@@ -180,8 +182,8 @@ def peak_memory(config: Config, world: int, adapters: bool | None = None) -> flo
     return max(_peaks(config, world, adapters).values())
 
 
-def _rank(config: Config, adapters: bool) -> int | None:
-    return config.lora.rank if adapters and config.lora else None
+def _lora(config: Config, adapters: bool) -> LoRAConfig | None:
+    return config.lora if adapters else None
 
 
 def _widths(config: Config) -> tuple[int, int]:
@@ -215,14 +217,17 @@ def _held(config: Config, world: int, adapters: bool) -> dict[str, float]:
     """Bytes that stay from step to step, and the gradients that wait for the optimizer."""
     section, relora = config.deepspeed, config.relora
     stage, width, frozen_width = section.zero_stage, *_widths(config)
-    sizes = shape_of(config).sizes(_rank(config, adapters))
+    sizes = shape_of(config).sizes(_lora(config, adapters))
     trained = float(sum(size for size, trainable in sizes if trainable))
     frozen = float(sum(size for size, trainable in sizes if not trainable))
     mine = trained / world if stage else trained  # of gradients and of what Adam holds
     weights = width * trained + frozen_width * frozen
     if stage == 3:
         weights /= world
-    completes = precision_of(section.precision).remainder_bytes * frozen
+    base = sum(size for size, adapted in shape_of(config).parameters if adapted)
+    completes = float(precision_of(section.precision).remainder_bytes * base)
+    if not _lora(config, adapters):
+        completes = 0.0
     if stage == 3:
         completes /= world
     if relora and relora.precision == "rounded":
@@ -246,7 +251,7 @@ def _held(config: Config, world: int, adapters: bool) -> dict[str, float]:
 def _beside(config: Config, world: int, adapters: bool) -> dict[str, float]:
     """What is in `buffers` at three moments: the loss, the backward pass's start, its end."""
     section, width = config.deepspeed, _widths(config)[0]
-    sizes = shape_of(config).sizes(_rank(config, adapters))
+    sizes = shape_of(config).sizes(_lora(config, adapters))
     trained = float(width * sum(size for size, trainable in sizes if trainable))
     zero = zero_sizes(section, sum(size for size, trainable in sizes if trainable))
     bucket = width * zero.bucket if section.zero_stage else 0.0

@@ -33,13 +33,17 @@ class Shape(NamedTuple):
         """The matrices with adapters."""
         return [matrix for matrix in self.matrices if matrix.adapted]
 
-    def sizes(self, rank: int | None) -> list[tuple[int, bool]]:
-        """(entries, trainable) of every parameter, with adapters of a rank or in full rank."""
-        if rank is None:
+    def sizes(self, lora: LoRAConfig | None) -> list[tuple[int, bool]]:
+        """(entries, trainable) of every parameter; without a config of adapters, in full rank.
+
+        Those of the model come first, then each layer's A and B.
+        """
+        if lora is None:
             return [(size, True) for size, _ in self.parameters]
         sizes = [(size, not frozen) for size, frozen in self.parameters]
         for matrix in self.adapted():
-            sizes += [(rank * matrix.inputs, True), (rank * matrix.outputs, True)]
+            sizes.append((lora.rank * matrix.inputs, lora.train == "both"))
+            sizes.append((lora.rank * matrix.outputs, True))
         return sizes
 
 

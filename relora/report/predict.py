@@ -34,7 +34,7 @@ def predict(run: RunFiles) -> Prediction:
     try:
         config = _as_of_main(config.model_copy(update={"model": structure_of(config)}), run)
         lora = config.lora
-        sizes = shape_of(config).sizes(None if lora is None else lora.rank)
+        sizes = shape_of(config).sizes(lora)
         trainable = sum(size for size, trained in sizes if trained)
         frozen = sum(size for size, trained in sizes if not trained)
         figures = Predicted(

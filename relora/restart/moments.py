@@ -25,7 +25,10 @@ Reduce = Callable[[Tensor], Tensor]
 
 
 class Moments(NamedTuple):
-    """Adam's moments of one layer's A (r, in) and B (out, r), whole and fp32."""
+    """Adam's moments of one layer's A (r, in) and B (out, r), whole and fp32.
+
+    Those of an A that does not train are zero.
+    """
 
     first_a: Tensor
     second_a: Tensor
@@ -56,7 +59,8 @@ def reset_moments(
     Args:
         merge, seed: key the masks of `random`.
         reset: which entries, and whether the bias correction starts anew.
-        names: of the parameters; None for A and B of every adapter.
+        names: of the parameters; None for A and B of every adapter. Those that do not train have no
+            moments.
 
     Returns:
         The share of these entries, over all ranks, that are zero now because a mask says so.
@@ -64,7 +68,7 @@ def reset_moments(
     if names is None:
         roles = parameter_roles(state.model)
         names = [name for name, role in roles.items() if role in ("A", "B")]
-    chosen = [state[name] for name in names]
+    chosen = [state[name] for name in names if state[name].flat is not None]
     zeroed = _reset(state, chosen, reset, seed, merge) if reset.mode != "none" else 0
     if reset.adam_step:
         for view in chosen:

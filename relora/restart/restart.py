@@ -75,16 +75,24 @@ def merge_and_restart(
     adapters = [Adapter(chosen[n], *(state[p] for p in names_of(n))) for n in chosen]
     largest = max(adapter.weight.numel for adapter in adapters)
     squares = torch.zeros(3, dtype=torch.float64)
+    shared: dict[str, Tensor] = {}  # new A of those that share it, by what keys its draw
     for part in gather_blocks([x.a.numel + x.b.numel for x in adapters], largest):
         block = adapters[part]
         factors = state.gather_each([p for x in block for p in (x.a, x.b)], "value")
         for name, adapter in zip(list(chosen)[part], block, strict=True):
             a, b = next(factors), next(factors)
             squares += merge_(adapter, a, b, largest // 32)
+            key = adapter.layer.shared_a or adapter.a.name
             context = Context(
-                adapter.a.name, seed, merge, adapter.layer.scale, a, b, (directions or {}).get(name)
+                key, seed, merge, adapter.layer.scale, a, b, (directions or {}).get(name)
             )
             new_a, new_b = reinit(context)
+            is_shared = adapter.layer.shared_a is not None
+            if is_shared and not torch.equal(shared.setdefault(key, new_a), new_a):
+                raise ValueError(
+                    f"{name}: its new A is not that of the layers that it shares A with "
+                    "(lora.share_a); take a rule that follows the context's name alone"
+                )
             adapter.a.write_(new_a)
             adapter.b.write_(new_b)
             if transport is not None:
@@ -137,12 +145,19 @@ def _transport(
 ) -> None:
     """Move a layer's moments to its new basis. Collective."""
     views = (adapter.a, adapter.b)
-    old = [state.gather([view], kind)[0] for view in views for kind in MOMENTS]
+    old = [
+        torch.zeros(view.shape, device=state.device)
+        if view.flat is None
+        else state.gather([view], kind)[0]
+        for view in views
+        for kind in MOMENTS
+    ]
     new = iter(rule(Moments(*old), context, new_a))
     for view in views:
         for kind in MOMENTS:
             whole = next(new).flatten()
-            state.moment(view, kind).copy_(whole[view.start : view.start + view.count])
+            if view.flat is not None:
+                state.moment(view, kind).copy_(whole[view.start : view.start + view.count])
 
 
 @torch.no_grad()
