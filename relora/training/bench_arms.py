@@ -26,7 +26,7 @@ DESCRIPTIONS = {
     "published": "the paper's layer, x Wᵀ + s·(drop(x) Aᵀ) Bᵀ by plain operations, else full",
     "peft": "the peft library's layer, else full",
     "relora": "this config",
-    "frozen_a": "the same with A frozen between merges",
+    "frozen_a": "the same with lora.train: b",
 }
 
 
@@ -47,13 +47,19 @@ def variants(config: Config) -> dict[str, Variant]:
     full = lean_full.model_copy(update={"model": plain})
     found = {"full": Variant(full, False), "full_lean": Variant(lean_full, False)}
     if config.lora is not None:
-        low_rank = config.lora.model_copy(update={"graph": "low_rank", "keep_effective": None})
+        low_rank = config.lora.model_copy(
+            update={"graph": "low_rank", "keep_effective": None, "train": "both", "share_a": None}
+        )
         published = config.model_copy(update={"model": plain, "lora": low_rank})
         found["published"] = Variant(published, True, _as_published)
         if find_spec("peft"):
             found["peft"] = Variant(full, False, lambda model: _adapt_by_peft(model, config))
         found["relora"] = Variant(config, True, merges=config.relora is not None)
-        found["frozen_a"] = Variant(config, True, _freeze_a)
+        if config.lora.train == "both":
+            only_b = config.lora.model_copy(update={"train": "b"})
+            found["frozen_a"] = found["relora"]._replace(
+                config=config.model_copy(update={"lora": only_b})
+            )
     return found
 
 
@@ -87,13 +93,6 @@ def build_variant(variant: Variant) -> Any:
             nn.init.normal_(param, std=0.01)
     store_base_(model, precision_of(config.deepspeed.precision))
     return model.train()
-
-
-def _freeze_a(model: Any) -> None:
-    roles = parameter_roles(model)
-    for name, param in model.named_parameters():
-        if roles[name] == "A":
-            param.requires_grad_(False)
 
 
 class _Published(LoRALinear):
