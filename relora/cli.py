@@ -68,7 +68,7 @@ def _add_training_verbs(verbs: Verbs) -> None:
         verbs,
         "bench",
         "time a step of each method here, interleaved, on random tokens: one process, no data",
-        "relora bench configs/llama_60m_relora.yaml batch.micro_batch_size=4 --rounds 9",
+        "relora bench configs/llama_60m_relora.yaml batch.micro_batch_size=4 --precision fp32 bf16",
     )
     _config(bench)
     bench.add_argument(
@@ -76,11 +76,16 @@ def _add_training_verbs(verbs: Verbs) -> None:
         dest="names",
         nargs="+",
         metavar="ARM",
-        help="of full, full-lean, published, relora, relora-frozen-a (all), to compare with the "
-        "first",
+        help="of full, full_lean, published, peft, relora, frozen_a (all)",
     )
-    bench.add_argument("--rounds", type=_few, default=9, metavar="N")
-    bench.add_argument("--to", type=Path, metavar="FILE", help="write the figures there, as JSON")
+    bench.add_argument(
+        "--precision", nargs="+", choices=("fp32", "bf16", "fp16"), help="a table for each"
+    )
+    bench.add_argument(
+        "--blocks", type=_few, metavar="N", help="N blocks alone: no embeddings, head and loss"
+    )
+    bench.add_argument("--rounds", type=_few, default=9, metavar="N", help="that count (9)")
+    bench.add_argument("--to", type=Path, metavar="DIR", help="write bench.json and bench.png")
 
     prepare = _verb(
         verbs,
@@ -280,12 +285,9 @@ def _with_config(verb: str, arguments: dict[str, Any]) -> dict[str, Any]:
         checked["given"] = [str(path), *overrides]
     if verb == "plan":
         check_world(config, arguments["devices"])
-    for option in ("png", "to") if verb in ("plan", "bench") else ():
-        path = arguments.get(option)
-        if path is not None and (not path.parent.is_dir() or path.is_dir()):
-            raise ConfigError(
-                f"--{option} {path}: {path.parent} is no directory, or {path.name} is one"
-            )
+    path = arguments.get("png")
+    if path is not None and (not path.parent.is_dir() or path.is_dir()):
+        raise ConfigError(f"--png {path}: {path.parent} is no directory, or {path.name} is one")
     return checked
 
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from relora.cli import main
+from relora.config import Config
 from relora.errors import ConfigError
 from relora.load import differences, dump_config, load_config
 from relora.lora.inject import add_adapters
 from relora.model import build_meta_model, count_parameters
+from relora.plan.estimate import flops_per_token, full_rank_twin, peak_memory
 from relora.structure import read_model_json
 from relora.training.arms import read_arms
+from relora.words import format_bytes, format_count
 from runs import make_config
 
 ROOT = Path(__file__).parent.parent
@@ -96,13 +100,38 @@ def test_a_compared_run_is_as_long_as_it_says(name: str) -> None:
     assert config.total_steps * config.tokens_per_step >= COMPARED[name]
 
 
+def parameters_of(config: Config) -> int:
+    """Of its model in full rank."""
+    return count_parameters(build_meta_model(config.model))[1]
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_shipped_config_can_be_planned(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = path.relative_to(ROOT)  # as a user would name it
-    assert main(["plan", str(path)]) == 0
+    config = load_config(path)
+    held = re.search(r"^# Each of (\d+) GPUs holds .*$", path.read_text(), re.MULTILINE)
+    devices = int(held[1]) if held else 1
+    assert main(["plan", str(path), "--devices", str(devices)]) == 0
     page = capsys.readouterr().out
     assert max(map(len, page.splitlines())) <= 100
-    config = load_config(path)
+    peaks = [
+        format_bytes(peak_memory(config, devices, on)) for on in (None, config.lora is not None)
+    ]
+    if held:
+        after = f", {peaks[1]} after the warm start" if config.lora else ""
+        expected = f"# Each of {devices} GPUs holds {peaks[0]} at its peak{after} "
+        assert held[0] == f"{expected}(relora plan --devices {devices})."
+    said = " ".join(page.split("\nrun ")[0].split())
+    assert f"verdict {format_count(parameters_of(config))} " in said
+    assert f"at its peak a rank holds {peaks[1]}, " in said
+    if config.lora:
+        step = flops_per_token(config, True).total / flops_per_token(config, False).total
+        assert step < 1
+        assert f"multiplies {1 - step:.1%} less than in full rank" in said
+        full = peak_memory(full_rank_twin(config), devices)
+        less = full - peak_memory(config, devices, True)
+        assert less > 0, "adapters hold less than full rank at every shipped size"
+        assert f"{format_bytes(less)} less, most of it" in said
     assert f"{config.total_steps:,}" in page
     # A warning is for what somebody may not have meant; the paper's settings need none.
     papers = path.stem.rpartition("_")[0] in SIZES and path.stem not in COMPARED

@@ -9,12 +9,16 @@ import numpy as np
 import pytest
 import torch
 
+from relora.lora.layers import constant_weights
+from test_graphs import IDS, adapt, error, lean, make
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
     pytest.mark.timeout(3600),
 ]
 
+DEVICE = "cuda"
 CONFIG = """
 run_dir: {directory}/run
 model: {{config: {directory}/model.json}}
@@ -79,6 +83,45 @@ def test_every_engine_follows_the_float64_reference(tmp_path: Path) -> None:
     print(matrix.markdown(results))
     bad = {cell.name: matrix.shortcomings(cell, results[cell]) for cell in cells}
     assert {name: texts for name, texts in bad.items() if texts} == {}
+
+
+def on_device(graph: str, kept: bool, bf16: bool) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradients of a small lean model with adapters, on the device."""
+    model = adapt(lean(make(), loss_chunk=7), graph, kept, torch.bfloat16 if bf16 else None)
+    model.to(DEVICE)
+    with constant_weights(model):
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=bf16):
+            loss = model(input_ids=IDS.to(DEVICE), labels=IDS.to(DEVICE)).loss
+        loss.backward()
+    return loss.item(), {n: p.grad.cpu() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def apart_from_float64(graph: str, kept: bool, bf16: bool) -> tuple[float, float]:
+    """Relative errors of the loss and of the worst gradient."""
+    exact = adapt(make(), "low_rank", store=torch.bfloat16 if bf16 else None).double()
+    right = exact(input_ids=IDS, labels=IDS).loss
+    right.backward()
+    loss, found = on_device(graph, kept, bf16)
+    wanted = {n: p.grad for n, p in exact.named_parameters() if p.requires_grad}
+    assert found.keys() == wanted.keys()
+    return abs(loss / right.item() - 1), max(error(found[n], wanted[n]) for n in wanted)
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["formed", "kept"])
+@pytest.mark.parametrize("graph", ["low_rank", "effective"])
+def test_each_graph_has_the_float64_gradients(graph: str, kept: bool) -> None:
+    loss, gradients = apart_from_float64(graph, kept, bf16=False)
+    assert loss < 1e-6
+    assert gradients < 1e-5
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["formed", "kept"])
+def test_in_bf16_the_effective_graph_errs_as_the_low_rank_one(kept: bool) -> None:
+    low_rank, effective = (
+        apart_from_float64(g, kept, bf16=True) for g in ("low_rank", "effective")
+    )
+    assert effective[0] < max(1.6 * low_rank[0], 1e-3)
+    assert effective[1] < 1.6 * low_rank[1]
 
 
 def test_the_remainder_costs_the_device_nothing(workspace: Path) -> None:

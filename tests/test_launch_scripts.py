@@ -6,6 +6,7 @@ A fake Python makes fake environments, so no package is installed and nothing is
 from __future__ import annotations
 
 import functools
+import json
 import os
 import random
 import shutil
@@ -423,6 +424,46 @@ def test_compare_trains_all_arms_and_reports_on_every_run(tree: Tree) -> None:
     done, log = tree.run(*script)
     assert done.returncode == 75
     assert log[-1].startswith("relora arms")
+
+
+def test_the_gpu_table_tests_graphs_and_then_times_every_size(tree: Tree) -> None:
+    tree.fake("pytest", RECORD, "tools")
+    tree.has_gpus(1)
+    done, log = tree.run("launch/gpu_table.sh", "--rounds", "5", CUDA_VISIBLE_DEVICES="0")
+    assert done.returncode == 0, done.stderr
+    assert "rehearsal" not in done.stderr
+    log = [line for line in log if line.startswith(("pytest", "relora"))]
+    assert log[0] == "pytest -q -m gpu tests/test_gpu.py -k graph"
+    assert log[1:4] == [
+        f"relora bench configs/llama_{size}_relora.yaml --rounds 5 --precision bf16 "
+        f"--to runs/gpu_table/llama_{size}"
+        for size in ("60m", "130m", "350m")
+    ]
+    assert [line.split()[2] for line in log[4:]] == ["configs/llama_1b3_relora.yaml"] * 2
+    tree.fake("pytest", RECORD + "exit 1\n", ".venv/bin")  # nothing is timed that is wrong
+    done, log = tree.run("launch/gpu_table.sh", CUDA_VISIBLE_DEVICES="0")
+    assert done.returncode == 1
+    assert not [line for line in log if line.startswith("relora")]
+
+
+def test_the_gpu_table_is_rehearsed_on_a_cpu(tree: Tree, tmp_path: Path) -> None:
+    """With the real `relora bench` and a tiny model."""
+    tree.fake("pytest", RECORD, "tools")
+    real = f'#!/usr/bin/env bash\nexec {sys.executable} -m relora "$@"\n'
+    tree.fake("relora", real, "tools")
+    config = make_config(tmp_path / "tiny")
+    how = {"CONFIGS": str(config), "TO": str(tmp_path / "table"), "PYTHONPATH": str(ROOT)}
+    done, _ = tree.run(
+        "launch/gpu_table.sh", "--rounds", "1", "--arms", "full_lean", "relora", **how
+    )
+    assert done.returncode == 0, done.stderr
+    assert "so this is a rehearsal on the CPU" in done.stderr
+    assert "── tiny" in done.stdout
+    values = json.loads((tmp_path / "table" / "tiny" / "bench.json").read_text())
+    assert [arm["arm"] for arm in values["steps"]["bf16"]] == ["full_lean", "relora"]
+    assert values["date"]
+    assert values["environment"]["device"]
+    assert values["environment"]["commit"]
 
 
 def test_test_runs_linters_before_tests_and_covers_only_the_whole(tree: Tree) -> None:

@@ -20,9 +20,9 @@ from test_skipped import spoilt
 
 CELLS = [
     Cell(0, "fp16", False, 1, False, 2),
-    Cell(3, "fp16", False, 1, False, 2),
+    Cell(3, "fp16", False, 1, False, 2, "low_rank"),
     Cell(2, "fp16", True, 1, True, 2),
-    Cell(1, "bf16", True, 1, False, 2),
+    Cell(1, "bf16", True, 1, False, 2, "kept"),
     Cell(1, "deepspeed_bf16", False, 2, False, 2),
     Cell(3, "deepspeed_bf16", False, 2, False, 2),
 ]
@@ -120,6 +120,19 @@ def test_what_a_refusal_names_instead_is_accepted() -> None:
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_the_whole_matrix(world: int, tmp_path: Path) -> None:
     cells = matrix.all_cells((world,))
+    results = matrix.measure_all(cells, tmp_path)
+    print(matrix.markdown(results))
+    bad = {c.name: matrix.shortcomings(c, results[c]) for c in cells}
+    assert {name: texts for name, texts in bad.items() if texts} == {}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_every_graph_merges_and_resumes_on_every_stage(tmp_path: Path) -> None:
+    cells = [cell for cell in matrix.short_cells() if cell.graph != "auto"]
+    assert {(cell.graph, cell.stage) for cell in cells} == {
+        (graph, stage) for graph in matrix.GRAPHS for stage in STAGES if graph != "auto"
+    } - {("kept", 3)}
     results = matrix.measure_all(cells, tmp_path)
     print(matrix.markdown(results))
     bad = {c.name: matrix.shortcomings(c, results[c]) for c in cells}

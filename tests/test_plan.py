@@ -432,6 +432,57 @@ def test_memory_stands_beside_that_of_full_rank(
     assert "with adapters" not in alone
 
 
+def verdict_of(page: str) -> str:
+    """The plan's first sentences, on one line."""
+    found = re.search(r"^plan .*\nverdict {6}(.*(?:\n {13}.*)*)", page)
+    assert found, page
+    return " ".join(found[1].split())
+
+
+def test_the_page_opens_with_what_the_run_costs_beside_full_rank(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    full = verdict_of(page_of(capsys, str(config), "lora=null", "relora=null", "warm_start=null"))
+    run = load_config(config)
+    twin = full_rank_twin(run)
+    parts = memory_by_part(twin, 1, False)
+    del parts["host"]
+    name = max(parts, key=lambda part: parts[part])
+    size = format_count(sum(p.numel() for p in build_meta_model(run.model).parameters()))
+    assert full == (
+        f"{size} in full rank: at its peak a rank holds {format_bytes(peak_memory(twin, 1))}, "
+        f"most of it {name} ({format_bytes(parts[name])})"
+    )
+    said = verdict_of(page_of(capsys, str(config)))
+    less = 1 - flops_per_token(run, True).total / flops_per_token(run, False).total
+    below = peak_memory(twin, 1) - peak_memory(run, 1, True)
+    assert f"{size} at rank 4: a step with adapters multiplies {less:.1%} less than in" in said
+    assert f"at its peak a rank holds {format_bytes(peak_memory(run, 1, True))}, " in said
+    assert f"{format_bytes(abs(below))} {'less' if below >= 0 else 'more'}, most of it" in said
+    assert less > 0.05
+    assert said.endswith("Where products take most of a step, that saves time")
+
+
+@pytest.mark.parametrize("rank", [9, 12, 24])
+def test_the_rank_that_would_save_time_does_by_the_planner_s_own_count(
+    rank: int, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def less(*overrides: str) -> float:
+        run = load_config(config, overrides)
+        return 1 - flops_per_token(run, True).total / flops_per_token(run, False).total
+
+    said = verdict_of(page_of(capsys, str(config), f"lora.rank={rank}"))
+    here = less(f"lora.rank={rank}")
+    assert here < 0.05
+    assert f"multiplies {abs(here):.1%} {'less' if here >= 0 else 'more'} than in" in said
+    found = re.search(r"which takes 5%: from rank (\d+) down(.*)", said)
+    assert found
+    assert less(f"lora.rank={int(found[1])}") >= 0.05
+    assert less(f"lora.rank={int(found[1]) + 1}") < 0.05
+    alone = less(f"lora.rank={rank}", "lora.train=b")
+    assert found[2] == (f", or with lora.train: b ({alone:.1%} less)" if alone >= 0.05 else "")
+
+
 def test_hours_follow_from_the_throughput_of_the_whole_job(
     config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -6,9 +6,10 @@
     python configs/experiments/matrix.py --to some.json --only ranks=2,precision=fp16
 
 ZeRO 0–3 × precision × offload × accumulation × gradient checkpointing × ranks, the global batch
-always the same. Each supported cell trains the 17 updates of test_method_reference (warm start,
-birth, 3 merges) and once more, stopped after updates 9 and 13. Each refused cell must say what to
-take instead, and that must be accepted.
+always the same; the short form has each graph of adapted layers on each stage too. Each supported
+cell trains the 17 updates of test_method_reference (warm start, birth, 3 merges) and once more,
+stopped after updates 9 and 13. Each refused cell must say what to take instead, and that must be
+accepted.
 """
 
 from __future__ import annotations
@@ -78,6 +79,16 @@ BOUNDS = {
 }
 
 
+# Ways to compute adapted layers, as changes of the settings. auto takes `formed` or `kept` here, by
+# the tokens of a micro-batch. With `b` A does not train, and the reference's does not either.
+GRAPHS: dict[str, dict[str, Any]] = {
+    "auto": {},
+    "low_rank": {"lora.graph": "low_rank"},
+    "formed": {"lora.graph": "effective", "lora.keep_effective": False},
+    "kept": {"lora.graph": "effective", "lora.keep_effective": True},
+    "b": {"lora.train": "b"},
+}
+
 VARIANTS = ("merges", "no merges", "plain LoRA")  # of the runs whose stages are compared
 
 
@@ -90,6 +101,7 @@ class Cell(NamedTuple):
     accumulation: int
     checkpointing: bool
     ranks: int
+    graph: str = "auto"
 
     @property
     def name(self) -> str:
@@ -106,6 +118,7 @@ class Cell(NamedTuple):
             "model.gradient_checkpointing": self.checkpointing,
             "batch.global_batch_size": GLOBAL_BATCH,
             "batch.micro_batch_size": GLOBAL_BATCH // (self.ranks * self.accumulation),
+            **GRAPHS[self.graph],
         }
         if self.precision != "fp32":  # rounding W anew moves a model of width 18 by so much
             changes["relora.tolerance"] = 0.1
@@ -127,11 +140,18 @@ def all_cells(ranks: Sequence[int] = (1, 2, 4)) -> list[Cell]:
 
 
 def short_cells() -> list[Cell]:
-    """Each stage, precision and offload once, on two ranks."""
-    return [
+    """Each stage, precision and offload once, and each graph on each stage, on two ranks."""
+    cells = [
         cell
         for cell in all_cells((2,))
         if cell.accumulation == 4 and cell.checkpointing == (cell.stage % 2 == 1)
+    ]
+    plain = [cell for cell in cells if cell.precision == "fp32" and not cell.offload]
+    return cells + [
+        cell._replace(graph=graph)
+        for cell in plain
+        for graph in GRAPHS
+        if graph != "auto" and (graph, cell.stage) != ("kept", 3)  # refused: it shares weights
     ]
 
 
@@ -167,7 +187,8 @@ def measure(
         "stops leave no trace": same_end(whole, cut),
     }
     seconds = time.perf_counter() - began
-    figures = figures_of(whole, truth(model)) if checks["nothing skipped"] else {}
+    right = truth(model, changes.get("lora.train", "both"))
+    figures = figures_of(whole, right) if checks["nothing skipped"] else {}
     told = " ".join(f"{key} {value:.1e}" for key, value in figures.items())
     failed = [name for name, good in checks.items() if not good]
     tell(f"{cell.name}: {told} {seconds:.1f} s {failed or ''}")
@@ -216,9 +237,9 @@ def undisturbed() -> Iterator[None]:
 
 
 @functools.cache
-def truth(model: str) -> Any:
-    """The reference's history, which is the same for all cells."""
-    history = run_reference(model, {"batch.global_batch_size": GLOBAL_BATCH})
+def truth(model: str, train: str) -> Any:
+    """The reference's history, which is the same for all cells that train as much of adapters."""
+    history = run_reference(model, {"batch.global_batch_size": GLOBAL_BATCH, "lora.train": train})
     assert min(history.gaps) > 1e-4  # so that fp32 must choose the same masks
     return history
 
@@ -411,15 +432,15 @@ def write_model(directory: Path) -> str:
 
 
 def markdown(results: dict[Cell, dict[str, Any]]) -> str:
-    """One row per stage, precision and offload; each cell pools accumulation × checkpointing."""
+    """One row per stage, precision, offload and graph, over accumulation × checkpointing."""
     worlds = sorted({cell.ranks for cell in results})
     heads = [f"{n} rank{'s' if n > 1 else ''}" for n in worlds]
     lines = [
         "losses / final parameters (W + s·B·A) / B on the way: the largest relative deviation "
         "from the float64 reference",
         "",
-        f"| ZeRO | precision | offload | {' | '.join(heads)} | checks |",
-        f"|---|---|---|{'---|' * len(worlds)}---|",
+        f"| ZeRO | precision | offload | graph | {' | '.join(heads)} | checks |",
+        f"|---|---|---|---|{'---|' * len(worlds)}---|",
     ]
     for row, cells in itertools.groupby(sorted(results, key=_row), key=_row):
         mine = list(cells)
@@ -432,12 +453,14 @@ def markdown(results: dict[Cell, dict[str, Any]]) -> str:
             )
         stage, precision, offload = row[0], PRECISIONS[row[1]], "yes" if row[2] else "–"
         verdict = "; ".join(bad) or "all pass"
-        lines.append(f"| {stage} | {precision} | {offload} | {' | '.join(shown)} | {verdict} |")
+        cells_of_row = " | ".join((str(stage), precision, offload, mine[0].graph, *shown, verdict))
+        lines.append(f"| {cells_of_row} |")
     return "\n".join(lines)
 
 
-def _row(cell: Cell) -> tuple[int, int, bool]:
-    return cell.stage, PRECISIONS.index(cell.precision), cell.offload
+def _row(cell: Cell) -> tuple[int, int, bool, int]:
+    graph = list(GRAPHS).index(cell.graph)
+    return cell.stage, PRECISIONS.index(cell.precision), cell.offload, graph
 
 
 def _pooled(results: list[dict[str, Any]]) -> str:

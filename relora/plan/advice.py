@@ -5,9 +5,85 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from relora.config import Config
+from relora.plan.dryrun import dry_run
+from relora.plan.estimate import (
+    PARTS,
+    flops_per_token,
+    full_rank_twin,
+    memory_by_part,
+    peak_memory,
+    uncounted,
+)
+from relora.plan.shape import shape_of
+from relora.words import format_bytes, format_count
 
 # Compute-optimal training sees about 20 tokens a parameter (arXiv 2203.15556, table 3).
 TOKENS_PER_PARAMETER = 20
+# Share of full rank's products that adapters must save to save time: what else they do (casts, an
+# optimizer of more tensors) took as much as 2 to 5 % of them, by `relora bench` on a CPU.
+WORTH_SAVING = 0.05
+
+
+def in_a_word(config: Config, parameters: int, devices: int) -> str:
+    """What a run costs beside full rank, in one sentence or two, from the figures of the page.
+
+    Args:
+        parameters: of the model in full rank.
+        devices: ranks.
+    """
+    size, adapters = format_count(parameters), config.lora is not None
+    parts = memory_by_part(config, devices, adapters)
+    peak = peak_memory(config, devices, adapters)
+    largest = max(PARTS, key=lambda part: parts[part])
+    most = f"most of it {largest} ({format_bytes(parts[largest])})"
+    counted = " (as far as counted, see below)" if uncounted(config) else ""
+    if config.lora is None:
+        return (
+            f"{size} in full rank: at its peak a rank holds {format_bytes(peak)}, {most}{counted}"
+        )
+    more = peak - peak_memory(full_rank_twin(config), devices)
+    less = _saved(config)
+    return (
+        f"{size} at rank {config.lora.rank}: a step with adapters multiplies {_share(less)} than "
+        f"in full rank, and at its peak a rank holds {format_bytes(peak)}, "
+        f"{format_bytes(abs(more))} {'more' if more > 0 else 'less'}, {most}{counted}. "
+        f"{_where_time_is_saved(config, less)}"
+    )
+
+
+def _where_time_is_saved(config: Config, less: float) -> str:
+    """Whether products are saved that show in time; and where not, what would."""
+    lora = config.lora
+    assert lora is not None
+    if less >= WORTH_SAVING:
+        return "Where products take most of a step, that saves time"
+    # Products with A and B grow with the rank, and what a weight's own gradient takes is saved.
+    shape, uses = shape_of(config), dry_run(config, False).uses
+    gradients = sum(
+        2 * m.inputs * m.outputs * n
+        for m, n in zip(shape.matrices, uses, strict=True)
+        if m.adapted
+    ) / flops_per_token(config, False).total  # fmt: skip
+    ways = []
+    if gradients > WORTH_SAVING:
+        rank = int(lora.rank * (gradients - WORTH_SAVING) / (gradients - less))
+        ways += [f"from rank {rank} down"] if rank else []
+    if lora.train == "both":
+        only_b = lora.model_copy(update={"train": "b"})
+        alone = _saved(config.model_copy(update={"lora": only_b}))
+        ways += [f"with lora.train: b ({_share(alone)})"] if alone >= WORTH_SAVING else []
+    way = f": {', or '.join(ways)}" if ways else "; in this model nothing does"
+    return f"That is too little to save time, which takes {WORTH_SAVING:.0%}{way}"
+
+
+def _saved(config: Config) -> float:
+    """Share of full rank's FLOPs that a step with adapters does without."""
+    full, adapted = (flops_per_token(config, adapters).total for adapters in (False, True))
+    return 1 - adapted / full
+
+
+def _share(less: float) -> str:
+    return f"{abs(less):.1%} {'less' if less >= 0 else 'more'}"
 
 
 def doubts(

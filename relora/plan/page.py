@@ -17,7 +17,7 @@ from relora.lora.choose import describe_left, linear_layers
 from relora.lora.inject import add_adapters
 from relora.lora.layers import adapted_layers
 from relora.model import build_meta_model
-from relora.plan.advice import doubts
+from relora.plan.advice import doubts, in_a_word
 from relora.plan.estimate import (
     PARTS,
     break_even,
@@ -57,7 +57,7 @@ class Facts:
 
 
 def page(config: Config, path: str, devices: int, tokens_per_s: float | None) -> Iterator[str]:
-    """The blocks of the page: method, timeline, parameters, memory, arithmetic, warnings.
+    """The blocks of the page: verdict, method, timeline, parameters, memory, arithmetic, warnings.
 
     Args:
         path: of the config, as its user calls it.
@@ -113,14 +113,16 @@ def _with_its_model(config: Config) -> Config:
 def _header(facts: Facts, path: str) -> list[str]:
     config = facts.config
     source = config.model.config or config.model.pretrained
+    verdict = in_a_word(config, facts.parameters, facts.devices)
     lines = [
         f"plan         {path}",
+        _wrapped("verdict", verdict),
         f"run          {config.run_dir}, seed {config.seed}",
         f"model        {_size_of(facts.model.config)}, from {source}",
     ]
     stands = standing(config)
     if stands is not None:
-        lines.insert(2, _wrapped("run_dir", stands))
+        lines.insert(3, _wrapped("run_dir", stands))
     lora, relora = config.lora, config.relora
     if lora is None:
         return [*lines, "method       full rank"]

@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# What this machine's GPU makes of it: the tests of all graphs on CUDA, then `relora bench` of the
+# shipped sizes in bf16, with tables here and bench.json (device, date, commit) and bench.png in TO.
+#
+#   bash launch/gpu_table.sh
+#   CONFIGS=configs/quickstart_relora.yaml bash launch/gpu_table.sh --rounds 3   for bench
+#
+# Without a GPU it does the same on the CPU, which is a rehearsal. Environment: CONFIGS, TO
+# (runs/gpu_table), PYTHON, VENV (see env.sh).
+set -euo pipefail
+# shellcheck source=/dev/null
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+TO=${TO:-runs/gpu_table}
+((GPUS > 0)) || echo "relora: no GPU here, so this is a rehearsal on the CPU" >&2
+set_up dev
+
+# table NAME CONFIG ARGUMENTS…
+table() {
+    local name=$1
+    shift
+    echo
+    echo "── $name"
+    relora bench "$@" --precision bf16 --to "$TO/$name"
+}
+
+pytest -q -m gpu tests/test_gpu.py -k graph
+if [[ ${CONFIGS-} ]]; then
+    for config in $CONFIGS; do
+        table "$(basename "${config%.yaml}")" "$config" "$@"
+    done
+    exit
+fi
+for size in 60m 130m 350m; do
+    table "llama_$size" "configs/llama_${size}_relora.yaml" "$@"
+done
+# All arms at once would not fit 80 GB.
+table llama_1b3 configs/llama_1b3_relora.yaml "$@" --arms full_lean relora frozen_a
+table llama_1b3_blocks configs/llama_1b3_relora.yaml "$@" --blocks 4
