@@ -39,7 +39,7 @@ def train_run(run: Run, stop: StopRequest, phases: Phases = PHASES) -> bool | No
     while run.step < clock.total:
         # One optimizer step over the global batch.
         began = time.perf_counter()
-        micro_batches = [batch.to(ranks.device) for batch in next(batches)]
+        micro_batches = next(batches)
         lr = config.learning_rate(run.step)
         result = phases.update(run, micro_batches, lr)
         progress.consumed += config.batch.global_batch_size
@@ -136,6 +136,7 @@ def _batches(run: Run) -> Iterator[list[Tensor]]:
             seed=config.seed,
             consumed=run.progress.consumed,
             num_workers=config.data.num_workers,
+            device=ranks.device,
         )
         while position_after(run.progress.consumed, run.rollbacks) == run.progress.consumed:
             yield next(stretch)
