@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import partial
 from itertools import pairwise, product
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from host_reads import HostReads
 from ranks import Outcomes, Scenario, Unasked, run_ranks
@@ -49,6 +51,88 @@ def curious_loss(model: Any, batch: Tensor) -> Any:
     loss = loss_of(model, batch)
     assert loss.total.item() > 0
     return loss
+
+
+class CountCasts(TorchDispatchMode):
+    """How often each parameter is rounded to half precision, by its place in memory."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.names = {(p.data_ptr(), p.numel()): name for name, p in model.named_parameters()}
+        self.casts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten._to_copy.default, torch.ops.aten.mul.out):
+            name = self.names.get((args[0].data_ptr(), args[0].numel()))
+            if name and args[0].dtype == torch.float32 and result.dtype == torch.bfloat16:
+                self.casts[name] += 1
+        return result
+
+
+def count_casts(
+    ranks: Any, model: str, run_dir: str, changes: dict[str, Any]
+) -> tuple[Counter[str], set[str]]:
+    """The casts of the second step of a run, and the names of all matrices that train."""
+    config = settings(model, run_dir, changes)
+    make_run_dir(config, ranks)
+    counters = []
+    run = start_run(config, shards(), ranks)  # type: ignore[arg-type]
+
+    def counting(*arguments: Any) -> Any:
+        with CountCasts(run.engine.module) as counter:
+            counters.append(counter)
+            return update(*arguments)
+
+    train_run(run, Unasked(), Phases(update=counting))  # type: ignore[arg-type]
+    run.metrics.close()
+    trained = {
+        n for n, p in run.engine.module.named_parameters() if p.requires_grad and p.dim() > 1
+    }
+    deepspeed.destroy(run.engine)
+    return counters[1].casts, trained
+
+
+FULL: dict[str, Any] = {"lora": None, "relora": None}
+CASTING: dict[str, dict[str, Any]] = {
+    "full": {**FULL},
+    "full, not lean": {**FULL, "model.lean": False, "model.loss_chunk": None},
+    "full, checkpointed": {**FULL, "model.gradient_checkpointing": True},
+    "effective": {"lora.graph": "effective", "model.gradient_checkpointing": True},
+    "effective, kept": {"lora.graph": "effective", "lora.keep_effective": True},
+    "low rank": {"lora.graph": "low_rank"},
+    "low rank, checkpointed": {"lora.graph": "low_rank", "model.gradient_checkpointing": True},
+    "sharded": {"deepspeed.zero_stage": 2, "model.gradient_checkpointing": True},
+}
+
+
+@pytest.fixture(scope="module")
+def casts(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+    """Steps of 4 micro-batches on one rank."""
+    root = tmp_path_factory.mktemp("casts")
+    wanted = []
+    for name, more in CASTING.items():
+        changes = {
+            "deepspeed.zero_stage": 0,
+            "deepspeed.precision": "bf16",
+            "batch": {"global_batch_size": 4, "micro_batch_size": 1},
+            "warm_start": None,
+            "relora": None,
+            "train": {"steps": 3},
+            "model.loss_chunk": 4,
+            **more,
+        }
+        args = (str(tiny_llama), str(root / name.replace(" ", "_")), changes)
+        wanted.append(Scenario(name, count_casts, args))
+    return run_ranks(1, wanted, 300)
+
+
+@pytest.mark.parametrize("name", CASTING)
+def test_a_weight_is_cast_once_a_step(name: str, casts: Outcomes) -> None:
+    """Not for each micro-batch, chunk of the loss or block that is computed again."""
+    found, trained = casts[name][0]
+    assert set(found.values()) == {1}, found
+    assert trained - set(found) == {"model.embed_tokens.weight"}
 
 
 @pytest.fixture(scope="module")

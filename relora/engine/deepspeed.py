@@ -158,7 +158,7 @@ def train_step(
     # Stages 1–3 collect local gradients and reduce them when the block ends; stage 0 reduces in
     # the backward pass outside no_sync.
     together = engine.coalesce_grad_reduction() if stage > 0 and last > 0 else nullcontext()
-    with constant, together, whole_rows():
+    with together, constant, whole_rows():
         for index, batch in enumerate(micro_batches):
             with engine.no_sync() if stage == 0 and index < last else nullcontext():
                 loss = loss_of(engine, batch)

@@ -12,7 +12,8 @@ effective graph keeps x alone, and not even that where x can be made again from 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -21,6 +22,8 @@ from torch import Tensor
 
 Graph = Literal["low_rank", "effective"]
 
+# Of weights, in another dtype, while `casts_are_kept`: by the weight's id, with the weight.
+_casts: dict[tuple[int, torch.dtype, bool], tuple[Tensor, Tensor]] | None = None
 _SOURCE, _CAST = "_relora_source", "_relora_cast"  # attributes of tensors
 
 
@@ -88,6 +91,31 @@ def multiply(tensor: Tensor, other: Tensor | float, dtype: torch.dtype) -> Tenso
     return torch.mul(tensor, other, out=torch.empty_like(tensor, dtype=dtype))
 
 
+@contextmanager
+def casts_are_kept() -> Iterator[None]:
+    """Within it no weight changes, so each is cast once, by functions here and by autocast."""
+    global _casts
+    before, _casts = _casts, {}
+    torch.autocast_increment_nesting()  # it forgets its casts where its outermost context ends
+    try:
+        yield
+    finally:
+        _casts = before
+        if torch.autocast_decrement_nesting() == 0:
+            torch.clear_autocast_cache()
+
+
+def cast(weight: Tensor, dtype: torch.dtype, gradient: bool = False) -> Tensor:
+    """A weight in a dtype; of transposed ones, which autocast would cast anew, with a gradient."""
+    source = weight if gradient else weight.detach()
+    if _casts is None or weight.dtype == dtype or gradient > torch.is_grad_enabled():
+        return source.to(dtype)
+    key = id(weight), dtype, gradient
+    if key not in _casts:
+        _casts[key] = weight, source.to(dtype)
+    return _casts[key][1]
+
+
 def linear(
     x: Tensor,
     weight: Tensor,
@@ -107,9 +135,9 @@ def linear(
         factors: s·A and s·B in a dtype, asked likewise.
     """
     dtype = compute_dtype(x)
-    source, cast = _source(x, dtype)
+    source, x_cast = _source(x, dtype)
     return _Linear.apply(
-        x, cast, weight, a, b, bias, effective, factors, source.recipe, *source.inputs
+        x, x_cast, weight, a, b, bias, effective, factors, source.recipe, *source.inputs
     )
 
 
@@ -130,7 +158,7 @@ class _Linear(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        cast: Tensor,
+        x_cast: Tensor,
         weight: Tensor,
         a: Tensor | None,
         b: Tensor | None,
@@ -140,13 +168,13 @@ class _Linear(torch.autograd.Function):
         recipe: Recomputed | None,
         *inputs: Tensor,
     ) -> Tensor:
-        dtype = cast.dtype
-        matrix = effective(dtype) if effective else weight.to(dtype)
+        dtype = x_cast.dtype
+        matrix = effective(dtype) if effective else cast(weight, dtype)
         ctx.save_for_backward(weight, a, b, None if effective else matrix, *inputs)
         ctx.effective, ctx.factors, ctx.recipe = effective, factors, recipe
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.dtype = x.dtype
-        return F.linear(cast, matrix, None if bias is None else bias.to(dtype))
+        return F.linear(x_cast, matrix, None if bias is None else cast(bias, dtype))
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -29,7 +29,16 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 from transformers.pytorch_utils import Conv1D
 
-from relora.lora.graphs import Graph, cheaper_graph, forming_share, linear, multiply
+from relora.lora.graphs import (
+    Graph,
+    cast,
+    casts_are_kept,
+    cheaper_graph,
+    compute_dtype,
+    forming_share,
+    linear,
+    multiply,
+)
 
 # Share of a layer's products that forming W + s·B·A for each micro-batch may take before it is kept
 # for the whole step instead.
@@ -139,7 +148,7 @@ class AdaptedLayer(nn.Module):
 
     def add_update(self, output: Tensor, x: Tensor, shrink: float = 1.0) -> Tensor:
         """d·output (…, out) + s · (drop(x) Aᵀ) Bᵀ for x (…, in), in one pass over the output."""
-        inner, b = self._inner(x), self.lora_B
+        inner, b = self._inner(x), cast(self.lora_B, compute_dtype(x), gradient=True)
         rows = torch.addmm(
             output.reshape(-1, b.shape[0]),
             inner.reshape(-1, b.shape[1]),
@@ -296,13 +305,14 @@ def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:
 
 @contextmanager
 def constant_weights(model: nn.Module) -> Iterator[None]:
-    """Within it no weight of an adapted layer changes, as in the micro-batches of an optimizer
-    step, so what is made of them is made once."""
+    """Within it no weight changes, as in the micro-batches of an optimizer step, so what is made of
+    them is made once."""
     layers = [layer for _, layer in adapted_layers(model)]
     for layer in layers:
         layer.made = {}
     try:
-        yield
+        with casts_are_kept():
+            yield
     finally:
         for layer in layers:
             layer.made = None
