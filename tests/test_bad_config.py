@@ -196,6 +196,19 @@ IN_THE_FILE = {
         "lora.keep_effective: true would hold whole on each rank what ZeRO 3 partitions; take "
         "false, or zero_stage 2",
     ),
+    "reduction beside DeepSpeed's own": (
+        ["deepspeed={reduce_dtype: bf16, precision: deepspeed_bf16}"],
+        "deepspeed.reduce_dtype: bf16: with precision deepspeed_bf16 DeepSpeed makes gradients and "
+        "reduces them in bf16; take null, or precision: bf16",
+    ),
+    "reduction in two words": (
+        ["deepspeed={reduce_dtype: bf16, extra: {communication_data_type: fp32}}"],
+        "deepspeed.extra.communication_data_type: is decided by deepspeed.reduce_dtype; remove one",
+    ),
+    "reduction in fp16": (
+        ["deepspeed.reduce_dtype=fp16"],
+        "deepspeed.reduce_dtype: 'fp16': must be 'fp32' or 'bf16'",
+    ),
     "half a residual stream of fp32": (
         ["model.half_residual=true", "deepspeed.precision=fp32"],
         "model.half_residual: would do nothing without model.lean and precision: bf16",
