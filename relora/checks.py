@@ -33,6 +33,11 @@ def cross_checks(config: Config, read_model: bool) -> Iterator[str]:
     yield from _check_saving(config)
     yield from _check_spectra(config)
     yield from _check_graphs(config)
+    if config.train.compile and config.deepspeed.zero_stage == 3:
+        yield (
+            "train.compile: blocks: ZeRO 3 gathers weights within the blocks, by hooks that no "
+            "compiler sees through; take null, or zero_stage 0, 1 or 2"
+        )
     micro_batch_size = config.batch.micro_batch_size
     yield from mistakes(config.deepspeed, config.optimizer, micro_batch_size, ask=read_model)
     if read_model and config.model.config is not None:

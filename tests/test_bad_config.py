@@ -196,6 +196,15 @@ IN_THE_FILE = {
         "lora.keep_effective: true would hold whole on each rank what ZeRO 3 partitions; take "
         "false, or zero_stage 2",
     ),
+    "compiled blocks that ZeRO 3 gathers": (
+        ["train.compile=blocks", "deepspeed.zero_stage=3"],
+        "train.compile: blocks: ZeRO 3 gathers weights within the blocks, by hooks that no "
+        "compiler sees through; take null, or zero_stage 0, 1 or 2",
+    ),
+    "another thing to compile": (
+        ["train.compile=model"],
+        "train.compile: 'model': must be 'blocks'",
+    ),
     "reduction beside DeepSpeed's own": (
         ["deepspeed={reduce_dtype: bf16, precision: deepspeed_bf16}"],
         "deepspeed.reduce_dtype: bf16: with precision deepspeed_bf16 DeepSpeed makes gradients and "

@@ -39,6 +39,7 @@ from relora.lora.graphs import (
     linear,
     multiply,
 )
+from relora.lora.in_graph import forward_in_graph, made_for_compiler
 
 # Share of a layer's products that forming W + s·B·A for each micro-batch may take before it is kept
 # for the whole step instead.
@@ -65,6 +66,8 @@ class AdaptedLayer(nn.Module):
         graph: how the layer is computed, see `graphs`.
         keeps_effective: whether d·W + s·B·A is formed once for all of `constant_weights`, at two
             bytes an entry in half precision, or where it is used, at 2·out·in·r FLOPs each time.
+        compiled: the dtype in which a compiled forward pass multiplies; None without a compiler.
+        ready: what that reads of the weights, made once for all of `constant_weights`.
         plain: the class of layers that this kind adapts; of a layer, the class that it had before.
     """
 
@@ -77,6 +80,8 @@ class AdaptedLayer(nn.Module):
     graph: Graph
     keeps_effective: bool
     made: dict[Any, Any] | None  # of the weights, while they are constant
+    compiled: torch.dtype | None = None
+    ready: tuple[Tensor, ...] = ()
     plain: ClassVar[type[nn.Module]]
 
     @classmethod
@@ -236,6 +241,8 @@ class _Linear(AdaptedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (…, in) → (…, out)."""
+        if torch.compiler.is_compiling():
+            return forward_in_graph(self, x)
         if self.graph == "effective":
             factors = self.lora_A, self.lora_B
             return linear(x, self.weight, *factors, self.bias, self.effective, self.factors)
@@ -310,12 +317,14 @@ def constant_weights(model: nn.Module) -> Iterator[None]:
     layers = [layer for _, layer in adapted_layers(model)]
     for layer in layers:
         layer.made = {}
+        if layer.compiled is not None:
+            layer.ready = made_for_compiler(layer, layer.compiled)
     try:
         with casts_are_kept():
             yield
     finally:
         for layer in layers:
-            layer.made = None
+            layer.made, layer.ready = None, ()
 
 
 def names_of(layer: str) -> Names:
