@@ -201,6 +201,11 @@ IN_THE_FILE = {
         "train.compile: blocks: ZeRO 3 gathers weights within the blocks, by hooks that no "
         "compiler sees through; take null, or zero_stage 0, 1 or 2",
     ),
+    "compiled blocks that keep nothing": (
+        ["train.compile=blocks", "lora={rank: 4, keep_effective: false}"],
+        "lora.keep_effective: false would do nothing with train.compile: blocks, which keep W + "
+        "s·B·A for each step; remove it",
+    ),
     "another thing to compile": (
         ["train.compile=model"],
         "train.compile: 'model': must be 'blocks'",
