@@ -33,6 +33,7 @@ def cross_checks(config: Config, read_model: bool) -> Iterator[str]:
     yield from _check_saving(config)
     yield from _check_spectra(config)
     yield from _check_graphs(config)
+    yield from _check_compile(config)
     micro_batch_size = config.batch.micro_batch_size
     yield from mistakes(config.deepspeed, config.optimizer, micro_batch_size, ask=read_model)
     if read_model and config.model.config is not None:
@@ -100,6 +101,21 @@ def _check_graphs(config: Config) -> Iterator[str]:
         yield (
             "lora.keep_effective: true would hold whole on each rank what ZeRO 3 partitions; take "
             "false, or zero_stage 2"
+        )
+
+
+def _check_compile(config: Config) -> Iterator[str]:
+    if config.train.compile is None:
+        return
+    if config.deepspeed.zero_stage == 3:
+        yield (
+            "train.compile: blocks: ZeRO 3 gathers weights within the blocks, by hooks that no "
+            "compiler sees through; take null, or zero_stage 0, 1 or 2"
+        )
+    if config.lora and config.lora.keep_effective is False:
+        yield (
+            "lora.keep_effective: false would do nothing with train.compile: blocks, which keep "
+            "W + s·B·A for each step; remove it"
         )
 
 

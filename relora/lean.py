@@ -12,7 +12,7 @@ are called; what computes anything else stays as it is. Parameters keep their na
 from __future__ import annotations
 
 import contextlib
-from functools import cache
+from functools import cache, wraps
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -83,6 +83,9 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """w · x / √(mean(x²) + ε) over the last axis, in the dtype of products; keeps x alone."""
     dtype = compute_dtype(x)
     wide = x.dtype if x.dtype == torch.float64 else torch.float32
+    if torch.compiler.is_compiling():  # which decides by itself what to keep
+        x = x.to(wide)
+        return (x * (x.square().mean(-1, keepdim=True) + epsilon).rsqrt() * weight).to(dtype)
 
     def make(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
         x = x.to(wide)
@@ -100,6 +103,8 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) · up; keeps both and not the product."""
+    if torch.compiler.is_compiling():
+        return F.silu(gate) * up
     recipe = Recomputed(_swiglu)
     output: Tensor = _SwiGLU.apply(recipe, gate, up)
     mark_recomputed(output, recipe, gate, up)
@@ -258,8 +263,14 @@ def _turning(plain: Any) -> Any:
     """A class whose forward pass is that of another, but for how it turns queries and keys."""
     own = plain.forward
     world = {**own.__globals__, ROTARY: rotate}
-    forward = FunctionType(own.__code__, world, own.__name__, own.__defaults__, own.__closure__)
-    forward.__kwdefaults__ = own.__kwdefaults__
+    turning = FunctionType(own.__code__, world, own.__name__, own.__defaults__, own.__closure__)
+    turning.__kwdefaults__ = own.__kwdefaults__
+
+    @wraps(own)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        compiling = torch.compiler.is_compiling()  # a compiler fuses by itself
+        return (own if compiling else turning)(*args, **kwargs)
+
     return type(plain.__name__, (plain,), {"__module__": plain.__module__, "forward": forward})
 
 

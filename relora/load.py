@@ -36,6 +36,7 @@ OF_SPEED = (
     "deepspeed.offload_optimizer",
     "model.gradient_checkpointing",
     "relora.remainder",
+    "train.compile",
 )
 # Paths: compared by what they hold, and not by how they are written.
 PATHS = (

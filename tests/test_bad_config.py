@@ -196,6 +196,33 @@ IN_THE_FILE = {
         "lora.keep_effective: true would hold whole on each rank what ZeRO 3 partitions; take "
         "false, or zero_stage 2",
     ),
+    "compiled blocks that ZeRO 3 gathers": (
+        ["train.compile=blocks", "deepspeed.zero_stage=3"],
+        "train.compile: blocks: ZeRO 3 gathers weights within the blocks, by hooks that no "
+        "compiler sees through; take null, or zero_stage 0, 1 or 2",
+    ),
+    "compiled blocks that keep nothing": (
+        ["train.compile=blocks", "lora={rank: 4, keep_effective: false}"],
+        "lora.keep_effective: false would do nothing with train.compile: blocks, which keep W + "
+        "s·B·A for each step; remove it",
+    ),
+    "another thing to compile": (
+        ["train.compile=model"],
+        "train.compile: 'model': must be 'blocks'",
+    ),
+    "reduction beside DeepSpeed's own": (
+        ["deepspeed={reduce_dtype: bf16, precision: deepspeed_bf16}"],
+        "deepspeed.reduce_dtype: bf16: with precision deepspeed_bf16 DeepSpeed makes gradients and "
+        "reduces them in bf16; take null, or precision: bf16",
+    ),
+    "reduction in two words": (
+        ["deepspeed={reduce_dtype: bf16, extra: {communication_data_type: fp32}}"],
+        "deepspeed.extra.communication_data_type: is decided by deepspeed.reduce_dtype; remove one",
+    ),
+    "reduction in fp16": (
+        ["deepspeed.reduce_dtype=fp16"],
+        "deepspeed.reduce_dtype: 'fp16': must be 'fp32' or 'bf16'",
+    ),
     "half a residual stream of fp32": (
         ["model.half_residual=true", "deepspeed.precision=fp32"],
         "model.half_residual: would do nothing without model.lean and precision: bf16",

@@ -1,14 +1,16 @@
 """The order of sequences is a function of (seed, place) alone, however the batch is cut."""
 
 import itertools
+import threading
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from relora.data.loader import eval_batches, permute, sequence_indices, train_batches
+from relora.data.loader import eval_batches, permute, sequence_indices, train_batches, widen
 from relora.errors import DataError
 
 LENGTH = 8
@@ -119,7 +121,71 @@ def test_a_memory_map_reaches_a_loader_process_by_name_not_by_content(tmp_path):
     tokens = np.memmap(path, dtype=np.uint16, mode="r")
     sent = pickle.dumps(_Steps(tokens, LENGTH, (4, 2, 0, 1), 0, 0))
     assert len(sent) < 2000
-    assert torch.equal(pickle.loads(sent)[3], torch.zeros(2, 2, LENGTH, dtype=torch.int64))
+    assert torch.equal(widen(pickle.loads(sent)[3]), torch.zeros(2, 2, LENGTH, dtype=torch.int64))
+
+
+def test_one_step_is_read_ahead_while_the_last_is_worked_on_and_no_more(monkeypatch):
+    from relora.data.loader import _Steps
+
+    read, real, asked = {}, _Steps.__getitem__, [threading.Event() for _ in range(9)]
+
+    def reading(self, step):
+        read[step] = threading.current_thread().name
+        asked[step].set()
+        return real(self, step)
+
+    monkeypatch.setattr(_Steps, "__getitem__", reading)
+    options = {"sequence_length": LENGTH, "micro_batch": 1, "rank": 0, "world": 1}
+    batches = train_batches(numbered(50), global_batch=2, seed=0, **options)
+    for step in range(4):
+        next(batches)
+        assert asked[step + 1].wait(60)  # nobody has asked for it
+        assert list(read) == list(range(step + 2))
+    assert threading.current_thread().name not in read.values()
+    del batches
+    assert not [t for t in threading.enumerate() if t.name.startswith("batches")]
+
+
+def test_what_fails_in_reading_ahead_fails_where_it_is_asked_for(monkeypatch):
+    from relora.data.loader import _Steps
+
+    real = _Steps.__getitem__
+    monkeypatch.setattr(_Steps, "__getitem__", lambda self, step: real(self, [0, 1][step]))
+    options = {"sequence_length": LENGTH, "micro_batch": 1, "rank": 0, "world": 1}
+    batches = train_batches(numbered(50), global_batch=2, seed=0, **options)
+    assert len(next(batches)) == len(next(batches)) == 2
+    with pytest.raises(IndexError):
+        next(batches)
+
+
+class Copies(TorchDispatchMode):
+    """(dtype, device) of what is copied, to another of these."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default:
+            self.made.append((args[0].dtype, args[0].device.type, result.dtype, result.device.type))
+        return result
+
+
+@pytest.mark.parametrize(("dtype", "stored"), [(np.uint16, torch.int16), (np.uint32, torch.int32)])
+def test_tokens_travel_as_they_are_stored_and_are_widened_on_the_device(dtype, stored):
+    options = {"sequence_length": LENGTH, "micro_batch": 1, "rank": 0, "world": 1}
+    tokens, meta = numbered(50).astype(dtype), torch.device("meta")
+    batches = train_batches(tokens, global_batch=2, seed=0, device=meta, **options)
+    with Copies() as copies:
+        batch = next(batches)
+    assert copies.made == [
+        (stored, "cpu", stored, "meta"),
+        (stored, "meta", torch.int64, "meta"),
+    ]
+    assert [(x.dtype, x.device.type, x.shape) for x in batch] == [
+        (torch.int64, "meta", (1, LENGTH))
+    ] * 2
 
 
 def test_going_on_at_any_step_equals_never_having_stopped():

@@ -60,6 +60,33 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_reach_the_device_without_a_wait(workers: int) -> None:
+    from itertools import islice
+
+    from relora.data.loader import train_batches
+
+    tokens = np.random.default_rng(0).integers(0, 2**16, 4000).astype(np.uint16)
+    options = {"global_batch": 8, "micro_batch": 2, "rank": 0, "world": 1, "seed": 0}
+
+    def batches(device: str) -> torch.Tensor:
+        found = train_batches(
+            tokens,
+            sequence_length=32,
+            num_workers=workers,
+            device=torch.device(device),
+            **options,  # type: ignore[arg-type]
+        )
+        return torch.stack([torch.stack(step) for step in islice(found, 5)])
+
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        there = batches("cuda")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(there.cpu(), batches("cpu"))
+
+
 def losses(workspace: Path, name: str, *overrides: str) -> list[float]:
     """Train (or go on with) the run `name`; returns the losses of all its steps."""
     from relora.cli import main

@@ -138,7 +138,7 @@ class DataConfig(Section):
     dir: Path = Path("data")
     # Share of the documents; below 1e-12 of them there is none in any corpus.
     validation_fraction: float = Field(default=0.01, ge=1e-12, lt=0.5)
-    num_workers: int = 0  # loader processes per rank; 0 reads in the loop
+    num_workers: int = 0  # loader processes per rank; 0 reads in a thread
 
     @field_validator("num_workers")
     @classmethod

@@ -9,7 +9,8 @@ resuming at any place costs nothing.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,8 @@ def count_sequences(tokens: np.ndarray, sequence_length: int) -> int:
 
 
 class _Steps(Dataset):
-    """Item i: this rank's rows of optimizer step i, an int64 tensor (micro-batches, micro, L)."""
+    """Item i: this rank's rows of optimizer step i, a tensor (micro-batches, micro, L) as stored:
+    see `widen`."""
 
     def __init__(
         self,
@@ -115,7 +117,7 @@ class _Steps(Dataset):
         first = self.start + step * self.global_batch
         indices = sequence_indices(first, self.global_batch, self.count, self.seed)
         mine = indices.reshape(-1, self.world, self.micro)[:, self.rank]
-        return _rows(self.tokens, self.length, mine)
+        return _stored_rows(self.tokens, self.length, mine)
 
     def __getstate__(self) -> dict[str, Any]:
         """A memory map would travel to a loader process as a copy of the file: send its name."""
@@ -131,10 +133,27 @@ class _Steps(Dataset):
             self.tokens = np.memmap(Path(filename), dtype=dtype, mode="r")
 
 
-def _rows(tokens: np.ndarray, length: int, indices: np.ndarray) -> torch.Tensor:
-    """Sequences by number: an int64 tensor of shape (*indices.shape, length)."""
+def _stored_rows(tokens: np.ndarray, length: int, indices: np.ndarray) -> torch.Tensor:
+    """Sequences by number: a tensor (*indices.shape, length) of the tokens' bits, as integers with
+    a sign, which every device knows."""
     sequences = tokens[: len(tokens) // length * length].reshape(-1, length)
-    return torch.from_numpy(sequences[indices].astype(np.int64))
+    rows = np.asarray(sequences[indices])
+    return torch.from_numpy(rows.view(rows.dtype.str.replace("u", "i")))
+
+
+def widen(stored: torch.Tensor, device: torch.device | None = None) -> torch.Tensor:
+    """Tokens from their bits as they are stored: an int64 tensor, widened on the device."""
+    stored = stored.to(device, non_blocking=True)
+    return stored.long() & ((1 << 8 * min(stored.itemsize, 7)) - 1)
+
+
+def _ahead(item: Callable[[int], torch.Tensor]) -> Iterator[torch.Tensor]:
+    """item(0), item(1), …; each is made, in a thread, while what asked for the one before works."""
+    with ThreadPoolExecutor(1, "batches") as pool:
+        following = pool.submit(item, 0)
+        for number in itertools.count(1):
+            current, following = following.result(), pool.submit(item, number)
+            yield current
 
 
 def train_batches(
@@ -148,27 +167,35 @@ def train_batches(
     seed: int,
     consumed: int = 0,
     num_workers: int = 0,
+    device: torch.device | None = None,
 ) -> Iterator[list[torch.Tensor]]:
     """Endlessly, this rank's micro-batches of the next optimizer step.
 
-    Each is an int64 tensor (micro_batch, sequence_length). Micro-batch m of rank r holds rows
-    [(m*world + r)*micro_batch, +micro_batch) of the global batch, so their union over ranks is the
-    same for every way to cut it. `consumed` is the number of sequences the run has seen. With
-    `num_workers` processes that read ahead the batches are the same.
+    Each is an int64 tensor (micro_batch, sequence_length) on the device. Micro-batch m of rank r
+    holds rows [(m*world + r)*micro_batch, +micro_batch) of the global batch, so their union over
+    ranks is the same for every way to cut it. `consumed` is the number of sequences the run has
+    seen. With `num_workers` processes that read ahead the batches are the same; without, the next
+    step's are read while the last's are worked on. A copy to a GPU waits for nothing.
     """
     assert global_batch % (micro_batch * world) == 0, (global_batch, micro_batch, world)
     rows = (global_batch, micro_batch, rank, world)
     steps = _Steps(tokens, sequence_length, rows, seed, consumed)
-    if num_workers == 0:
-        return (list(steps[step].unbind()) for step in itertools.count())
-    loader = DataLoader(
-        steps,
-        sampler=itertools.count(),
-        batch_size=None,  # an item is a batch already
-        num_workers=num_workers,
-        pin_memory=torch.cuda.is_available(),
-    )
-    return (list(batch.unbind()) for batch in loader)
+    pinned = device is not None and device.type == "cuda"
+
+    def item(step: int) -> torch.Tensor:
+        stored = steps[step]
+        return stored.pin_memory() if pinned else stored
+
+    batches: Any = _ahead(item)
+    if num_workers > 0:
+        batches = DataLoader(
+            steps,
+            sampler=itertools.count(),
+            batch_size=None,  # an item is a batch already
+            num_workers=num_workers,
+            pin_memory=pinned,
+        )
+    return (list(widen(batch, device).unbind()) for batch in batches)
 
 
 def eval_batches(
@@ -196,4 +223,4 @@ def eval_batches(
         indices = np.arange(first, first + micro_batch)
         real = int((indices < count).sum())
         chosen = np.where(indices < count, indices, 0) * there // count
-        yield _rows(tokens, sequence_length, chosen), real
+        yield widen(_stored_rows(tokens, sequence_length, chosen)), real

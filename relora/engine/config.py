@@ -57,5 +57,8 @@ class DeepSpeedConfig(Section):
     zero_stage: Stage = 2
     precision: Name = "bf16"
     offload_optimizer: bool = False
+    # In which gradients travel between ranks: bf16 halves the traffic and rounds each rank's, and
+    # their sum. null = as they are: fp32, or with deepspeed_bf16 bf16.
+    reduce_dtype: Literal["fp32", "bf16"] | None = None
     timeout_minutes: float = Field(default=30.0, gt=0)  # of a collective, before a hang is an error
     extra: dict[str, Any] = Field(default_factory=dict)

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from datetime import timedelta
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from relora.engine.distributed import Ranks
 from relora.engine.evaluation import Loss
 from relora.engine.options import deepspeed_json
 from relora.engine.precision import dtype_of, precision_of
+from relora.engine.reading import Reading, read_at_norm, whole_rows
 from relora.errors import ConfigError
 from relora.lora.inject import parameter_groups
 from relora.lora.layers import constant_weights
@@ -40,10 +42,11 @@ FLAT_TENSORS = (
 class StepResult(NamedTuple):
     """What one optimizer step did. `applied` is False if the update was not finite and skipped."""
 
-    loss: float  # cross-entropy, mean over this rank's micro-batches
+    loss: float  # cross-entropy, mean over the micro-batches of all ranks
     auxiliary: float | None  # what else was trained on, likewise; None if nothing
     grad_norm: float  # global, before clipping
     applied: bool
+    notes: Sequence[float] = ()  # sums over ranks of what each had to say
 
 
 def init_distributed(ranks: Ranks, timeout_minutes: float) -> None:
@@ -128,13 +131,16 @@ def train_step(
     learning_rate: float,
     grad_clip: float | None,
     loss_scale: float | None = None,
+    notes: Callable[[], Sequence[float]] = tuple,
 ) -> StepResult:
     """One optimizer step over this rank's micro-batches; gradients are reduced once, at the end.
 
-    An update that is not finite is skipped on all ranks alike.
+    An update that is not finite is skipped on all ranks alike. The host waits for the device once,
+    before the update is applied (see `reading`).
 
     Args:
         loss_scale: of the backward pass; gradients are divided by it before anything else.
+        notes: what this rank tells the others, as many numbers on each.
     """
     stage = engine.zero_optimization_stage()
     engine.train()
@@ -152,7 +158,7 @@ def train_step(
     # Stages 1–3 collect local gradients and reduce them when the block ends; stage 0 reduces in
     # the backward pass outside no_sync.
     together = engine.coalesce_grad_reduction() if stage > 0 and last > 0 else nullcontext()
-    with constant, together:
+    with together, constant, whole_rows():
         for index, batch in enumerate(micro_batches):
             with engine.no_sync() if stage == 0 and index < last else nullcontext():
                 loss = loss_of(engine, batch)
@@ -160,14 +166,18 @@ def train_step(
                 losses.append(loss.cross_entropy)
                 if loss.auxiliary is not None:
                     others.append(loss.auxiliary)
+    means = [torch.stack(x).mean() for x in (losses, others) if x]
+    reading = Reading(notes)
+    take = partial(reading.take, means)
     if stage == 0:
-        norm, applied = _step_unsharded(engine, grad_clip, factor)
+        norm, applied = _step_unsharded(engine, grad_clip, factor, take)
     else:
-        engine.step()
+        with read_at_norm(engine.optimizer, stage, take):
+            engine.step()
         applied = bool(engine.was_step_applied())
         norm = float(engine.get_global_grad_norm()) if applied else math.inf
-    auxiliary = torch.stack(others).mean().item() if others else None
-    return StepResult(torch.stack(losses).mean().item(), auxiliary, norm, applied)
+    mean, *rest = reading.means
+    return StepResult(mean, rest[0] if rest else None, norm, applied, reading.sums)
 
 
 def destroy(engine: Engine) -> None:
@@ -204,14 +214,17 @@ def leave(together: bool = True) -> None:
 
 
 def _step_unsharded(
-    engine: Engine, grad_clip: float | None, loss_scale: float
+    engine: Engine,
+    grad_clip: float | None,
+    loss_scale: float,
+    take: Callable[[Sequence[Tensor]], list[Tensor]],
 ) -> tuple[float, bool]:
     # DeepSpeed's stage 0 in fp32 neither reports the norm nor refuses an infinite gradient.
     params = [p for p in engine.module.parameters() if p.grad is not None]
     if loss_scale != 1:
         for param in params:
             param.grad.div_(loss_scale)
-    norm = float(nn.utils.clip_grad_norm_(params, grad_clip or math.inf))
+    norm = float(take([nn.utils.clip_grad_norm_(params, grad_clip or math.inf)])[0])
     if not math.isfinite(norm):
         engine.zero_grad()
         return math.inf, False

@@ -81,6 +81,8 @@ def deepspeed_json(
         values["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
     if precision_of(config.precision).is_deepspeeds:
         values["bf16"] = {"enabled": True}
+    if config.reduce_dtype is not None:
+        values["communication_data_type"] = config.reduce_dtype
     return _merge(values, config.extra)
 
 
@@ -112,6 +114,7 @@ def known_mistakes(section: DeepSpeedConfig) -> Iterator[str]:
             f"deepspeed: zero_stage {section.zero_stage}, precision {section.precision}, "
             f"offload_optimizer {str(section.offload_optimizer).lower()}: {why}; take {way_out}"
         )
+    yield from _reduction_mistakes(section)
     ours = {
         "train_batch_size": "batch.global_batch_size",
         "train_micro_batch_size_per_gpu": "batch.micro_batch_size",
@@ -137,6 +140,21 @@ def known_mistakes(section: DeepSpeedConfig) -> Iterator[str]:
     for key, why in UNSAFE_ZERO.items():
         if zero.get(key):
             yield f"deepspeed.extra.zero_optimization.{key}: {why}; remove it"
+
+
+def _reduction_mistakes(section: DeepSpeedConfig) -> Iterator[str]:
+    if section.reduce_dtype is None:
+        return
+    if precision_of(section.precision).is_deepspeeds:
+        yield (
+            f"deepspeed.reduce_dtype: {section.reduce_dtype}: with precision {section.precision} "
+            "DeepSpeed makes gradients and reduces them in bf16; take null, or precision: bf16"
+        )
+    if "communication_data_type" in section.extra:
+        yield (
+            "deepspeed.extra.communication_data_type: is decided by deepspeed.reduce_dtype; "
+            "remove one"
+        )
 
 
 def refusal(zero_stage: int, precision: Name, offload_optimizer: bool) -> tuple[str, str] | None:

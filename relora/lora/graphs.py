@@ -13,7 +13,8 @@ adapter's input alone, so it needs the low-rank graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -24,6 +25,8 @@ Graph = Literal["low_rank", "effective"]
 
 # Attributes of tensors.
 _SOURCE, _CAST, _INNER = "_relora_source", "_relora_cast", "_relora_inner"
+# Of weights, in another dtype, while `casts_are_kept`: by the weight's id, with the weight.
+_casts: dict[tuple[int, torch.dtype, bool], tuple[Tensor, Tensor]] | None = None
 
 
 def cheaper_graph(outputs: int, inputs: int, tokens: int | None) -> Graph:
@@ -91,6 +94,31 @@ def multiply(tensor: Tensor, other: Tensor | float, dtype: torch.dtype) -> Tenso
     return torch.mul(tensor, other, out=torch.empty_like(tensor, dtype=dtype))
 
 
+@contextmanager
+def casts_are_kept() -> Iterator[None]:
+    """Within it no weight changes, so each is cast once, by functions here and by autocast."""
+    global _casts
+    before, _casts = _casts, {}
+    torch.autocast_increment_nesting()  # it forgets its casts where its outermost context ends
+    try:
+        yield
+    finally:
+        _casts = before
+        if torch.autocast_decrement_nesting() == 0:
+            torch.clear_autocast_cache()
+
+
+def cast(weight: Tensor, dtype: torch.dtype, gradient: bool = False) -> Tensor:
+    """A weight in a dtype; of transposed ones, which autocast would cast anew, with a gradient."""
+    source = weight if gradient else weight.detach()
+    if _casts is None or weight.dtype == dtype or gradient > torch.is_grad_enabled():
+        return source.to(dtype)
+    key = id(weight), dtype, gradient
+    if key not in _casts:
+        _casts[key] = weight, source.to(dtype)
+    return _casts[key][1]
+
+
 def linear(
     x: Tensor,
     weight: Tensor,
@@ -112,13 +140,15 @@ def linear(
         shared_a: what layers of the same A have in common; those that read one x multiply it with A
             once.
     """
+    if torch.compiler.is_compiling():  # which decides by itself what to keep
+        return F.linear(x, weight, bias)
     dtype = compute_dtype(x)
-    source, cast = _source(x, dtype)
+    source, x_cast = _source(x, dtype)
     keeps_inner = a is not None and not a.requires_grad and source.recipe is None
     if factors and keeps_inner and torch.is_grad_enabled():
-        source = _Source((_inner(x, cast, factors(dtype)[0], shared_a),), is_inner=True)
+        source = _Source((_inner(x, x_cast, factors(dtype)[0], shared_a),), is_inner=True)
     return _Linear.apply(
-        x, cast, weight, a, b, bias, effective, factors, shared_a, source, *source.inputs
+        x, x_cast, weight, a, b, bias, effective, factors, shared_a, source, *source.inputs
     )
 
 
@@ -128,8 +158,8 @@ def _source(x: Tensor, dtype: torch.dtype) -> tuple[_Source, Tensor]:
         plain = x.detach()
         return getattr(x, _SOURCE, None) or _Source((plain,)), plain
     if x.is_inference():  # nobody would see it change
-        cast = x.to(dtype)
-        return _Source((cast,)), cast
+        own = x.to(dtype)
+        return _Source((own,)), own
     known = getattr(x, _CAST, None)
     if known is None or known[0] != x._version or known[1].dtype != dtype:
         known = (x._version, x.detach().to(dtype))
@@ -155,7 +185,7 @@ class _Linear(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        cast: Tensor,
+        x_cast: Tensor,
         weight: Tensor,
         a: Tensor | None,
         b: Tensor | None,
@@ -166,14 +196,14 @@ class _Linear(torch.autograd.Function):
         source: _Source,
         *inputs: Tensor,
     ) -> Tensor:
-        dtype = cast.dtype
-        matrix = effective(dtype) if effective else weight.to(dtype)
+        dtype = x_cast.dtype
+        matrix = effective(dtype) if effective else cast(weight, dtype)
         ctx.save_for_backward(weight, a, b, None if effective else matrix, *inputs)
         ctx.effective, ctx.factors, ctx.shared_a = effective, factors, shared_a
         ctx.recipe, ctx.is_inner = source.recipe, source.is_inner
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.dtype = x.dtype
-        return F.linear(cast, matrix, None if bias is None else bias.to(dtype))
+        return F.linear(x_cast, matrix, None if bias is None else cast(bias, dtype))
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -29,7 +29,17 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 from transformers.pytorch_utils import Conv1D
 
-from relora.lora.graphs import Graph, cheaper_graph, forming_share, linear, multiply
+from relora.lora.graphs import (
+    Graph,
+    cast,
+    casts_are_kept,
+    cheaper_graph,
+    compute_dtype,
+    forming_share,
+    linear,
+    multiply,
+)
+from relora.lora.in_graph import forward_in_graph, made_for_compiler
 
 # Share of a layer's products that forming W + s·B·A for each micro-batch may take before it is kept
 # for the whole step instead.
@@ -58,6 +68,8 @@ class AdaptedLayer(nn.Module):
         graph: how the layer is computed, see `graphs`.
         keeps_effective: whether d·W + s·B·A is formed once for all of `constant_weights`, at two
             bytes an entry in half precision, or where it is used, at 2·out·in·r FLOPs each time.
+        compiled: the dtype in which a compiled forward pass multiplies; None without a compiler.
+        ready: what that reads of the weights, made once for all of `constant_weights`.
         plain: the class of layers that this kind adapts; of a layer, the class that it had before.
     """
 
@@ -71,6 +83,8 @@ class AdaptedLayer(nn.Module):
     graph: Graph
     keeps_effective: bool
     made: dict[Any, Any] | None  # of the weights, while they are constant
+    compiled: torch.dtype | None = None
+    ready: tuple[Tensor, ...] = ()
     plain: ClassVar[type[nn.Module]]
 
     @classmethod
@@ -147,7 +161,7 @@ class AdaptedLayer(nn.Module):
 
     def add_update(self, output: Tensor, x: Tensor, shrink: float = 1.0) -> Tensor:
         """d·output (…, out) + s · (drop(x) Aᵀ) Bᵀ for x (…, in), in one pass over the output."""
-        inner, b = self._inner(x), self.lora_B
+        inner, b = self._inner(x), cast(self.lora_B, compute_dtype(x), gradient=True)
         rows = torch.addmm(
             output.reshape(-1, b.shape[0]),
             inner.reshape(-1, b.shape[1]),
@@ -235,6 +249,8 @@ class _Linear(AdaptedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (…, in) → (…, out)."""
+        if torch.compiler.is_compiling():
+            return forward_in_graph(self, x)
         if self.graph == "effective":
             factors = self.lora_A, self.lora_B
             return linear(
@@ -306,16 +322,19 @@ def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:
 
 @contextmanager
 def constant_weights(model: nn.Module) -> Iterator[None]:
-    """Within it no weight of an adapted layer changes, as in the micro-batches of an optimizer
-    step, so what is made of them is made once."""
+    """Within it no weight changes, as in the micro-batches of an optimizer step, so what is made of
+    them is made once."""
     layers = [layer for _, layer in adapted_layers(model)]
     for layer in layers:
         layer.made = {}
+        if layer.compiled is not None:
+            layer.ready = made_for_compiler(layer, layer.compiled)
     try:
-        yield
+        with casts_are_kept():
+            yield
     finally:
         for layer in layers:
-            layer.made = None
+            layer.made, layer.ready = None, ()
 
 
 def names_of(layer: str) -> Names:

@@ -145,17 +145,18 @@ def bytes_per_step(config: Config, world: int, adapters: bool) -> float:
     sizes = shape_of(config).sizes(_lora(config, adapters))
     trained = width * sum(size for size, trainable in sizes if trainable)
     share = (world - 1) / world
+    reduced = trained / (2 if section.reduce_dtype == "bf16" else 1)
     if section.zero_stage == 0:
-        return 2 * share * trained
+        return 2 * share * reduced
     if section.zero_stage < 3:
-        return 3 * share * trained
+        return share * (2 * reduced + trained)
     bytes_of = [size * (width if trainable else frozen_width) for size, trainable in sizes]
     limit = zero_sizes(section, 0).kept_whole
     whole = [size <= limit for size, _ in sizes]
     kept = sum(b for b, w in zip(bytes_of, whole, strict=True) if w)
     gathers = 1 + _released(config)
     micro_batches = config.batch.global_batch_size // (config.batch.micro_batch_size * world)
-    return share * (trained + kept + micro_batches * gathers * (sum(bytes_of) - kept))
+    return share * (reduced + kept + micro_batches * gathers * (sum(bytes_of) - kept))
 
 
 def memory_by_part(config: Config, world: int, adapters: bool | None = None) -> dict[str, float]:
@@ -258,6 +259,7 @@ def _beside(config: Config, world: int, adapters: bool) -> dict[str, float]:
     zero = zero_sizes(section, sum(size for size, trainable in sizes if trainable))
     bucket = width * zero.bucket if section.zero_stage else 0.0
     flat = min(trained, width * zero.bucket)
+    flat += flat / 2 if section.reduce_dtype == "bf16" else 0.0  # the same, rounded
     copies = dry_run(config, adapters).weight_copies
     micro_batches = config.batch.global_batch_size // (config.batch.micro_batch_size * world)
     carried = trained if micro_batches > 1 else 0.0

@@ -52,6 +52,7 @@ class TrainConfig(Section):
     keep_every: int | Literal["cycle"] | None = None
     stop_after: int | None = Field(default=None, ge=1)  # stop, resumable, once this step is done
     max_skipped: int = Field(default=10, ge=1)  # non-finite updates in a row before giving up
+    compile: Literal["blocks"] | None = None  # each block by torch.compile; null = nothing
     spike: SpikeConfig | None = None  # null = train on through a jump of the loss
 
     @field_validator("tokens", mode="before")

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from relora.data.loader import train_batches
-from relora.engine import deepspeed
 from relora.engine.signals import StopRequest
 from relora.errors import NumericsError
 from relora.record import keys
@@ -34,16 +33,17 @@ def train_run(run: Run, stop: StopRequest, phases: Phases = PHASES) -> bool | No
     """
     _begin(run, phases)
     config, ranks, clock, progress = run.config, run.ranks, run.config.clock, run.progress
+    progress.stop = stop
     batches = _batches(run)
     in_a_row = 0
     while run.step < clock.total:
         # One optimizer step over the global batch.
         began = time.perf_counter()
-        micro_batches = [batch.to(ranks.device) for batch in next(batches)]
+        micro_batches = next(batches)
         lr = config.learning_rate(run.step)
         result = phases.update(run, micro_batches, lr)
         progress.consumed += config.batch.global_batch_size
-        loss, auxiliary, stops = _exchange(run, result, bool(stop))
+        loss, stops = result.loss, _heed(run, result.notes)
         progress.interval.append(time.perf_counter() - began)
         saved = None if run.saves.under_way else run.saves.newest
         stop.note(run.step, saved, progress.interval[-1])
@@ -67,7 +67,7 @@ def train_run(run: Run, stop: StopRequest, phases: Phases = PHASES) -> bool | No
         last = run.step == clock.total
         halt = stops or run.step == config.train.stop_after
         if last or due(run.step, config.train.log_every):
-            phases.log(run, loss, auxiliary, lr, result.grad_norm)
+            phases.log(run, loss, result.auxiliary, lr, result.grad_norm)
         if last or due(run.step, config.train.eval_every):
             phases.evaluate(run)
             halt = halt or ranks.any(bool(stop))  # it may have taken long
@@ -107,26 +107,18 @@ def _follow_clock(run: Run, phases: Phases, batch: Tensor) -> None:
         measure_weights(run, None)
 
 
-def _exchange(
-    run: Run, result: deepspeed.StepResult, stop: bool
-) -> tuple[float, float | None, bool]:
-    """The one message of a step: the mean losses, and whether some rank was asked to stop.
+def _heed(run: Run, notes: Sequence[float]) -> bool:
+    """What the ranks told each other with a step; returns whether some rank was asked to stop.
 
-    In passing, a background save that every rank has written is completed, and a rank that cannot
-    write its figures ends the run.
+    A background save that every rank has written is completed, and a rank that cannot write its
+    figures ends the run.
     """
-    saving = run.saves.under_way
-    written = saving is not None and saving.written
-    full = run.metrics.problem is not None
-    world, extra = run.ranks.world, result.auxiliary
-    loss, auxiliary, stops, writers, troubles = run.ranks.sum(
-        [result.loss / world, (extra or 0.0) / world, float(stop), float(written), float(full)]
-    )
+    stops, writers, troubles = notes
     if troubles:
         run.ranks.agree(run.metrics.problem)
     if writers == run.ranks.world:
         finish_save(run)
-    return loss, None if extra is None else auxiliary, stops > 0
+    return stops > 0
 
 
 def _batches(run: Run) -> Iterator[list[Tensor]]:
@@ -144,6 +136,7 @@ def _batches(run: Run) -> Iterator[list[Tensor]]:
             seed=config.seed,
             consumed=run.progress.consumed,
             num_workers=config.data.num_workers,
+            device=ranks.device,
         )
         while position_after(run.progress.consumed, run.rollbacks) == run.progress.consumed:
             yield next(stretch)

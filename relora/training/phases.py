@@ -45,7 +45,9 @@ def update(
     seed_dropout(run.config.seed, progress.consumed, run.ranks.rank)
     scale = progress.loss_scale
     factor = scale.value if scale else None
-    result = deepspeed.train_step(run.engine, micro_batches, loss, lr, optimizer.grad_clip, factor)
+    result = deepspeed.train_step(
+        run.engine, micro_batches, loss, lr, optimizer.grad_clip, factor, run.notes
+    )
     if scale:
         scale.update(result.applied)
     if result.applied and run.config.decays_merged:

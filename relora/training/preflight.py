@@ -31,6 +31,7 @@ from relora.record.layout import RunDirectory, is_checkpoint_name
 from relora.record.loaded import is_run_or_checkpoint, structure_of
 from relora.record.moved import prepared_data
 from relora.structure import check_context
+from relora.training.compiled import find_blocks
 
 
 def checkpoint_to_resume(run_dir: Path, path: Path) -> Path:
@@ -60,7 +61,7 @@ def check_model(config: Config, thorough: bool = True) -> PreTrainedModel:
         thorough: try whether it looks ahead, too. One rank is enough, and it costs.
 
     Raises:
-        ConfigError: targets, rank or context do not fit the model.
+        ConfigError: targets, rank, context or what else is asked for do not fit the model.
     """
     structure, pretrained = structure_of(config), config.model.pretrained
     if structure is config.model:  # the run has no copy of it yet
@@ -77,6 +78,8 @@ def check_model(config: Config, thorough: bool = True) -> PreTrainedModel:
     check_context(model.config, config.data.sequence_length, where)
     if config.lora is not None:
         find_targets(model, config.lora)
+    if config.train.compile:
+        find_blocks(model)
     return model
 
 

@@ -36,6 +36,7 @@ class Progress:
     interval: list[float] = field(default_factory=list)  # seconds of each step since the last log
     losses: list[float] = field(default_factory=list)  # of the last steps, for train.spike
     loss_scale: LossScale | None = None  # where precision needs one
+    stop: Any = False  # true once this rank is asked to stop
 
 
 @dataclass
@@ -81,6 +82,14 @@ class Run:
     def elapsed(self) -> float:
         """Seconds in the training loop so far, over all processes of this run."""
         return time.perf_counter() - self.progress.started
+
+    def notes(self) -> list[float]:
+        """What this rank tells the others with each step: whether it is asked to stop, has written
+        its part of the save under way, and cannot write its figures."""
+        saving = self.saves.under_way
+        written = saving is not None and saving.written
+        full = self.metrics.problem is not None
+        return [float(bool(self.progress.stop)), float(written), float(full)]
 
 
 def save(run: Run, background: bool) -> None:

@@ -12,7 +12,7 @@ from relora.data.shards import TokenShards
 from relora.engine import deepspeed
 from relora.engine.codec import store_base_
 from relora.engine.distributed import Ranks
-from relora.engine.precision import LossScale, precision_of
+from relora.engine.precision import LossScale, dtype_of, precision_of
 from relora.engine.sources import Layered, Source, weights_of
 from relora.engine.state import EngineState, capture
 from relora.errors import DataError
@@ -36,6 +36,7 @@ from relora.record.own_files import describe_files
 from relora.record.rollbacks import read_rollbacks
 from relora.restart.restart import shrink_
 from relora.training import log_lines
+from relora.training.compiled import compile_blocks
 from relora.training.run import Progress, Run, Saves, note_progress
 
 
@@ -169,6 +170,9 @@ def _build_engine(
         ranks,
         merged_decay=config.decays_merged,
     )
+    if config.train.compile:
+        formats = precision_of(config.deepspeed.precision)
+        compile_blocks(engine.module, dtype_of(formats.autocast or formats.trained))
     rounded = config.relora is not None and config.relora.precision == "rounded"
     remainder = config.relora.remainder if config.relora else "host"
     state = EngineState(engine, remainder=None if rounded else remainder)
