@@ -14,7 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from relora.engine.codec import REMAINDER_DTYPE
-from relora.engine.sources import Source, Tensors
+from relora.engine.distributed import Ranks
+from relora.engine.sources import InParts, Source
 from relora.engine.views import MOMENTS, ParameterView, live_of, trainable_views
 from relora.errors import ConfigError
 
@@ -108,11 +109,12 @@ class EngineState:
 
     @torch.no_grad()
     def restore_(self, source: Source) -> None:
-        """Take every value, moment and Adam step that the source has.
+        """Take every value, moment and Adam step that the source has. Collective.
 
         Parameters whose moments it lacks start with zero moments (adapters at their birth).
         """
         for view in self:
+            source.fetch(view.name)
 
             def read(start: int, stop: int, name: str = view.name) -> Tensor:
                 piece = source.read(name, "value", start, stop)
@@ -240,19 +242,19 @@ class EngineState:
 
 
 @torch.no_grad()
-def capture(views: EngineState, keep_state: Callable[[str], bool]) -> Tensors:
+def capture(views: EngineState, keep_state: Callable[[str], bool], ranks: Ranks) -> InParts:
     """Every weight, and the optimizer state of the parameters chosen by name, in host memory.
 
     Collective. This is how a run changes its engine: out of the old one, into the new one.
     """
-    tensors, steps = {}, {}
+    captured = InParts(ranks)
     for view in views:
         kept = MOMENTS if view.flat is not None and keep_state(view.name) else ()
         for kind in ("value", *kept):
-            tensors[view.name, kind] = views.gather([view], kind)[0].cpu()
+            captured.keep(view.name, kind, views.gather([view], kind)[0])
         if kept:
-            steps[view.name] = views.adam_step(view)
-    return Tensors(tensors, steps)
+            captured.adam_steps[view.name] = views.adam_step(view)
+    return captured
 
 
 def _all_gather(views: Sequence[ParameterView], pieces: Sequence[Tensor]) -> Iterator[Tensor]:
