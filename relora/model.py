@@ -6,6 +6,8 @@ from __future__ import annotations
 import copy
 import math
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +79,32 @@ def make_trainable(model: PreTrainedModel, gradient_checkpointing: bool) -> PreT
         # The reentrant kind would need inputs that require gradients.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
+
+
+def build_empty_model(config: ModelConfig) -> PreTrainedModel:
+    """The model that `build_model` would build, with its buffers and without weights: parameters
+    are on the meta device, for `engine.memory.give_memory_`."""
+    with _without_weights():
+        model = _from_config(config)
+    free_padding_rows(model, draw=False)
+    return make_trainable(model, config.gradient_checkpointing)
+
+
+@contextmanager
+def _without_weights() -> Iterator[None]:
+    """Parameters that modules get within it have no memory, and are not drawn."""
+    register = nn.Module.register_parameter
+
+    def register_empty(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and not param.is_meta:  # which may be another module's, shared
+            param = nn.Parameter(param.detach().to("meta"), param.requires_grad)
+        register(module, name, param)
+
+    nn.Module.register_parameter = register_empty  # type: ignore
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def build_meta_model(config: ModelConfig) -> PreTrainedModel:

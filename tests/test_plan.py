@@ -29,7 +29,7 @@ from relora.plan.estimate import (
     peak_memory,
     training_flops,
 )
-from relora.plan.shape import count_by_group
+from relora.plan.shape import count_by_group, shape_of
 from relora.plan.timeline import phases
 from relora.training.config import parse_count
 from relora.training.log_lines import phases_line
@@ -402,6 +402,11 @@ def test_the_plan_shows_which_engines_work(
 
 def test_the_plan_says_what_a_merge_sends(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "nothing but counts is sent" in page_of(capsys, str(config))
+    half = page_of(capsys, str(config), "deepspeed.precision=bf16", "--devices", "2")
+    # 2 bytes of the half of each adapted weight that the other rank merges.
+    entries = sum(m.inputs * m.outputs for m in shape_of(load_config(config)).adapted())
+    assert f"each rank merges its part of W and receives {format_bytes(entries)} of others" in half
+    assert re.search(r"\S+e-\d+ of the FLOPs of the steps before it, \S+e-\d+ of the bytes", half)
     page = page_of(capsys, str(config), "deepspeed.zero_stage=3")
     assert re.search(r"A and B are gathered, \S+B in \d+ collectives", page)
     assert "merges       none" in page_of(capsys, str(config), "relora=null")

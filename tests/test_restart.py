@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -287,19 +289,29 @@ RESETS = {
 }
 
 
-def start(ranks: Any, model: Path, run_dir: Path, stage: int) -> Any:
-    """A run right after some updates with adapters, between merges."""
-    from relora.training.loop import train_run
-    from relora.training.start import start_run
+BF16 = {"deepspeed.precision": "bf16", "relora.tolerance": 0.1}
+ELSEWHERE = [(0, 3), (2, 3), (3, 2)]  # stages: saved under, read under
 
-    changes = {
+
+def changes_of(stage: int, more: dict[str, Any]) -> dict[str, Any]:
+    return {
         "deepspeed.zero_stage": stage,
         "batch.micro_batch_size": 1,
         "warm_start": None,
         "train.steps": 7,
         "train.stop_after": 3,
+        **more,
     }
-    config = config_of(str(model), str(run_dir), changes)
+
+
+def start(
+    ranks: Any, model: Path, run_dir: Path, stage: int, more: dict[str, Any] | None = None
+) -> Any:
+    """A run right after some updates with adapters, between merges."""
+    from relora.training.loop import train_run
+    from relora.training.start import start_run
+
+    config = config_of(str(model), str(run_dir), changes_of(stage, more or {}))
     make_run_dir(config, ranks)
     run = start_run(config, shards(), ranks)  # type: ignore[arg-type]
     train_run(run, Unasked())  # type: ignore[arg-type]
@@ -398,6 +410,46 @@ def tamper(ranks: Any, model: Path, root: Path, stage: int) -> dict[str, str]:
     return said
 
 
+def merged_exactly(ranks: Any, model: Path, root: Path, stage: int) -> dict[str, Any]:
+    """Three merges of the same A and B in bf16, and what the ranks hold and save of it."""
+    from relora.record.metrics import Metrics
+    from relora.training.run import save
+
+    run = start(ranks, model, root / f"bf16_{stage}", stage, BF16)
+    generator, grown = torch.Generator().manual_seed(0), []
+    for merge in (1, 2, 3):
+        for view in run.state:
+            if "lora_" in view.name:
+                view.write_(torch.randn(view.shape, generator=generator) * 1e-2)
+        grown.append(state_of(run))
+        report = merge_and_restart(run.state, merge, seed=5)
+        assert report.rounding_loss < 1e-3, "only fp32's own"
+        check_copies(run.state, merge)
+    run.saves.newest = -1  # another state than was saved of this step
+    metrics = Metrics(run.config.run_dir, ranks.is_main, resumed_at=run.step)
+    save(dataclasses.replace(run, metrics=metrics), background=False)
+    remainders = [view.remainder for view in run.state if view.remainder is not None]
+    live = {view.name: view.live.float().numpy() for view in run.state if view.flat is None}
+    return {
+        "grown": grown,
+        "end": state_of(run),
+        "live": live,
+        "remainder": sum(remainder.numel() for remainder in remainders),
+        "update": report.update_ratio,
+    }
+
+
+def read_elsewhere(ranks: Any, model: Path, root: Path, stage: int, saved: int) -> dict[str, Any]:
+    """The exact weights of a checkpoint that was saved under another stage or by other ranks."""
+    from relora.training.start import start_run
+
+    run_dir = root / f"bf16_{saved}"
+    config = config_of(str(model), str(run_dir), changes_of(stage, BF16))
+    run = start_run(config, shards(), ranks)  # type: ignore[arg-type]
+    check_copies(run.state, 0)
+    return state_of(run)
+
+
 @pytest.fixture(scope="module")
 def two(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
     """Everything here that needs 2 ranks."""
@@ -407,7 +459,15 @@ def two(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
     ]
     wanted += [Scenario(f"rules {s}", follow_rules, (tiny_llama, root, s)) for s in (0, 1, 2, 3)]
     wanted += [Scenario(f"tamper {s}", tamper, (tiny_llama, root, s)) for s in (1, 2, 3)]
-    return run_ranks(2, wanted, 240)
+    wanted += [Scenario(f"bf16 {s}", merged_exactly, (tiny_llama, root, s)) for s in (0, 1, 2, 3)]
+    wanted += [
+        Scenario(f"{saved} → {stage}", read_elsewhere, (tiny_llama, root, stage, saved))
+        for saved, stage in ELSEWHERE
+    ]
+    found = run_ranks(2, wanted, 300)
+    alone = [Scenario("2 → alone", read_elsewhere, (tiny_llama, root, 1, 2))]
+    found.results |= run_ranks(1, alone, 120).results
+    return found
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -494,6 +554,43 @@ def test_a_merge_sends_a_and_b_under_zero_3_and_counts_else(stage: int, two: Out
     padding = 4 * len(factors) if stage == 3 else 0
     sent = 4 * sum(factors) if stage == 3 else 0
     assert sent <= received <= sent + padding + counts
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_each_rank_merges_its_part_of_a_bf16_weight_and_holds_the_remainder_of_that_alone(
+    stage: int, two: Outcomes
+) -> None:
+    first, second = two[f"bf16 {stage}"]
+    frozen = [name for name, kind in first["end"] if kind == "value" and name in first["live"]]
+    assert len(frozen) == 14
+    entries = sum(first["end"][name, "value"].size for name in frozen)
+    assert first["remainder"] + second["remainder"] == entries, "once over all ranks"
+    assert abs(first["remainder"] - second["remainder"]) <= len(frozen)
+    assert first["update"] == second["update"]
+    for name in frozen:
+        sums = [state[name, "value"] for state in (*first["grown"], first["end"])]
+        layer = name.removesuffix("weight")
+        for merge, (before, after) in enumerate(itertools.pairwise(sums)):
+            a, b = (first["grown"][merge][layer + f, "value"] for f in ("lora_A", "lora_B"))
+            expected = before.astype(np.float64) + 1.5 * b.astype(np.float64) @ a
+            ulp = np.spacing(np.abs(expected).astype(np.float32))
+            assert (np.abs(after - expected) <= 0.5 * ulp + 1e-6 * np.abs(b) @ np.abs(a)).all()
+        assert np.array_equal(sums[-1], second["end"][name, "value"])
+        if stage < 3:  # what the forward pass reads: the same whole weight on both ranks
+            rounded = split_fp32(torch.from_numpy(sums[-1]))[0].float().flatten().numpy()
+            assert np.array_equal(rounded, first["live"][name])
+            assert np.array_equal(rounded, second["live"][name])
+
+
+@pytest.mark.parametrize("to", [*(f"{a} → {b}" for a, b in ELSEWHERE), "2 → alone"])
+def test_the_exact_weights_go_on_under_another_stage_and_on_other_ranks(
+    to: str, two: Outcomes
+) -> None:
+    saved = two[f"bf16 {to[0]}"][0]["end"]
+    for found in two[to]:
+        assert found.keys() == saved.keys()
+        for key, tensor in saved.items():
+            np.testing.assert_array_equal(found[key], tensor, err_msg=str(key))
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

@@ -40,23 +40,26 @@ def decode(live: Tensor, remainder: Tensor | None) -> Tensor:
     return join_bf16(live, remainder.to(live.device))
 
 
-def encode_(values: Tensor, live: Tensor, remainder: Tensor | None) -> None:
-    """Store fp32 values, in place; without a remainder they are rounded to what `live` holds."""
+def encode_(
+    values: Tensor, live: Tensor, remainder: Tensor | None, part: slice = slice(None)
+) -> None:
+    """Store flat fp32 values, in place; without a remainder they are rounded to what `live` holds.
+
+    Args:
+        part: of the values, which the remainder is of; that of the others lies elsewhere.
+    """
     if remainder is None:
         live.copy_(values)
         return
     high, low = split_fp32(values.to(live.device))
     live.copy_(high)
-    remainder.copy_(low)
+    remainder.copy_(low[part])
 
 
-def checksum(live: Tensor, remainder: Tensor | None) -> int:
+def checksum(live: Tensor) -> int:
     """A number that equal bits have in common."""
     bits = live.view(torch.int16 if live.element_size() == 2 else torch.int32)
-    total = bits.sum(dtype=torch.int64)
-    if remainder is not None:
-        total = total * 31 + remainder.sum(dtype=torch.int64).to(total.device)
-    return int(total)
+    return int(bits.sum(dtype=torch.int64))
 
 
 def join_bf16(high: Tensor, low: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from torch.distributed import distributed_c10d
 from relora.engine.config import DeepSpeedConfig, OptimizerConfig
 from relora.engine.distributed import Ranks
 from relora.engine.evaluation import Loss
+from relora.engine.memory import give_memory_
 from relora.engine.options import deepspeed_json
 from relora.engine.precision import dtype_of, precision_of
 from relora.engine.reading import Reading, read_at_norm, whole_rows
@@ -73,18 +74,26 @@ def build_engine(
     ranks: Ranks,
     merged_decay: bool = False,
 ) -> Engine:
-    """Wrap a model for training: AdamW over its trainable parameters, under the chosen stage."""
+    """Wrap a model for training: AdamW over its trainable parameters, under the chosen stage.
+
+    Parameters on the meta device get memory, and their values from whoever fills the engine.
+    """
     deepspeed = _import_deepspeed()
-    optimizer = build_optimizer(model, optimizer_config, merged_decay)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    autocast = precision_of(deepspeed_config.precision).autocast
+    json = deepspeed_json(deepspeed_config, optimizer_config, micro_batch_size, trained)
+    formats = precision_of(deepspeed_config.precision)
+    # DeepSpeed's own engine casts by itself, but nothing that is partitioned.
+    early = deepspeed_config.zero_stage == 3 and not formats.is_deepspeeds
+    optimizer = build_optimizer(model, optimizer_config, merged_decay)  # while shapes are whole
+    give_memory_(model, ranks.device, _partitioner(deepspeed, json) if early else None)
+    autocast = formats.autocast
     if autocast is not None:
         model.forward = torch.autocast(ranks.device.type, dtype_of(autocast))(model.forward)
     try:
         engine, *_ = deepspeed.initialize(
             model=model.to(ranks.device),
             optimizer=optimizer,
-            config=deepspeed_json(deepspeed_config, optimizer_config, micro_batch_size, trained),
+            config=json,
             dist_init_required=False,
         )
     except (AssertionError, ValueError, TypeError, NotImplementedError) as error:
@@ -101,6 +110,21 @@ def build_engine(
         plain = torch.autocast(ranks.device.type, enabled=False)
         coordinator.fetch_sub_module = plain(coordinator.fetch_sub_module)
     return engine
+
+
+def _partitioner(deepspeed: Any, json: dict[str, Any]) -> Callable[[nn.Parameter], None]:
+    """What partitions one parameter over all ranks, as the engine of ZeRO 3 would all of them."""
+    first: list[Any] = []
+
+    def partition(param: nn.Parameter) -> None:
+        if first:
+            first[0].convert_to_zero_parameters([param])
+        else:
+            only = nn.ParameterList([param])
+            deepspeed.zero.Init(module=only, config_dict_or_path=json, dtype=torch.float32)
+            first.append(param)
+
+    return partition
 
 
 def config_model() -> Any:

@@ -14,7 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from relora.engine.codec import REMAINDER_DTYPE
-from relora.engine.sources import Source, Tensors
+from relora.engine.distributed import Ranks
+from relora.engine.sources import InParts, Source
 from relora.engine.views import MOMENTS, ParameterView, live_of, trainable_views
 from relora.errors import ConfigError
 from relora.lora.layers import parameter_roles
@@ -52,6 +53,12 @@ class EngineState:
         # Stage 0 and a lone rank hold everything; otherwise pieces must be gathered.
         self.sharded = is_engine and target.zero_optimization() and target.world_size > 1
         self.partitioned = self.sharded and target.zero_optimization_stage() == 3
+        # Those who hold the same weights. Whoever averages gradients in a way of their own has a
+        # plain model here, alone.
+        self.group = None if is_engine else getattr(target, "process_group", None)
+        self.replicas = 1
+        if wrapped and not self.partitioned and dist.is_initialized():
+            self.replicas = dist.get_world_size(self.group)
         if not is_engine:
             _check_plain(self.model, optimizer)
         trainable = trainable_views(wrapper)
@@ -68,7 +75,8 @@ class EngineState:
             completed = not param.requires_grad and roles[name] != "A"
             if remainder and completed and live.dtype == torch.bfloat16:
                 device = live.device if remainder == "device" else torch.device("cpu")
-                view.remainder = torch.zeros_like(live, dtype=REMAINDER_DTYPE, device=device)
+                view.remainder_start, size = self._part(view)
+                view.remainder = torch.zeros(size, dtype=REMAINDER_DTYPE, device=device)
             self.by_name[name] = view
 
     def __getitem__(self, name: str) -> ParameterView:
@@ -104,11 +112,12 @@ class EngineState:
 
     @torch.no_grad()
     def restore_(self, source: Source) -> None:
-        """Take every value, moment and Adam step that the source has.
+        """Take every value, moment and Adam step that the source has. Collective.
 
         Parameters whose moments it lacks start with zero moments (adapters at their birth).
         """
         for view in self:
+            source.fetch(view.name)
 
             def read(start: int, stop: int, name: str = view.name) -> Tensor:
                 piece = source.read(name, "value", start, stop)
@@ -135,9 +144,41 @@ class EngineState:
         """What this rank holds of a value or a moment: (start, flat fp32, whether all ranks do)."""
         if kind == "value":
             start, stop = view.held()
-            shared = not (self.sharded if view.master_is_finer else self.partitioned)
-            return start, view.value(start, stop), shared
+            return start, view.value(start, stop), self.shares(view)
         return view.start, self.moment(view, kind), not self.sharded
+
+    def shares(self, view: ParameterView) -> bool:
+        """Whether each rank holds all exact values of a parameter, and not a part of its own."""
+        if view.master_is_finer:
+            return not self.sharded
+        return not self.partitioned and (view.remainder is None or self.replicas == 1)
+
+    @torch.no_grad()
+    def spread_(self, view: ParameterView, slice_size: int) -> None:
+        """Give each rank what the others wrote to their parts of a weight that all hold whole.
+
+        Collective. Of a bf16 weight, two bytes an entry; nothing where there is no such part.
+
+        Args:
+            slice_size: entries of the weight that are gathered at a time.
+        """
+        if self.partitioned or self.shares(view):
+            return
+        start, own = self._part(view)
+        size = -(-view.numel // self.replicas)  # of every part but the last ones
+        step = max(1, slice_size // self.replicas)
+        for at in range(0, size, step):
+            # Bytes: not every backend gathers every dtype.
+            mine = view.live.new_zeros(min(step, size - at))
+            part = view.live[start + min(at, own) : start + min(at + step, own)]
+            mine[: part.numel()] = part
+            gathered = mine.new_empty(self.replicas * mine.numel())
+            dist.all_gather_into_tensor(
+                gathered.view(torch.uint8), mine.view(torch.uint8), group=self.group
+            )
+            for rank, piece in enumerate(gathered.split(mine.numel())):
+                target = view.live[rank * size + at : (rank + 1) * size][: mine.numel()]
+                target.copy_(piece[: target.numel()])
 
     def gather(self, views: Iterable[ParameterView], kind: str) -> list[Tensor]:
         """`gather_each`, all at once."""
@@ -154,19 +195,20 @@ class EngineState:
         elif self.partitioned:
             wholes = _all_gather(views, [piece for _, piece, _ in pieces])
         else:
-            wholes = _all_reduce(views, pieces)
+            wholes = _all_reduce(views, pieces, self.group)
         for whole, view in zip(wholes, views, strict=True):
             yield whole.detach().view(view.shape)
 
-    def total(self, values: Tensor, kind: str) -> Tensor:
+    def total(self, values: Tensor, shared: bool) -> Tensor:
         """Sums over ranks of what each computed from its own parts of values or moments.
 
-        Where every rank holds all of them, each rank's own numbers are the sums already.
+        Args:
+            shared: every rank holds all of them, and its own numbers are the sums already.
         """
-        if not (self.partitioned if kind == "value" else self.sharded):
+        if shared:
             return values
         total = values.to(self.device)
-        dist.all_reduce(total)
+        dist.all_reduce(total, group=self.group)
         return total.to(values.device)
 
     def before(self, values: Tensor) -> Tensor:
@@ -175,12 +217,20 @@ class EngineState:
             return torch.zeros_like(values)
         rows = values.new_zeros(dist.get_world_size(), *values.shape)
         rows[dist.get_rank()] = values  # parts follow each other in the order of ranks
-        return self.total(rows, "exp_avg")[: dist.get_rank()].sum(dim=0)
+        return self.total(rows, shared=False)[: dist.get_rank()].sum(dim=0)
 
     @property
     def device(self) -> torch.device:
         """Where the model lives on this rank."""
         return next(iter(self)).live.device
+
+    def _part(self, view: ParameterView) -> tuple[int, int]:
+        """(start, entries) of what is this rank's of `live`: cut where ZeRO 3 would cut it."""
+        if self.replicas == 1:
+            return view.live_start, view.live.numel()
+        size = -(-view.numel // self.replicas)
+        start = min(dist.get_rank(self.group) * size, view.numel)
+        return start, min(size, view.numel - start)
 
     def _state(self, flat: Tensor) -> dict[str, Tensor]:
         # Adam makes its state at the first step; whoever needs it earlier gets what it would make.
@@ -195,19 +245,19 @@ class EngineState:
 
 
 @torch.no_grad()
-def capture(views: EngineState, keep_state: Callable[[str], bool]) -> Tensors:
+def capture(views: EngineState, keep_state: Callable[[str], bool], ranks: Ranks) -> InParts:
     """Every weight, and the optimizer state of the parameters chosen by name, in host memory.
 
     Collective. This is how a run changes its engine: out of the old one, into the new one.
     """
-    tensors, steps = {}, {}
+    captured = InParts(ranks)
     for view in views:
         kept = MOMENTS if view.flat is not None and keep_state(view.name) else ()
         for kind in ("value", *kept):
-            tensors[view.name, kind] = views.gather([view], kind)[0].cpu()
+            captured.keep(view.name, kind, views.gather([view], kind)[0])
         if kept:
-            steps[view.name] = views.adam_step(view)
-    return Tensors(tensors, steps)
+            captured.adam_steps[view.name] = views.adam_step(view)
+    return captured
 
 
 def _all_gather(views: Sequence[ParameterView], pieces: Sequence[Tensor]) -> Iterator[Tensor]:
@@ -226,16 +276,16 @@ def _all_gather(views: Sequence[ParameterView], pieces: Sequence[Tensor]) -> Ite
 
 
 def _all_reduce(
-    views: Sequence[ParameterView], pieces: Sequence[tuple[int, Tensor, bool]]
+    views: Sequence[ParameterView], pieces: Sequence[tuple[int, Tensor, bool]], group: Any
 ) -> list[Tensor]:
     """Whole tensors from unequal pieces: every entry has one owner, and the others add 0."""
     sizes = [view.numel for view in views]
     buffer = torch.zeros(sum(sizes), dtype=torch.float32, device=views[0].live.device)
-    rank = dist.get_rank()
+    rank = dist.get_rank(group)
     for whole, (start, piece, shared) in zip(buffer.split(sizes), pieces, strict=True):
         if not shared or rank == 0:
             whole[start : start + piece.numel()] = piece
-    dist.all_reduce(buffer)
+    dist.all_reduce(buffer, group=group)
     return list(buffer.split(sizes))
 
 

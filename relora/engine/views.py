@@ -39,8 +39,10 @@ class ParameterView:
     flat: Tensor | None  # the tensor under which the optimizer keeps their state
     offset: int  # of the moments in that state
     # int16; bf16 live + remainder = fp32, bit for bit. In host memory if so asked: only merges,
-    # checkpoints and the start of a run touch it.
+    # checkpoints and the start of a run touch it. Where all ranks have the whole `live`, each has
+    # the remainder of its own part alone, so that all of them together hold it once.
     remainder: Tensor | None = None
+    remainder_start: int = 0  # of it in the flattened parameter
 
     @property
     def numel(self) -> int:
@@ -61,6 +63,8 @@ class ParameterView:
         """(start, stop) of the flattened parameter whose exact values this rank holds."""
         if self.master_is_finer:
             return self.start, self.start + self.count
+        if self.remainder is not None:
+            return self.remainder_start, self.remainder_start + self.remainder.numel()
         return self.live_start, self.live_stop
 
     def value(self, start: int, stop: int) -> Tensor:
@@ -71,20 +75,24 @@ class ParameterView:
         if self.master_is_finer:
             assert self.master is not None
             return self.master.narrow(0, start - self.start, stop - start)
-        start, count = start - self.live_start, stop - start
-        live = self.live.narrow(0, start, count)
-        return decode(
-            live, None if self.remainder is None else self.remainder.narrow(0, start, count)
-        )
+        live = self.live.narrow(0, start - self.live_start, stop - start)
+        if self.remainder is None:
+            return decode(live, None)
+        return decode(live, self.remainder.narrow(0, start - self.remainder_start, stop - start))
 
     def write_live_(self, values: Tensor, start: int) -> None:
         """Replace entries of `live` (and the remainder) from `start` of the flattened parameter on.
 
-        `drop_stale_copies_` must follow.
+        `drop_stale_copies_` must follow, and `EngineState.spread_` where each rank writes its part.
         """
-        where = (0, start - self.live_start, values.numel())
-        remainder = None if self.remainder is None else self.remainder.narrow(*where)
-        encode_(values, self.live.narrow(*where), remainder)
+        live = self.live.narrow(0, start - self.live_start, values.numel())
+        if self.remainder is None:
+            encode_(values, live, None)
+            return
+        first = max(start, self.remainder_start)
+        last = max(first, min(start + values.numel(), self.held()[1]))
+        own = self.remainder[first - self.remainder_start : last - self.remainder_start]
+        encode_(values, live, own, slice(first - start, last - start))
 
     def write_(self, values: Tensor) -> None:
         """Replace the parameter by a whole fp32 tensor, which every rank has."""

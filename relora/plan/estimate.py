@@ -57,6 +57,14 @@ class BreakEven(NamedTuple):
     time_limit: float
 
 
+class MergeCost(NamedTuple):
+    """Of a merge, on one rank."""
+
+    bytes: float  # received
+    flops_share: float  # of those of all steps of a cycle
+    bytes_share: float  # likewise of those received; 0 where steps receive nothing
+
+
 def full_rank_twin(config: Config) -> Config:
     """The same run in full rank."""
     return config.model_copy(update=dict.fromkeys(("lora", "relora", "warm_start")))
@@ -116,6 +124,29 @@ def merge_flops(config: Config) -> float:
     rank = config.lora.rank
     sizes = ((m.inputs, m.outputs) for m in shape_of(config).adapted())
     return float(sum(2 * rank * m * n + m * n for m, n in sizes))
+
+
+def merge_cost(config: Config, world: int) -> MergeCost:
+    """What a merge costs each of `world` ranks, beside the steps of the cycle that it ends.
+
+    A rank merges its own part of W where it holds the remainder, or the shard, of that part alone.
+    Under ZeRO 3 A and B are gathered in fp32; else the merged parts of W in bf16.
+    """
+    assert config.relora is not None
+    assert config.lora is not None
+    section, rank = config.deepspeed, config.lora.rank
+    cycle, share = config.relora.cycle_steps, (world - 1) / world
+    adapted = shape_of(config).adapted()
+    parts = section.zero_stage == 3 or _completes(config)
+    flops = merge_flops(config) / (world if parts else 1)
+    received = 0.0
+    if section.zero_stage == 3:
+        received = share * sum(4 * rank * (m.inputs + m.outputs) for m in adapted)
+    elif parts:
+        received = share * sum(_widths(config)[1] * m.inputs * m.outputs for m in adapted)
+    step = flops_per_token(config, True).total * config.tokens_per_step / world
+    moved = bytes_per_step(config, world, True)
+    return MergeCost(received, flops / (cycle * step), received / (cycle * moved) if moved else 0.0)
 
 
 def break_even(config: Config) -> BreakEven:
@@ -195,6 +226,12 @@ def _widths(config: Config) -> tuple[int, int]:
     return precision.trained_bytes, precision.base_bytes
 
 
+def _completes(config: Config) -> int:
+    """Bytes of what completes an entry of a frozen weight to fp32, which one rank holds."""
+    rounded = config.relora is not None and config.relora.precision == "rounded"
+    return 0 if rounded else precision_of(config.deepspeed.precision).remainder_bytes
+
+
 def _released(config: Config) -> float:
     """Share of the weights that ZeRO 3 lets go of between forward and backward pass.
 
@@ -228,13 +265,7 @@ def _held(config: Config, world: int, adapters: bool) -> dict[str, float]:
     if stage == 3:
         weights /= world
     base = sum(size for size, adapted in shape_of(config).parameters if adapted)
-    completes = float(precision_of(section.precision).remainder_bytes * base)
-    if not _lora(config, adapters):
-        completes = 0.0
-    if stage == 3:
-        completes /= world
-    if relora and relora.precision == "rounded":
-        completes = 0.0
+    completes = _completes(config) * base / world if _lora(config, adapters) else 0.0
     on_device = relora is not None and relora.remainder == "device"
     parts = {
         "weights": weights,

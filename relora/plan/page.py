@@ -25,6 +25,7 @@ from relora.plan.estimate import (
     flops_per_token,
     full_rank_twin,
     memory_by_part,
+    merge_cost,
     peak_memory,
     speedup_ceiling,
     training_flops,
@@ -265,13 +266,19 @@ def _merges(facts: Facts) -> list[str]:
 
     factors = [config.lora.rank * (m + n) for m, n in shapes]
     largest = max((m * n for m, n in shapes), default=0)
-    sent = "nothing but counts is sent: every rank has A and B"
+    cost = merge_cost(config, facts.devices)
+    sent = "nothing but counts is sent: every rank has A, B and W"
     if config.deepspeed.zero_stage == 3:
         blocks = len(gather_blocks(factors, largest))
-        sent = f"A and B are gathered, {format_bytes(4 * sum(factors))} in {blocks} collectives"
+        sent = f"A and B are gathered, {format_bytes(4 * sum(factors))} in {blocks} collectives; "
+        sent += "base weights are not sent"
+    elif cost.bytes:
+        sent = f"each rank merges its part of W and receives {format_bytes(cost.bytes)} of others'"
+    of_bytes = f", {cost.bytes_share:.1e} of the bytes received" if cost.bytes_share else ""
     return [
-        f"merge        {sent}; base weights are never sent",
+        f"merge        {sent}",
         f"             less than {format_bytes(4 * largest)} a rank beside what training holds",
+        f"             {cost.flops_share:.1e} of the FLOPs of the steps before it{of_bytes}",
     ]
 
 

@@ -90,6 +90,9 @@ class Checkpoint:
         """Global shape of every parameter."""
         return self.state.shapes
 
+    def fetch(self, name: str) -> None:
+        """Nothing to make ready: each rank reads what it needs."""
+
     def read(self, name: str, kind: str, start: int, stop: int) -> Tensor | None:
         """fp32 entries start..stop of a flattened tensor, or None if the checkpoint has none."""
         pieces = self._pieces.get((name, kind))

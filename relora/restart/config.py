@@ -50,7 +50,7 @@ class ReLoRAConfig(Section):
     reset: ResetConfig = ResetConfig()
     # exact keeps a 16-bit remainder beside a bf16 base weight; rounded drops it at each merge.
     precision: Literal["exact", "rounded"] = "exact"
-    # Where that remainder lies, 2 bytes a frozen parameter (sharded under ZeRO 3). Only merges and
+    # Where that remainder lies, 2 bytes a frozen parameter over all ranks together. Only merges and
     # checkpoints read it, so host memory costs a few seconds a cycle and the GPU nothing.
     remainder: Literal["host", "device"] = "host"
     # Largest change of a merge to the probe batch's logits, relative to the largest logit.

@@ -84,7 +84,7 @@ def _reset(
         find_edges(
             [state.moment(view, kind) for view in chosen],
             [kept(config, view.numel) for view in chosen],
-            lambda counts: state.total(counts, "exp_avg"),
+            lambda counts: state.total(counts, not state.sharded),
             state.before,
         )
         for kind in MOMENTS[: 2 if config.masks == "independent" else 1]
@@ -104,7 +104,7 @@ def _reset(
             keep = keep.to(moment.device)
             moment.mul_(keep)
             zeroed += int((moment[~keep] == 0).sum())
-    return int(state.total(torch.tensor(zeroed), "exp_avg"))
+    return int(state.total(torch.tensor(zeroed), not state.sharded))
 
 
 def random_keep(config: ResetConfig, numel: int, seed: int, merge: int, name: str) -> list[Tensor]:

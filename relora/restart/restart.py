@@ -2,12 +2,16 @@
 
 For each layer: gather A and B → merge → reinit → write → transport of the moments, if a rule says
 so; at the end the reset of those that were not transported. Each rank adds the rows of B·A that
-overlap the part of W it holds: no base weight is gathered or sent. Under ZeRO 3 A and B are
-gathered, many layers at a time; moments are reset where they lie. Everything is written to what the
-forward pass reads *and* to what the optimizer updates.
+overlap its own part of W: that is its shard under ZeRO 3. Where all ranks hold W whole and it is
+bf16, each holds the remainder of a part, merges that part, and gathers the others' new bf16 values,
+2 bytes an entry, the only time that a base weight is sent; W in fp32 has no remainder, and each
+rank merges all of it. Under ZeRO 3 A and B are gathered, many layers at a time; moments are reset
+where they lie. Everything is written to what the forward pass reads *and* to what the optimizer
+updates.
 
 Memory beyond what training holds: less than ΔW of the largest adapted layer in fp32. Gathered
-factors take a third of it, what a rank sends for them less; W is worked on in slices.
+factors take a third of it, what a rank sends for them less; W is worked on, and gathered, in
+slices.
 """
 
 from __future__ import annotations
@@ -74,14 +78,15 @@ def merge_and_restart(
     chosen = {name: chosen[name] for name in (chosen if layers is None else layers)}
     adapters = [Adapter(chosen[n], *(state[p] for p in names_of(n))) for n in chosen]
     largest = max(adapter.weight.numel for adapter in adapters)
-    squares = torch.zeros(3, dtype=torch.float64)
+    squares = torch.zeros(2, 3, dtype=torch.float64)  # of weights in parts, and of whole ones
     shared: dict[str, Tensor] = {}  # new A of those that share it, by what keys its draw
     for part in gather_blocks([x.a.numel + x.b.numel for x in adapters], largest):
         block = adapters[part]
         factors = state.gather_each([p for x in block for p in (x.a, x.b)], "value")
         for name, adapter in zip(list(chosen)[part], block, strict=True):
             a, b = next(factors), next(factors)
-            squares += merge_(adapter, a, b, largest // 32)
+            squares[int(state.shares(adapter.weight))] += merge_(adapter, a, b, largest // 32)
+            state.spread_(adapter.weight, largest // 4)
             key = adapter.layer.shared_a or adapter.a.name
             context = Context(
                 key, seed, merge, adapter.layer.scale, a, b, (directions or {}).get(name)
@@ -101,7 +106,8 @@ def merge_and_restart(
     if transport is None:
         factors_of = [view.name for adapter in adapters for view in (adapter.a, adapter.b)]
         share = reset_moments(state, merge, seed, reset, factors_of)
-    update, weight, lost = state.total(squares, "value").sqrt().tolist()
+    whole = all(state.shares(adapter.weight) for adapter in adapters)
+    update, weight, lost = (state.total(squares[0], whole) + squares[1]).sqrt().tolist()
     loss = lost / max(update, 1e-30)
     return RestartReport(len(adapters), share, update / max(weight, 1e-30), loss)
 
@@ -122,9 +128,9 @@ def merge_(adapter: Adapter, a: Tensor, b: Tensor, slice_size: int) -> Tensor:
     row = view.numel // view.shape[0]
     size = max(1, slice_size // row) * row
     squares = torch.zeros(3, dtype=torch.float64, device=a.device)
-    start = view.live_start
-    while start < view.live_stop:
-        stop = min(view.live_stop, (start // size + 1) * size)
+    start, end = view.held()
+    while start < end:
+        stop = min(end, (start // size + 1) * size)
         delta = layer.delta(a, b, view.shape, start, stop)
         weight = view.value(start, stop)
         squares[:2] += _sums_of_squares(delta, weight)

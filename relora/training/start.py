@@ -7,20 +7,22 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from relora.config import Config
 from relora.data.shards import TokenShards
 from relora.engine import deepspeed
 from relora.engine.codec import store_base_
 from relora.engine.distributed import Ranks
 from relora.engine.precision import LossScale, dtype_of, precision_of
-from relora.engine.sources import Layered, Source, weights_of
+from relora.engine.sources import Births, FromMain, Layered, Source
 from relora.engine.state import EngineState, capture
 from relora.errors import DataError
 from relora.lean import make_lean
 from relora.lora.choose import describe_left, find_targets, linear_layers
 from relora.lora.inject import add_adapters
 from relora.lora.layers import adapted_layers, names_of
-from relora.model import build_meta_model, build_model, make_trainable
+from relora.model import build_empty_model, build_meta_model, build_model
 from relora.plan.advice import idle_settings
 from relora.record import keys
 from relora.record.checkpoint import (
@@ -154,13 +156,12 @@ def _build_engine(
     Weights the source lacks are as at the start of the run; adapters it lacks are born.
     """
     if source is None:
-        model = _first_model(config, ranks)
-    else:  # its structure is enough, and the run directory has that
-        model = build_model(structure_of(config), config.seed)
-    equip(model, config, config.clock.has_adapters(step))
+        source = _first_weights(config, ranks)
+    model = build_empty_model(structure_of(config))
+    equip(model, config, config.clock.has_adapters(step), drawn=False)
     if isinstance(source, Checkpoint):
         source.check_fits(model)
-    start = weights_of(model)
+    source = Layered(source, Births(model, config.seed))
     store_base_(model, precision_of(config.deepspeed.precision))
     engine = deepspeed.build_engine(
         model,
@@ -176,41 +177,46 @@ def _build_engine(
     rounded = config.relora is not None and config.relora.precision == "rounded"
     remainder = config.relora.remainder if config.relora else "host"
     state = EngineState(engine, remainder=None if rounded else remainder)
-    state.restore_(start if source is None else Layered(source, start))
+    state.restore_(source)
     return engine, state
 
 
-def equip(model: Any, config: Config, adapters: bool) -> None:
-    """Give a plain model the blocks, the loss and the adapters of its config, in place."""
+def equip(model: Any, config: Config, adapters: bool, drawn: bool = True) -> None:
+    """Give a plain model the blocks, the loss and the adapters of its config, in place.
+
+    Args:
+        drawn: A gets its first values.
+    """
     settings, formats = config.model, precision_of(config.deepspeed.precision)
     make_lean(model, settings.lean, settings.loss_chunk, formats.residual(settings.half_residual))
     if adapters:
         assert config.lora is not None
         tokens = config.batch.micro_batch_size * config.data.sequence_length
-        add_adapters(model, config.lora, config.seed, tokens, config.micro_batches)
+        seed = config.seed if drawn else None
+        add_adapters(model, config.lora, seed, tokens, config.micro_batches)
 
 
-def _first_model(config: Config, ranks: Ranks) -> Any:
-    """The model at step 0: from scratch, from a transformers directory, or from another run."""
-    pretrained = config.model.pretrained
-    if pretrained is None or not is_run_or_checkpoint(pretrained):
-        return build_model(config.model, config.seed)
-    # Rank 0 chooses: the other run may be at work, and all must start from one checkpoint.
-    opened = None
+def _first_weights(config: Config, ranks: Ranks) -> Source:
+    """Those at step 0: from scratch, from a transformers directory, or from another run.
+
+    Rank 0 alone builds them: no other needs a model in host memory, and another run, which may be
+    at work, is opened once.
+    """
+    model, pretrained = None, config.model.pretrained
     with ranks.together():
-        if ranks.is_main:
-            opened = load_run(pretrained)
-    directory = ranks.share(opened and opened.checkpoint.directory)
-    with ranks.together():
-        opened = opened or load_run(directory)
-    model = opened.merged_model()
-    return make_trainable(model, config.model.gradient_checkpointing)
+        if ranks.is_main and (pretrained is None or not is_run_or_checkpoint(pretrained)):
+            model = build_model(config.model, config.seed)
+        elif ranks.is_main:
+            assert pretrained is not None
+            model = load_run(pretrained).merged_model()
+    torch.manual_seed(config.seed)  # on every rank, whether it has drawn or not
+    return FromMain(model, ranks)
 
 
 def give_birth(run: Run) -> None:
     """End the warm start: the same weights and moments in a new engine, with adapters beside."""
     began = time.perf_counter()
-    source = capture(run.state, lambda name: name not in run.frozen)
+    source = capture(run.state, lambda name: name not in run.frozen, run.ranks)
     run.state.release_()
     deepspeed.destroy(run.engine)
     progress = run.progress
