@@ -24,7 +24,7 @@ from relora.engine.options import deepspeed_json
 from relora.engine.precision import dtype_of, precision_of
 from relora.errors import ConfigError
 from relora.lora.inject import parameter_groups
-from relora.lora.layers import constant_weights
+from relora.lora.layers import adapted_layers, constant_weights
 
 Engine = Any  # deepspeed.DeepSpeedEngine; the import happens late
 
@@ -178,8 +178,9 @@ def destroy(engine: Engine) -> None:
     """
     wrapper = engine.optimizer
     params = list(engine.module.parameters())
+    codes = [b for _, layer in adapted_layers(engine.module) for b in layer.buffers()]
     engine.destroy()
-    held = [*params, *(param.ds_tensor for param in params if hasattr(param, "ds_tensor"))]
+    held = [*params, *codes, *(param.ds_tensor for param in params if hasattr(param, "ds_tensor"))]
     for name in FLAT_TENSORS:
         held += getattr(wrapper, name, ())
     for param in params:

@@ -17,6 +17,7 @@ from relora.engine.codec import REMAINDER_DTYPE
 from relora.engine.sources import Source, Tensors
 from relora.engine.views import MOMENTS, ParameterView, live_of, trainable_views
 from relora.errors import ConfigError
+from relora.lora.layers import adapted_layers
 
 
 class EngineState:
@@ -122,6 +123,8 @@ class EngineState:
             step = source.adam_step(view.name)
             if step is not None:
                 self.set_adam_step_(view, step)
+        for _, layer in adapted_layers(self.model):
+            layer.requantise_()
 
     def release_(self) -> None:
         """Forget every tensor and Adam's state; the engine is about to be destroyed."""
@@ -177,7 +180,8 @@ class EngineState:
     @property
     def device(self) -> torch.device:
         """Where the model lives on this rank."""
-        return next(iter(self)).live.device
+        # A quantised weight's exact values lie in host memory.
+        return next(view.live.device for view in self if view.param.requires_grad)
 
     def _state(self, flat: Tensor) -> dict[str, Tensor]:
         # Adam makes its state at the first step; whoever needs it earlier gets what it would make.

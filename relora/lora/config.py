@@ -27,6 +27,11 @@ class LoRAConfig(Section):
     # for each micro-batch; null = kept where forming it would cost more than 5 % of its products.
     keep_effective: bool | None = None
 
+    # What the frozen weights are held in for products: codes with a scale for each 64 entries, one
+    # byte an entry (int8, fp8) or half of one (nf4), with the exact values beside them in host
+    # memory, see `quantised`; bf16, or null: as deepspeed.precision says.
+    base: Literal["bf16", "int8", "fp8", "nf4"] | None = None
+
     # Learning rate once there are adapters; null = optimizer.lr. `relora.lr` is the same for runs
     # that merge.
     lr: float | None = Field(default=None, gt=0)
@@ -34,6 +39,11 @@ class LoRAConfig(Section):
     # What optimizer.weight_decay acts on: A and B, each by itself, or W + s·B·A as a whole, as in
     # full-rank training. Neither touches norms and biases.
     decay: Literal["factors", "merged"] = "factors"
+
+    @property
+    def quantised(self) -> Literal["int8", "fp8", "nf4"] | None:
+        """The codes that stand for frozen weights; None if these are read as they are."""
+        return None if self.base == "bf16" else self.base
 
     @property
     def scale(self) -> float:

@@ -103,7 +103,8 @@ def linear(
     Under autocast all products are in its dtype.
 
     Args:
-        effective: gives the matrix W + s·B·A (m, n) in a dtype, also in the backward pass.
+        effective: gives the matrix (m, n) that x is multiplied with, W + s·B·A or W as it is read,
+            in a dtype, also in the backward pass.
         factors: s·A and s·B in a dtype, asked likewise.
     """
     dtype = compute_dtype(x)
@@ -142,6 +143,8 @@ class _Linear(torch.autograd.Function):
     ) -> Tensor:
         dtype = cast.dtype
         matrix = effective(dtype) if effective else weight.to(dtype)
+        if not any(ctx.needs_input_grad[2:5]):  # of weight, A and B: none asks for x
+            inputs = ()
         ctx.save_for_backward(weight, a, b, None if effective else matrix, *inputs)
         ctx.effective, ctx.factors, ctx.recipe = effective, factors, recipe
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -174,4 +177,4 @@ class _Linear(torch.autograd.Function):
                 d_a = rows.mm(scaled_b).t().mm(x).to(a.dtype)
         if for_bias:
             d_bias = rows.sum(0).to(ctx.bias_dtype)
-        return d_x, None, d_weight, d_a, d_b, d_bias, *(None for _ in range(3 + len(inputs)))
+        return d_x, None, d_weight, d_a, d_b, d_bias, *(None,) * (len(ctx.needs_input_grad) - 6)

@@ -30,6 +30,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from transformers.pytorch_utils import Conv1D
 
 from relora.lora.graphs import Graph, cheaper_graph, forming_share, linear, multiply
+from relora.lora.quantised import FrozenBase
 
 # Share of a layer's products that forming W + s·B·A for each micro-batch may take before it is kept
 # for the whole step instead.
@@ -45,7 +46,7 @@ class Names(NamedTuple):
     b: str
 
 
-class AdaptedLayer(nn.Module):
+class AdaptedLayer(FrozenBase):
     """What the adapted layers share. Mixed into a layer class that has `weight` and `bias`.
 
     Attributes:
@@ -59,7 +60,6 @@ class AdaptedLayer(nn.Module):
         plain: the class of layers that this kind adapts; of a layer, the class that it had before.
     """
 
-    weight: Tensor
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     scale: float
@@ -98,6 +98,7 @@ class AdaptedLayer(nn.Module):
         self.graph = "low_rank"
         self.keeps_effective = False
         self.made = None
+        self.quantised = None
 
     def choose_graph_(
         self,
@@ -168,8 +169,10 @@ class AdaptedLayer(nn.Module):
 
     def _form(self, dtype: torch.dtype) -> Tensor:
         a, b = self.factors(dtype)
-        weight = self.matrix(self.weight).to(dtype)
-        return torch.addmm(weight, b, a, beta=self.shrink, alpha=1 / self.scale)
+        return torch.addmm(self._base(dtype), b, a, beta=self.shrink, alpha=1 / self.scale)
+
+    def _base(self, dtype: torch.dtype) -> Tensor:
+        return self.matrix(self.base(dtype))
 
     def _cast(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         a, b = (multiply(factor, self.scale, dtype) for factor in (self.lora_A, self.lora_B))
@@ -230,13 +233,18 @@ class _Linear(AdaptedLayer):
         if self.graph == "effective":
             factors = self.lora_A, self.lora_B
             return linear(x, self.weight, *factors, self.bias, self.effective, self.factors)
+        if self.shrink == 1:
+            return self.add_update(self._through_base(x, self.bias), x)
+        output = self.add_update(self._through_base(x, None), x, self.shrink)
+        return output if self.bias is None else output + self.bias  # which is not to shrink
+
+    def _through_base(self, x: Tensor, bias: Any) -> Tensor:
+        """x Wᵀ + b."""
+        if self.quantised is not None:  # for the backward pass its values are made again
+            return linear(x, self.weight, bias=bias, effective=self._base)
         # Of a transposed weight too: addmm under autocast wants one dtype for all three; linear
         # casts each by itself.
-        weight = self.matrix(self.weight)
-        if self.shrink == 1:
-            return self.add_update(F.linear(x, weight, self.bias), x)
-        output = self.add_update(F.linear(x, weight), x, self.shrink)
-        return output if self.bias is None else output + self.bias  # which is not to shrink
+        return F.linear(x, self.matrix(self.weight), bias)
 
 
 class LoRALinear(_Linear, nn.Linear):

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from relora.config import Config
 from relora.engine.options import zero_sizes
 from relora.engine.precision import precision_of
+from relora.lora.quantised import quantised_bytes
 from relora.plan.dryrun import Kept, dry_run
 from relora.plan.shape import shape_of
 
@@ -219,11 +220,15 @@ def _held(config: Config, world: int, adapters: bool) -> dict[str, float]:
     trained = float(sum(size for size, trainable in sizes if trainable))
     frozen = float(sum(size for size, trainable in sizes if not trainable))
     mine = trained / world if stage else trained  # of gradients and of what Adam holds
-    weights = width * trained + frozen_width * frozen
+    completes = precision_of(section.precision).remainder_bytes * frozen
+    base = frozen_width * frozen
+    quantised = config.lora.quantised if adapters and config.lora else None
+    if quantised:
+        base = float(sum(quantised_bytes(n, quantised) for n, trains in sizes if not trains))
+        completes = 4 * frozen  # exact values, whole
+    weights = width * trained + base
     if stage == 3:
         weights /= world
-    completes = precision_of(section.precision).remainder_bytes * frozen
-    if stage == 3:
         completes /= world
     if relora and relora.precision == "rounded":
         completes = 0.0

@@ -22,6 +22,7 @@ from relora.config import Config
 from relora.engine.codec import store_base_
 from relora.engine.deepspeed import build_optimizer
 from relora.engine.precision import dtype_of, precision_of
+from relora.lora.inject import quantise_base
 from relora.lora.layers import LoRALinear, adapted_layers, constant_weights, parameter_roles
 from relora.model import build_model
 from relora.plan.dryrun import flop_formulas
@@ -61,7 +62,8 @@ def variants(config: Config) -> dict[str, Variant]:
         "full-lean": Variant(lean_full, False),
     }
     if config.lora is not None:
-        low_rank = config.lora.model_copy(update={"graph": "low_rank", "keep_effective": None})
+        as_it_was = {"graph": "low_rank", "keep_effective": None, "base": None}
+        low_rank = config.lora.model_copy(update=as_it_was)
         published = config.model_copy(update={"model": plain, "lora": low_rank})
         found |= {
             "published": Variant(published, True, _as_published),
@@ -127,6 +129,8 @@ class _Step:
         store_base_(self.model, formats)
         variant.prepare(self.model)
         nn.Module.to(self.model, device)
+        if config.lora and config.lora.quantised:
+            quantise_base(self.model, config.lora.quantised)
         self.model.train()
         self.optimizer = build_optimizer(self.model, config.optimizer, config.decays_merged)
         self.half = dtype_of(formats.autocast) if formats.autocast else None
