@@ -27,7 +27,13 @@ if TYPE_CHECKING:
     from relora.lean import make_lean
     from relora.load import load_config
     from relora.lora.config import LoRAConfig
-    from relora.lora.inject import add_adapters, merge_adapters, parameter_groups, remove_adapters
+    from relora.lora.inject import (
+        add_adapters,
+        merge_adapters,
+        parameter_groups,
+        quantise_base,
+        remove_adapters,
+    )
     from relora.lora.layers import adapted_layers
     from relora.record.loaded import load_run
     from relora.restart.config import ReLoRAConfig, ResetConfig
@@ -51,6 +57,7 @@ __all__ = [
     "merge_adapters",
     "merge_and_restart",
     "parameter_groups",
+    "quantise_base",
     "remove_adapters",
     "reset_moments",
     "train",
@@ -70,6 +77,7 @@ _HOMES = {
     "merge_adapters": "lora.inject",
     "merge_and_restart": "restart.restart",
     "parameter_groups": "lora.inject",
+    "quantise_base": "lora.inject",
     "remove_adapters": "lora.inject",
     "reset_moments": "restart.moments",
     "train": "commands.train",

@@ -34,6 +34,7 @@ def cross_checks(config: Config, read_model: bool) -> Iterator[str]:
     yield from _check_spectra(config)
     yield from _check_graphs(config)
     yield from _check_compile(config)
+    yield from _check_base(config)
     micro_batch_size = config.batch.micro_batch_size
     yield from mistakes(config.deepspeed, config.optimizer, micro_batch_size, ask=read_model)
     if read_model and config.model.config is not None:
@@ -60,7 +61,8 @@ def _check_method(config: Config) -> Iterator[str]:
 
 
 def _check_relora(config: Config, relora: ReLoRAConfig) -> Iterator[str]:
-    if not precision_of(config.deepspeed.precision).remainder_bytes:
+    quantised = config.lora is not None and config.lora.quantised
+    if not precision_of(config.deepspeed.precision).remainder_bytes and not quantised:
         for key in ("precision", "remainder"):
             if relora.changed(key):
                 value = getattr(relora, key)
@@ -117,6 +119,35 @@ def _check_compile(config: Config) -> Iterator[str]:
             "lora.keep_effective: false would do nothing with train.compile: blocks, which keep "
             "W + s·B·A for each step; remove it"
         )
+
+
+def _check_base(config: Config) -> Iterator[str]:
+    lora, relora, section = config.lora, config.relora, config.deepspeed
+    if lora is None:
+        return
+    if lora.base == "bf16" and not precision_of(section.precision).remainder_bytes:
+        yield (
+            f"lora.base: bf16 is no base of deepspeed.precision: {section.precision}, which "
+            "multiplies with fp32; take null, int8, fp8 or nf4, or precision: bf16"
+        )
+    if not lora.quantised:
+        return
+    if config.train.compile:
+        yield (
+            f"lora.base: {lora.base} with train.compile: blocks, which keep W + s·B·A in half "
+            "precision for each step; take one of them"
+        )
+    if section.zero_stage == 3:
+        yield (
+            f"lora.base: {lora.base} quantises whole weights, where ZeRO 3 partitions them; take "
+            "null, or zero_stage 0, 1 or 2"
+        )
+    for key in ("precision", "remainder"):
+        if relora and relora.changed(key):
+            yield (
+                f"relora.{key}: {getattr(relora, key)} would do nothing with lora.base: "
+                f"{lora.base}, whose exact values lie in host memory; remove it"
+            )
 
 
 def _check_spectra(config: Config) -> Iterator[str]:

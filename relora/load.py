@@ -25,6 +25,7 @@ MAY_CHANGE = (
     "deepspeed.zero_stage",
     "deepspeed.offload_optimizer",
     "deepspeed.timeout_minutes",
+    "lora.base",
     "relora.remainder",
     "spectra",
 )
@@ -35,6 +36,7 @@ OF_SPEED = (
     "deepspeed.zero_stage",
     "deepspeed.offload_optimizer",
     "model.gradient_checkpointing",
+    "lora.base",
     "relora.remainder",
     "train.compile",
 )

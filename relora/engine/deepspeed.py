@@ -27,7 +27,7 @@ from relora.engine.precision import dtype_of, precision_of
 from relora.engine.reading import Reading, read_at_norm, whole_rows
 from relora.errors import ConfigError
 from relora.lora.inject import parameter_groups
-from relora.lora.layers import constant_weights
+from relora.lora.layers import adapted_layers, constant_weights
 
 Engine = Any  # deepspeed.DeepSpeedEngine; the import happens late
 
@@ -212,8 +212,9 @@ def destroy(engine: Engine) -> None:
     """
     wrapper = engine.optimizer
     params = list(engine.module.parameters())
+    codes = [b for _, layer in adapted_layers(engine.module) for b in layer.buffers()]
     engine.destroy()
-    held = [*params, *(param.ds_tensor for param in params if hasattr(param, "ds_tensor"))]
+    held = [*params, *codes, *(param.ds_tensor for param in params if hasattr(param, "ds_tensor"))]
     for name in FLAT_TENSORS:
         held += getattr(wrapper, name, ())
     for param in params:

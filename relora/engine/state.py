@@ -18,7 +18,7 @@ from relora.engine.distributed import Ranks
 from relora.engine.sources import InParts, Source
 from relora.engine.views import MOMENTS, ParameterView, live_of, trainable_views
 from relora.errors import ConfigError
-from relora.lora.layers import parameter_roles
+from relora.lora.layers import adapted_layers, parameter_roles
 
 
 class EngineState:
@@ -134,6 +134,8 @@ class EngineState:
             step = source.adam_step(view.name)
             if step is not None:
                 self.set_adam_step_(view, step)
+        for _, layer in adapted_layers(self.model):
+            layer.requantise_()
 
     def release_(self) -> None:
         """Forget every tensor and Adam's state; the engine is about to be destroyed."""
@@ -222,7 +224,8 @@ class EngineState:
     @property
     def device(self) -> torch.device:
         """Where the model lives on this rank."""
-        return next(iter(self)).live.device
+        # A quantised weight's exact values lie in host memory.
+        return next(view.live.device for view in self if view.param.requires_grad)
 
     def _part(self, view: ParameterView) -> tuple[int, int]:
         """(start, entries) of what is this rank's of `live`: cut where ZeRO 3 would cut it."""

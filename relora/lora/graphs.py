@@ -23,6 +23,9 @@ from torch import Tensor
 
 Graph = Literal["low_rank", "effective"]
 
+# Share of a layer's products that forming W + s·B·A for each micro-batch may take before it is kept
+# for the whole step instead.
+WORTH_KEEPING = 0.05
 # Attributes of tensors.
 _SOURCE, _CAST, _INNER = "_relora_source", "_relora_cast", "_relora_inner"
 # Of weights, in another dtype, while `casts_are_kept`: by the weight's id, with the weight.
@@ -44,6 +47,11 @@ def forming_share(rank: int, tokens: int, micro_batches: int) -> float:
     """FLOPs of forming W + s·B·A in both passes of every micro-batch and not once a step, as a
     share of the layer's own 4·tokens·inputs·outputs a micro-batch."""
     return rank * (1 - 1 / (2 * micro_batches)) / tokens
+
+
+def worth_keeping(rank: int, tokens: int | None, micro_batches: int) -> bool:
+    """Whether W + s·B·A is better formed once a step and kept; tokens as in `cheaper_graph`."""
+    return tokens is not None and forming_share(rank, tokens, micro_batches) > WORTH_KEEPING
 
 
 class Recomputed:
@@ -135,7 +143,8 @@ def linear(
     Under autocast all products are in its dtype.
 
     Args:
-        effective: gives the matrix W + s·B·A (m, n) in a dtype, also in the backward pass.
+        effective: gives the matrix (m, n) that x is multiplied with, W + s·B·A or W as it is read,
+            in a dtype, also in the backward pass.
         factors: s·A and s·B in a dtype, asked likewise.
         shared_a: what layers of the same A have in common; those that read one x multiply it with A
             once.
@@ -198,6 +207,8 @@ class _Linear(torch.autograd.Function):
     ) -> Tensor:
         dtype = x_cast.dtype
         matrix = effective(dtype) if effective else cast(weight, dtype)
+        if not any(ctx.needs_input_grad[2:5]):  # of weight, A and B: none asks for x
+            inputs = ()
         ctx.save_for_backward(weight, a, b, None if effective else matrix, *inputs)
         ctx.effective, ctx.factors, ctx.shared_a = effective, factors, shared_a
         ctx.recipe, ctx.is_inner = source.recipe, source.is_inner
@@ -232,4 +243,4 @@ class _Linear(torch.autograd.Function):
                 d_a = rows.mm(scaled_b).t().mm(x).to(a.dtype)
         if for_bias:
             d_bias = rows.sum(0).to(ctx.bias_dtype)
-        return d_x, None, d_weight, d_a, d_b, d_bias, *(None for _ in range(4 + len(inputs)))
+        return d_x, None, d_weight, d_a, d_b, d_bias, *(None,) * (len(ctx.needs_input_grad) - 6)

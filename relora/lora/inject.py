@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from relora.errors import ConfigError
 from relora.lora.choose import find_shared, find_targets
 from relora.lora.config import LoRAConfig
 from relora.lora.draws import draw_a
@@ -18,6 +19,7 @@ from relora.lora.layers import (
     names_of,
     parameter_roles,
 )
+from relora.lora.quantised import Kind
 
 
 def add_adapters(
@@ -53,7 +55,10 @@ def add_adapters(
         layer.__class__ = adapted_class(kind, plain)
         assert isinstance(layer, AdaptedLayer)
         layer.add_lora_(config.rank, config.scale, config.dropout, config.train == "both")
-        layer.choose_graph_(config.graph, config.keep_effective, tokens, micro_batches)
+        keep = config.keep_effective
+        if keep is None and config.quantised:
+            keep = False  # half precision for the whole step, which it is there to avoid
+        layer.choose_graph_(config.graph, keep, tokens, micro_batches)
     adapted: Any = {name: model.get_submodule(name) for name in names}
     for name, first in find_shared(model, names, config).items():
         adapted[name].shared_a = names_of(first).a
@@ -65,9 +70,31 @@ def add_adapters(
     return names
 
 
+def quantise_base(model: nn.Module, kind: Kind) -> None:
+    """Let products read one byte an entry (`int8`, `fp8`) or half of one (`nf4`) in place of the
+    weights that adapters freeze, in place.
+
+    Those go to host memory in fp32, under their own names: merges, checkpoints and `merge_adapters`
+    are as exact as without. Call it when the model has its device, its dtype and its DeepSpeed or
+    DistributedDataParallel, and before `EngineState`.
+
+    Raises:
+        ConfigError: the weights are not whole here, as under ZeRO 3.
+    """
+    for name, layer in adapted_layers(model):
+        if not layer.weight.numel():
+            raise ConfigError(
+                f"{name}: its weight is partitioned over ranks (ZeRO 3), and whole ones are "
+                "quantised; take ZeRO 0, 1 or 2"
+            )
+    for _, layer in adapted_layers(model):
+        layer.quantise_(kind)
+
+
 def remove_adapters(model: nn.Module) -> None:
     """Turn adapted layers back into plain ones, in place; what A and B hold is dropped."""
     for _, layer in list(adapted_layers(model)):
+        layer.unquantise_()
         del layer.lora_A, layer.lora_B
         layer.__class__ = layer.plain  # type: ignore[assignment]
 
@@ -90,7 +117,9 @@ def merge_adapters(model: nn.Module) -> None:
             )
     for _, layer in list(adapted_layers(model)):
         a = layer.lora_A.to(layer.lora_B.dtype)  # where it does not train it lies as W does
-        layer.weight.copy_(layer.merged(layer.weight.float(), a, layer.lora_B))
+        exact = layer.weight.to(a.device).float()
+        layer.unquantise_()
+        layer.weight.copy_(layer.merged(exact, a, layer.lora_B))
         layer.weight.requires_grad_(True)
     remove_adapters(model)
 

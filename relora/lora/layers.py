@@ -35,15 +35,13 @@ from relora.lora.graphs import (
     casts_are_kept,
     cheaper_graph,
     compute_dtype,
-    forming_share,
     linear,
     multiply,
+    worth_keeping,
 )
 from relora.lora.in_graph import forward_in_graph, made_for_compiler
+from relora.lora.quantised import FrozenBase
 
-# Share of a layer's products that forming W + s·B·A for each micro-batch may take before it is kept
-# for the whole step instead.
-WORTH_KEEPING = 0.05
 Role = Literal["A", "B", "base", "other"]
 
 
@@ -55,7 +53,7 @@ class Names(NamedTuple):
     b: str
 
 
-class AdaptedLayer(nn.Module):
+class AdaptedLayer(FrozenBase):
     """What the adapted layers share. Mixed into a layer class that has `weight` and `bias`.
 
     Attributes:
@@ -73,7 +71,6 @@ class AdaptedLayer(nn.Module):
         plain: the class of layers that this kind adapts; of a layer, the class that it had before.
     """
 
-    weight: Tensor
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     scale: float
@@ -109,13 +106,9 @@ class AdaptedLayer(nn.Module):
         self.weight.requires_grad_(False)
         self.lora_A = nn.Parameter(torch.empty(rank, in_features, device=device), train_a)
         self.lora_B = nn.Parameter(torch.zeros(out_features, rank, device=device))
-        self.scale = scale
-        self.shrink = 1.0
-        self.lora_dropout = dropout
-        self.shared_a = None
-        self.graph = "low_rank"
-        self.keeps_effective = False
-        self.made = None
+        self.scale, self.shrink, self.lora_dropout = scale, 1.0, dropout
+        self.graph, self.keeps_effective = "low_rank", False
+        self.shared_a = self.made = self.quantised = None
 
     def frozen(self) -> list[Tensor]:
         """The parameters that change at restarts alone: the weight, and A if it does not train."""
@@ -133,12 +126,8 @@ class AdaptedLayer(nn.Module):
         if graph == "auto":
             graph = "low_rank" if self.lora_dropout else cheaper_graph(outputs, inputs, tokens)
         self.graph = graph
-        if keep is None:
-            keep = (
-                tokens is not None
-                and forming_share(self.lora_A.shape[0], tokens, micro_batches) > WORTH_KEEPING
-            )
-        self.keeps_effective = keep
+        rank = self.lora_A.shape[0]
+        self.keeps_effective = worth_keeping(rank, tokens, micro_batches) if keep is None else keep
 
     def delta(self, a: Tensor, b: Tensor, shape: torch.Size, start: int, stop: int) -> Tensor:
         """Entries start..stop of s·B·A as it lies in the flattened weight, in the dtype of A and B.
@@ -156,7 +145,7 @@ class AdaptedLayer(nn.Module):
 
     def update(self, x: Tensor) -> Tensor:
         """s · (drop(x) Aᵀ) Bᵀ for x (…, in); returns (…, out)."""
-        # The scale where the tensor is smallest: r is far below in and out.
+        # The scale where the tensor is smallest.
         return F.linear(self._inner(x) * self.scale, self.lora_B)
 
     def add_update(self, output: Tensor, x: Tensor, shrink: float = 1.0) -> Tensor:
@@ -190,8 +179,10 @@ class AdaptedLayer(nn.Module):
 
     def _form(self, dtype: torch.dtype) -> Tensor:
         a, b = self.factors(dtype)
-        weight = self.matrix(self.weight).to(dtype)
-        return torch.addmm(weight, b, a, beta=self.shrink, alpha=1 / self.scale)
+        return torch.addmm(self._base(dtype), b, a, beta=self.shrink, alpha=1 / self.scale)
+
+    def _base(self, dtype: torch.dtype) -> Tensor:
+        return self.matrix(self.base(dtype))
 
     def _cast(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         a, b = (multiply(factor, self.scale, dtype) for factor in (self.lora_A, self.lora_B))
@@ -256,13 +247,16 @@ class _Linear(AdaptedLayer):
             return linear(
                 x, self.weight, *factors, self.bias, self.effective, self.factors, self.shared_a
             )
-        # Of a transposed weight too: addmm under autocast wants one dtype for all three; linear
-        # casts each by itself.
-        weight = self.matrix(self.weight)
-        if self.shrink == 1:
-            return self.add_update(F.linear(x, weight, self.bias), x)
-        output = self.add_update(F.linear(x, weight), x, self.shrink)
-        return output if self.bias is None else output + self.bias  # which is not to shrink
+        # d is no factor of the bias.
+        bias, later = (self.bias, None) if self.shrink == 1 else (None, self.bias)
+        if self.quantised is not None:  # for the backward pass its values are made again
+            output = linear(x, self.weight, bias=bias, effective=self._base)
+        else:
+            # Of a transposed weight too: addmm under autocast wants one dtype for all three; linear
+            # casts each by itself.
+            output = F.linear(x, self.matrix(self.weight), bias)
+        output = self.add_update(output, x, self.shrink)
+        return output if later is None else output + later
 
 
 class LoRALinear(_Linear, nn.Linear):

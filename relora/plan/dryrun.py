@@ -32,7 +32,7 @@ from relora.engine.precision import Name, dtype_of, precision_of
 from relora.errors import ConfigError, UserError
 from relora.lean import make_lean
 from relora.lora.config import LoRAConfig
-from relora.lora.inject import add_adapters
+from relora.lora.inject import add_adapters, quantise_base
 from relora.lora.layers import adapted_layers, constant_weights, parameter_roles
 from relora.model import ModelConfig, build_meta_model, load_model_config
 from relora.plan.shape import linear_modules, model_key
@@ -234,13 +234,15 @@ def _fake_model(model_config: ModelConfig, lora: str, step: Step, masks: bool) -
     formats = precision_of(step.precision)
     residual = formats.residual(model_config.half_residual)
     make_lean(model, model_config.lean, model_config.loss_chunk, residual)
-    if lora:
-        section, tokens = LoRAConfig.model_validate_json(lora), math.prod(step.batch)
-        add_adapters(model, section, None, tokens, step.micro_batches)
+    section = LoRAConfig.model_validate_json(lora) if lora else None
+    if section:
+        add_adapters(model, section, None, math.prod(step.batch), step.micro_batches)
     store_base_(model, formats)
     if formats.is_deepspeeds:
         for param in model.parameters():
             param.data = param.data.to(dtype_of(formats.trained))
+    if section and section.quantised:
+        quantise_base(model, section.quantised)
     return model.train()
 
 

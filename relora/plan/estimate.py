@@ -14,6 +14,7 @@ from relora.config import Config
 from relora.engine.options import zero_sizes
 from relora.engine.precision import precision_of
 from relora.lora.config import LoRAConfig
+from relora.lora.quantised import quantised_bytes
 from relora.plan.dryrun import Kept, dry_run
 from relora.plan.shape import shape_of
 
@@ -261,11 +262,15 @@ def _held(config: Config, world: int, adapters: bool) -> dict[str, float]:
     trained = float(sum(size for size, trainable in sizes if trainable))
     frozen = float(sum(size for size, trainable in sizes if not trainable))
     mine = trained / world if stage else trained  # of gradients and of what Adam holds
-    weights = width * trained + frozen_width * frozen
+    base = [size for size, adapted in shape_of(config).parameters if adapted and frozen]
+    held, completes = float(frozen_width * sum(base)), _completes(config) * sum(base) / world
+    quantised = config.lora.quantised if adapters and config.lora else None
+    if quantised:
+        held = float(sum(quantised_bytes(size, quantised) for size in base))
+        completes = 4.0 * sum(base)  # exact values, whole on each rank
+    weights = width * trained + held + frozen_width * (frozen - sum(base))
     if stage == 3:
         weights /= world
-    base = sum(size for size, adapted in shape_of(config).parameters if adapted)
-    completes = _completes(config) * base / world if _lora(config, adapters) else 0.0
     on_device = relora is not None and relora.remainder == "device"
     parts = {
         "weights": weights,

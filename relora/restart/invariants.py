@@ -11,13 +11,19 @@ from relora.engine.deepspeed import Engine
 from relora.engine.state import EngineState
 from relora.engine.views import ParameterView
 from relora.errors import NumericsError
+from relora.lora.layers import adapted_layers, names_of
+from relora.lora.quantised import exact_base
 
 
 @torch.no_grad()
 def probe(engine: Engine, batch: Tensor) -> Tensor:
-    """Logits of the probe batch (rows, tokens) without dropout, in fp32 on this rank."""
+    """Logits of the probe batch (rows, tokens) without dropout, in fp32 on this rank.
+
+    With the exact base weights: a merge moves codes that stand for them by whole steps.
+    """
     engine.eval()
-    logits = engine(input_ids=batch).logits.float()
+    with exact_base(engine.module):
+        logits = engine(input_ids=batch).logits.float()
     engine.train()
     return logits
 
@@ -50,9 +56,14 @@ def check_copies(state: EngineState, merge: int) -> None:
     """
     names = [view.name for view in state]
     bad = torch.tensor([_master_differs(view) for view in state], dtype=torch.int64)
-    sums = torch.tensor([checksum(view.live) for view in state], dtype=torch.int64)
+    found = [checksum(view.live) for view in state]
+    for name, layer in adapted_layers(state.model):
+        if layer.quantised is not None:
+            names.append(names_of(name).weight)
+            found.append(layer.quantised.checksum())
+    sums = torch.tensor(found, dtype=torch.int64)
     if dist.get_world_size() > 1:
-        device = state[names[0]].live.device
+        device = state.device
         bad, low, high = bad.to(device), sums.to(device), sums.to(device).clone()
         dist.all_reduce(bad, op=dist.ReduceOp.MAX)
         if not state.partitioned:  # under ZeRO 3 ranks hold different shards, not replicas

@@ -132,12 +132,13 @@ def merge_(adapter: Adapter, a: Tensor, b: Tensor, slice_size: int) -> Tensor:
     while start < end:
         stop = min(end, (start // size + 1) * size)
         delta = layer.delta(a, b, view.shape, start, stop)
-        weight = view.value(start, stop)
+        weight = view.value(start, stop).to(delta.device)
         squares[:2] += _sums_of_squares(delta, weight)
         view.write_live_(delta.add_(weight, alpha=layer.shrink), start)
-        squares[2:] += _sums_of_squares(delta.sub_(view.value(start, stop)))
+        squares[2:] += _sums_of_squares(delta.sub_(view.value(start, stop).to(delta.device)))
         start = stop
     layer.shrink = 1.0
+    layer.requantise_()
     return squares.cpu()
 
 

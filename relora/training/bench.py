@@ -26,6 +26,7 @@ from relora.config import Config
 from relora.engine.deepspeed import build_optimizer
 from relora.engine.precision import dtype_of, precision_of
 from relora.engine.state import EngineState
+from relora.lora.inject import quantise_base
 from relora.lora.layers import constant_weights
 from relora.plan.dryrun import blocks_of, flop_formulas
 from relora.restart.restart import merge_and_restart
@@ -157,6 +158,8 @@ class _Step:
         formats = precision_of(config.deepspeed.precision)
         self.model: Any = build_variant(variant)
         torch.nn.Module.to(self.model, device)
+        if variant.adapters and config.lora and config.lora.quantised:
+            quantise_base(self.model, config.lora.quantised)
         self.blocks_only = blocks_only
         self.shape = config.batch.micro_batch_size, config.data.sequence_length
         self.tokens = self.shape[0] * self.shape[1]

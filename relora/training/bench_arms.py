@@ -47,9 +47,9 @@ def variants(config: Config) -> dict[str, Variant]:
     full = lean_full.model_copy(update={"model": plain})
     found = {"full": Variant(full, False), "full_lean": Variant(lean_full, False)}
     if config.lora is not None:
-        low_rank = config.lora.model_copy(
-            update={"graph": "low_rank", "keep_effective": None, "train": "both", "share_a": None}
-        )
+        as_it_was = {"graph": "low_rank", "keep_effective": None, "base": None}
+        as_it_was |= {"train": "both", "share_a": None}
+        low_rank = config.lora.model_copy(update=as_it_was)
         published = config.model_copy(update={"model": plain, "lora": low_rank})
         found["published"] = Variant(published, True, _as_published)
         if find_spec("peft"):

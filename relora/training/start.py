@@ -20,7 +20,7 @@ from relora.engine.state import EngineState, capture
 from relora.errors import DataError
 from relora.lean import make_lean
 from relora.lora.choose import describe_left, find_targets, linear_layers
-from relora.lora.inject import add_adapters
+from relora.lora.inject import add_adapters, quantise_base
 from relora.lora.layers import adapted_layers, names_of
 from relora.model import build_empty_model, build_meta_model, build_model
 from relora.plan.advice import idle_settings
@@ -174,6 +174,8 @@ def _build_engine(
     if config.train.compile:
         formats = precision_of(config.deepspeed.precision)
         compile_blocks(engine.module, dtype_of(formats.autocast or formats.trained))
+    if config.lora and config.lora.quantised:  # the codes wait for `restore_`
+        quantise_base(model, config.lora.quantised)
     rounded = config.relora is not None and config.relora.precision == "rounded"
     remainder = config.relora.remainder if config.relora else "host"
     state = EngineState(engine, remainder=None if rounded else remainder)
