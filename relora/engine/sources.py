@@ -62,6 +62,10 @@ class FromMain(Fetched):
             param.data = param.data.new_empty(0)
         kinds = {name: (tensor.shape, tensor.dtype) for name, tensor in self.left.items()}
         self.kinds: dict[str, tuple[torch.Size, torch.dtype]] = ranks.share(kinds)
+        # One for all: of memory taken and given back weight by weight the C library keeps pieces.
+        largest = max((shape.numel() * dtype.itemsize for shape, dtype in self.kinds.values()))
+        size = 0 if ranks.is_main else largest
+        self.received = torch.empty(size, dtype=torch.uint8, device=ranks.device)
 
     def fetch(self, name: str) -> None:
         """Send it to all ranks. Collective."""
@@ -72,7 +76,7 @@ class FromMain(Fetched):
         if self.ranks.is_main:
             whole = self.left.pop(name)
         else:
-            whole = torch.empty(shape, dtype=dtype, device=self.ranks.device)
+            whole = self.received[: shape.numel() * dtype.itemsize].view(dtype)
         if self.ranks.world > 1:
             whole = whole.to(self.ranks.device)
             dist.broadcast(whole, 0)

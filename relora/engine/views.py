@@ -22,6 +22,7 @@ from relora.engine.codec import decode, encode_
 from relora.errors import ConfigError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+AT_ONCE = 2**22  # entries that are written together: what that takes beside is freed again
 
 
 @dataclass
@@ -101,8 +102,8 @@ class ParameterView:
 
     def write_pieces_(self, read: Callable[[int, int], Tensor]) -> None:
         """Replace the parameter; `read(start, stop)` gives flat fp32 pieces of the new values."""
-        if self.live.numel():
-            self.write_live_(read(self.live_start, self.live_stop), self.live_start)
+        for start in range(self.live_start, self.live_stop, AT_ONCE):
+            self.write_live_(read(start, min(start + AT_ONCE, self.live_stop)), start)
         if self.master is not None and self.count:
             self.master.copy_(read(self.start, self.start + self.count))
         self.drop_stale_copies_()

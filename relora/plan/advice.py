@@ -8,6 +8,7 @@ from relora.config import Config
 from relora.plan.dryrun import dry_run
 from relora.plan.estimate import (
     PARTS,
+    bytes_per_step,
     flops_per_token,
     full_rank_twin,
     memory_by_part,
@@ -48,6 +49,21 @@ def in_a_word(config: Config, parameters: int, devices: int) -> str:
         f"in full rank, and at its peak a rank holds {format_bytes(peak)}, "
         f"{format_bytes(abs(more))} {'more' if more > 0 else 'less'}, {most}{counted}. "
         f"{_where_time_is_saved(config, less)}"
+    )
+
+
+def replicated_base(config: Config, devices: int) -> Iterator[str]:
+    """What ZeRO 2 would hold and receive, which leaves frozen weights whole, in place of ZeRO 3."""
+    if config.lora is None or config.deepspeed.zero_stage != 3:
+        return
+    section = config.deepspeed.model_copy(update={"zero_stage": 2})
+    other = config.model_copy(update={"deepspeed": section})
+    held, sent = peak_memory(other, devices, True), bytes_per_step(other, devices, True)
+    then = " once adapters are born" if config.warm_start else ""
+    yield (
+        f"with frozen weights whole on each rank, ZeRO 2, {format_bytes(sent)} at a peak of "
+        f"{format_bytes(held)}{then}: deepspeed.zero_stage=2"
+        f"{' on the command that goes on from there' if config.warm_start else ''}"
     )
 
 

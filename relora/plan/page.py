@@ -17,7 +17,7 @@ from relora.lora.choose import describe_left, linear_layers
 from relora.lora.inject import add_adapters
 from relora.lora.layers import adapted_layers
 from relora.model import build_meta_model
-from relora.plan.advice import doubts, in_a_word
+from relora.plan.advice import doubts, in_a_word, replicated_base
 from relora.plan.estimate import (
     PARTS,
     break_even,
@@ -186,6 +186,10 @@ def _memory(facts: Facts) -> list[str]:
     lines[-1] += "   the largest parts do not all meet"
     if config.warm_start:
         lines.append("  the warm start is full rank and needs its memory until adapters are born")
+    start = format_bytes(4 * facts.parameters)
+    lines.append(
+        f"  at step 0 rank 0 holds the weights once more, in host memory and fp32: {start}"
+    )
     if devices == 1 and config.deepspeed.zero_stage in (1, 2):
         alone = config.deepspeed.model_copy(update={"zero_stage": 0, "offload_optimizer": False})
         least = peak_memory(config.model_copy(update={"deepspeed": alone}), 1)
@@ -223,6 +227,7 @@ def _arithmetic(facts: Facts) -> list[str]:
         if adapters:
             traffic += f", {format_bytes(bytes_per_step(config, devices, True))} with adapters"
         lines.append(traffic)
+        lines += [_wrapped("", hint) for hint in replicated_base(config, devices)]
     if tokens_per_s is None:
         return [*lines, "time         give --tokens-per-s for hours and GPU-hours"]
     hours = config.total_steps * config.tokens_per_step / tokens_per_s / 3600
