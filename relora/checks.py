@@ -61,7 +61,7 @@ def _check_method(config: Config) -> Iterator[str]:
 
 
 def _check_relora(config: Config, relora: ReLoRAConfig) -> Iterator[str]:
-    quantised = config.lora is not None and config.lora.quantised
+    quantised = config.lora is not None and config.lora.base
     if not precision_of(config.deepspeed.precision).remainder_bytes and not quantised:
         for key in ("precision", "remainder"):
             if relora.changed(key):
@@ -125,12 +125,7 @@ def _check_base(config: Config) -> Iterator[str]:
     lora, relora, section = config.lora, config.relora, config.deepspeed
     if lora is None:
         return
-    if lora.base == "bf16" and not precision_of(section.precision).remainder_bytes:
-        yield (
-            f"lora.base: bf16 is no base of deepspeed.precision: {section.precision}, which "
-            "multiplies with fp32; take null, int8, fp8 or nf4, or precision: bf16"
-        )
-    if not lora.quantised:
+    if not lora.base:
         return
     if config.train.compile:
         yield (

@@ -17,6 +17,7 @@ from typing import Any
 
 from relora.cores import limit_spinning
 from relora.engine.launcher import speaks_for_machine
+from relora.engine.precision import NAMES
 from relora.engine.signals import follow_launcher, undisturbed
 from relora.errors import ConfigError
 from relora.files import as_user_error, mend_standard_streams
@@ -78,9 +79,7 @@ def _add_training_verbs(verbs: Verbs) -> None:
         metavar="ARM",
         help="of full, full_lean, published, peft, relora, frozen_a (all)",
     )
-    bench.add_argument(
-        "--precision", nargs="+", choices=("fp32", "bf16", "fp16"), help="a table for each"
-    )
+    bench.add_argument("--precision", nargs="+", choices=NAMES, help="a table for each")
     bench.add_argument(
         "--blocks", type=_few, metavar="N", help="N blocks alone: no embeddings, head and loss"
     )

@@ -12,6 +12,7 @@ import torch
 
 from relora.config import Config
 from relora.engine.distributed import lone_rank
+from relora.engine.precision import precision_of
 from relora.errors import ConfigError
 from relora.files import replacing, write_json
 from relora.load import load_config
@@ -55,9 +56,10 @@ def bench(
         name: load_config(Path(given[0]), [*given[1:], f"deepspeed.precision={name}"])
         for name in dict.fromkeys(wanted)
     }
-    if "deepspeed_bf16" in configs:
-        raise ConfigError("deepspeed_bf16 is DeepSpeed's engine, and none runs here; take "
-                          "--precision bf16")  # fmt: skip
+    for name, each in configs.items():
+        if precision_of(each.deepspeed.precision).is_deepspeeds:
+            raise ConfigError(f"{name} is DeepSpeed's engine, and none runs here; take another "
+                              "--precision")  # fmt: skip
     chosen = _checked(config, names)
     if to is not None:
         to.mkdir(parents=True, exist_ok=True)

@@ -157,6 +157,11 @@ def _reduction_mistakes(section: DeepSpeedConfig) -> Iterator[str]:
         )
 
 
+def reduced_share(section: DeepSpeedConfig) -> float:
+    """Bytes of a gradient that travels, as a share of those of one in fp32."""
+    return 0.5 if section.reduce_dtype == "bf16" else 1.0
+
+
 def refusal(zero_stage: int, precision: Name, offload_optimizer: bool) -> tuple[str, str] | None:
     """Why a combination is not offered, and the nearest one that is; None if it works."""
     if offload_optimizer and zero_stage == 0:

@@ -37,8 +37,8 @@ class LoRAConfig(Section):
 
     # What the frozen weights are held in for products: codes with a scale for each 64 entries, one
     # byte an entry (int8, fp8) or half of one (nf4), with the exact values beside them in host
-    # memory, see `quantised`; bf16, or null: as deepspeed.precision says.
-    base: Literal["bf16", "int8", "fp8", "nf4"] | None = None
+    # memory, see `quantised`; null = as deepspeed.precision says.
+    base: Literal["int8", "fp8", "nf4"] | None = None
 
     # Learning rate once there are adapters; null = optimizer.lr. `relora.lr` is the same for runs
     # that merge.
@@ -58,11 +58,6 @@ class LoRAConfig(Section):
         if len(set(names)) < len(names) or min(map(len, self.share_a)) < 2:
             raise ValueError("share_a wants lists of two names or more, each name once")
         return self
-
-    @property
-    def quantised(self) -> Literal["int8", "fp8", "nf4"] | None:
-        """The codes that stand for frozen weights; None if these are read as they are."""
-        return None if self.base == "bf16" else self.base
 
     @property
     def scale(self) -> float:

@@ -56,7 +56,7 @@ def add_adapters(
         assert isinstance(layer, AdaptedLayer)
         layer.add_lora_(config.rank, config.scale, config.dropout, config.train == "both")
         keep = config.keep_effective
-        if keep is None and config.quantised:
+        if keep is None and config.base:
             keep = False  # half precision for the whole step, which it is there to avoid
         layer.choose_graph_(config.graph, keep, tokens, micro_batches)
     adapted: Any = {name: model.get_submodule(name) for name in names}

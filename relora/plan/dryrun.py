@@ -241,8 +241,8 @@ def _fake_model(model_config: ModelConfig, lora: str, step: Step, masks: bool) -
     if formats.is_deepspeeds:
         for param in model.parameters():
             param.data = param.data.to(dtype_of(formats.trained))
-    if section and section.quantised:
-        quantise_base(model, section.quantised)
+    if section and section.base:
+        quantise_base(model, section.base)
     return model.train()
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from relora.config import Config
-from relora.engine.options import zero_sizes
+from relora.engine.options import reduced_share, zero_sizes
 from relora.engine.precision import precision_of
 from relora.lora.config import LoRAConfig
 from relora.lora.quantised import quantised_bytes
@@ -177,7 +177,7 @@ def bytes_per_step(config: Config, world: int, adapters: bool) -> float:
     sizes = shape_of(config).sizes(_lora(config, adapters))
     trained = width * sum(size for size, trainable in sizes if trainable)
     share = (world - 1) / world
-    reduced = trained / (2 if section.reduce_dtype == "bf16" else 1)
+    reduced = trained * reduced_share(section)
     if section.zero_stage == 0:
         return 2 * share * reduced
     if section.zero_stage < 3:
@@ -264,7 +264,7 @@ def _held(config: Config, world: int, adapters: bool) -> dict[str, float]:
     mine = trained / world if stage else trained  # of gradients and of what Adam holds
     base = [size for size, adapted in shape_of(config).parameters if adapted and frozen]
     held, completes = float(frozen_width * sum(base)), _completes(config) * sum(base) / world
-    quantised = config.lora.quantised if adapters and config.lora else None
+    quantised = config.lora.base if adapters and config.lora else None
     if quantised:
         held = float(sum(quantised_bytes(size, quantised) for size in base))
         completes = 4.0 * sum(base)  # exact values, whole on each rank
@@ -295,7 +295,8 @@ def _beside(config: Config, world: int, adapters: bool) -> dict[str, float]:
     zero = zero_sizes(section, sum(size for size, trainable in sizes if trainable))
     bucket = width * zero.bucket if section.zero_stage else 0.0
     flat = min(trained, width * zero.bucket)
-    flat += flat / 2 if section.reduce_dtype == "bf16" else 0.0  # the same, rounded
+    share = reduced_share(section)
+    flat += share * flat if share < 1 else 0.0  # the same, rounded
     copies = dry_run(config, adapters).weight_copies
     micro_batches = config.batch.global_batch_size // (config.batch.micro_batch_size * world)
     carried = trained if micro_batches > 1 else 0.0

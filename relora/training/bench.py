@@ -144,7 +144,7 @@ def _timing(
 
 def _peak(device: torch.device, config: Config) -> float | None:
     """FLOPs per second that the device can do in the config's precision, if that is known."""
-    if device.type != "cuda" or config.deepspeed.precision == "fp32":
+    if device.type != "cuda" or precision_of(config.deepspeed.precision).product_bytes == 4:
         return None
     name = torch.cuda.get_device_name(device)
     return next((peak for part, peak in PEAKS.items() if re.search(rf"\b{part}\b", name)), None)
@@ -158,8 +158,8 @@ class _Step:
         formats = precision_of(config.deepspeed.precision)
         self.model: Any = build_variant(variant)
         torch.nn.Module.to(self.model, device)
-        if variant.adapters and config.lora and config.lora.quantised:
-            quantise_base(self.model, config.lora.quantised)
+        if variant.adapters and config.lora and config.lora.base:
+            quantise_base(self.model, config.lora.base)
         self.blocks_only = blocks_only
         self.shape = config.batch.micro_batch_size, config.data.sequence_length
         self.tokens = self.shape[0] * self.shape[1]

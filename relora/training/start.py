@@ -174,8 +174,8 @@ def _build_engine(
     if config.train.compile:
         formats = precision_of(config.deepspeed.precision)
         compile_blocks(engine.module, dtype_of(formats.autocast or formats.trained))
-    if config.lora and config.lora.quantised:  # the codes wait for `restore_`
-        quantise_base(model, config.lora.quantised)
+    if config.lora and config.lora.base:  # the codes wait for `restore_`
+        quantise_base(model, config.lora.base)
     rounded = config.relora is not None and config.relora.precision == "rounded"
     remainder = config.relora.remainder if config.relora else "host"
     state = EngineState(engine, remainder=None if rounded else remainder)
