@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # What this machine's GPU makes of it: the tests of all graphs on CUDA, then `relora bench` of the
-# shipped sizes in bf16, with tables here and bench.json (device, date, commit) and bench.png in TO.
+# shipped sizes in bf16, as they are and compiled: tables here, and in TO for each a bench.json
+# (device, date, commit) and a bench.png.
 #
 #   bash launch/gpu_table.sh
 #   CONFIGS=configs/quickstart_relora.yaml bash launch/gpu_table.sh --rounds 3   for bench
@@ -14,13 +15,17 @@ TO=${TO:-runs/gpu_table}
 ((GPUS > 0)) || echo "relora: no GPU here, so this is a rehearsal on the CPU" >&2
 set_up dev
 
-# table NAME CONFIG ARGUMENTS…
+# table NAME CONFIG ARGUMENTS…: as it is and, on a GPU, with compiled blocks
 table() {
-    local name=$1
-    shift
-    echo
-    echo "── $name"
-    relora bench "$@" --precision bf16 --to "$TO/$name"
+    local name=$1 config=$2
+    shift 2
+    printf '\n── %s\n' "$name"
+    relora bench "$config" --precision bf16 --to "$TO/$name" "$@"
+    if ((GPUS > 0)); then
+        printf '\n── %s, compiled\n' "$name"
+        relora bench "$config" train.compile=blocks --precision bf16 \
+            --to "$TO/${name}_compiled" "$@"
+    fi
 }
 
 pytest -q -m gpu tests/test_gpu.py -k graph

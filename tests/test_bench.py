@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from relora.load import load_config
 from relora.plan.estimate import flops_per_token
-from relora.training import bench_arms
+from relora.training import bench, bench_arms
 from relora.training.bench import PEAKS, WARM_UP, _peak, _Step, measure_steps
 from relora.training.bench_arms import DESCRIPTIONS, blocks_alone, build_variant, variants
+from relora.training.compiled import compile_blocks
 from runs import SEQUENCE, make_config, relora
 
 pytestmark = pytest.mark.process  # it asks git for the commit
@@ -129,6 +131,25 @@ def test_the_peak_is_that_of_the_allocator(arm: str, config: Any) -> None:
         there += event.nbytes()
         most = max(most, there)
     assert step.peak == pytest.approx(held + most, rel=0.03)
+
+
+def test_blocks_are_compiled_once_everything_is_counted(
+    config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = measure_steps({"relora": variants(config)["relora"]}, 1)["relora"]
+    compiled: list[Any] = []
+
+    def graphs(module: Any, _: Any) -> Any:
+        compiled.append(module)
+        return module.forward
+
+    train = config.train.model_copy(update={"compile": "blocks"})
+    config = config.model_copy(update={"train": train})
+    monkeypatch.setattr(bench, "compile_blocks", partial(compile_blocks, backend=graphs))
+    found = measure_steps({"relora": variants(config)["relora"]}, 1)["relora"]
+    assert compiled
+    for figure in ("flops", "saved_bytes", "launches", "block_launches"):
+        assert getattr(found, figure) == getattr(plain, figure)
 
 
 def test_the_published_layer_and_the_librarys_are_one_function(config: Any) -> None:

@@ -608,3 +608,26 @@ def test_the_readmes_peaks_are_the_planners(name: str, monkeypatch: pytest.Monke
     title = {"1b3": "1.3B"}.get(name, name.upper())
     row = f"| {title} | {' | '.join(numbers[:3])} | **{numbers[3]}** | {step:.2f} |"
     assert row in (ROOT / "README.md").read_text()
+
+
+def test_the_readmes_quickstart_holds_and_saves_what_the_planner_says(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(ROOT)
+    readme = (ROOT / "README.md").read_text()
+
+    def parts(name: str, *overrides: str) -> tuple[str, str]:
+        config = load_config(Path(f"configs/quickstart_{name}.yaml"), overrides)
+        found = memory_by_part(config, 2, config.lora is not None)
+        state = sum(found[part] for part in ("weights", "gradients", "masters", "moments"))
+        held, saved = format_bytes(state), format_bytes(found["activations"])
+        return held.replace("MB", " MB"), saved.replace("MB", " MB")
+
+    for name, row in {"full": "full rank", "relora": "ReLoRA: 60 steps"}.items():
+        cells = re.search(rf"^\| {row}.*$", readme, re.MULTILINE)
+        assert cells
+        assert tuple(cells[0].split(" | ")[6:8]) == parts(name)
+    plain = parts("full", "model.lean=false")[1]
+    published = parts("relora", "model.lean=false", "lora.graph=low_rank")[1]
+    said = f"with transformers' own blocks {plain}, and {published} with the published layer"
+    assert said in " ".join(readme.split())

@@ -49,7 +49,7 @@ import numpy as np, sentencepiece
 encode = sentencepiece.SentencePieceProcessor(model_file=sys.argv[1]).encode
 with open(sys.argv[2], "wb") as out:
     for name in sys.stdin.read().splitlines():
-        text = open(name, encoding="utf8", errors="ignore").read()
+        text = open(name, encoding="utf8").read()
         np.array(encode(text), np.uint16).tofile(out)
 """
 
@@ -64,6 +64,14 @@ def seconds(command: list[str], given: str = "") -> float:
 def python(code: str, *arguments: str) -> list[str]:
     """A command that runs code."""
     return [sys.executable, "-c", code, *arguments]
+
+
+def _is_utf8(path: Path) -> bool:
+    try:
+        path.read_text(encoding="utf8")
+    except UnicodeDecodeError:  # the standard library has some, to test what reads them
+        return False
+    return True
 
 
 def main() -> None:
@@ -85,7 +93,8 @@ def main() -> None:
         )
         model = str(prepare_shards(first, quiet=True) / "tokenizer" / "tokenizer.model")
         found = source_files(first.source) or {}
-        files = [str(path) for each in found.values() for _, path in each]
+        paths = [path for each in found.values() for _, path in each]
+        files = [str(path) for path in paths if _is_utf8(path)]
         script, tiny = root / "prepare.py", make_config(root / "run")
         script.write_text(PREPARE)
         for number in range(rounds):

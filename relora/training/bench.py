@@ -31,6 +31,7 @@ from relora.lora.layers import constant_weights
 from relora.plan.dryrun import blocks_of, flop_formulas
 from relora.restart.restart import merge_and_restart
 from relora.training.bench_arms import Variant, build_variant
+from relora.training.compiled import compile_blocks
 
 WARM_UP = 2  # rounds that do not count: Adam makes its state, and caches fill
 MERGES = 3
@@ -90,8 +91,10 @@ def measure_steps(
     generator = torch.Generator().manual_seed(0)
     steps = {name: _Step(arm, device, blocks_only) for name, arm in arms.items()}
     one = next(iter(steps.values()))
+    torch.compiler.reset()  # it compiles one function for so many models only
     for step in steps.values():
         step.count(one.draw(generator))
+        step.compile()
     gc.collect()
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     for number in range(WARM_UP + rounds):
@@ -231,6 +234,11 @@ class _Step:
             self.take(batch)
         self.launches, self.block_launches = tally.launches, tally.block_launches or None
         self.peak = self.peak or tally.peak
+
+    def compile(self) -> None:
+        """As the config says; after all is counted, for what is compiled shows no operations."""
+        if self.config.train.compile:
+            compile_blocks(self.model, self.half or torch.float32)
 
     def merge(self, batch: Tensor) -> float | None:
         """Seconds of a merge with all that belongs to it, after a step each; None if none is."""
