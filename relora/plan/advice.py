@@ -14,6 +14,7 @@ from relora.plan.estimate import (
     memory_by_part,
     peak_memory,
     uncounted,
+    weight_bytes,
 )
 from relora.plan.shape import shape_of
 from relora.words import format_bytes, format_count
@@ -58,11 +59,12 @@ def replicated_base(config: Config, devices: int) -> Iterator[str]:
         return
     section = config.deepspeed.model_copy(update={"zero_stage": 2})
     other = config.model_copy(update={"deepspeed": section})
-    held, sent = peak_memory(other, devices, True), bytes_per_step(other, devices, True)
+    more = weight_bytes(other, devices, True) - weight_bytes(config, devices, True)
+    sent = bytes_per_step(other, devices, True)
     then = " once adapters are born" if config.warm_start else ""
     yield (
-        f"with frozen weights whole on each rank, ZeRO 2, {format_bytes(sent)} at a peak of "
-        f"{format_bytes(held)}{then}: deepspeed.zero_stage=2"
+        f"with frozen weights whole on each rank, ZeRO 2, {format_bytes(sent)} for "
+        f"{format_bytes(more)} more of weights{then}: deepspeed.zero_stage=2"
         f"{' on the command that goes on from there' if config.warm_start else ''}"
     )
 

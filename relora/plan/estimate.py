@@ -210,6 +210,11 @@ def memory_by_part(config: Config, world: int, adapters: bool | None = None) -> 
     return parts
 
 
+def weight_bytes(config: Config, world: int, adapters: bool) -> float:
+    """Bytes of weights that stay on a rank's device from step to step."""
+    return _held(config, world, adapters)["weights"]
+
+
 def peak_memory(config: Config, world: int, adapters: bool | None = None) -> float:
     """Most bytes that a rank's device holds at once; its parts do not all peak together."""
     if adapters is None:
