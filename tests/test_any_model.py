@@ -15,7 +15,13 @@ from relora.errors import ConfigError, UserError
 from relora.load import build_config
 from relora.lora.config import LoRAConfig
 from relora.lora.inject import add_adapters
-from relora.model import ModelConfig, build_meta_model, count_parameters
+from relora.model import (
+    ModelConfig,
+    build_empty_model,
+    build_meta_model,
+    build_model,
+    count_parameters,
+)
 from relora.plan.estimate import flops_per_token, peak_memory, uncounted
 from relora.training.arms import write_control
 from runs import make_config, relora
@@ -169,3 +175,24 @@ def test_no_control_is_made_up_for_a_model_of_several_parts(tmp_path: Path) -> N
     config = full_rank_config(path).model_copy(update={"lora": LoRAConfig(rank=2)})
     with pytest.raises(ConfigError, match="name the arms in a file"):
         write_control(config, tmp_path)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_model_without_weights_has_all_else_of_the_real_one(name: str, tmp_path: Path) -> None:
+    """Names, shapes and sharing of parameters, and every buffer: a start fills in weights alone."""
+    path = tmp_path / "model.json"
+    path.write_text(json.dumps(tiny_values(name)))
+    real, empty = (build(ModelConfig(config=path)) for build in (with_weights, build_empty_model))
+    of_real, of_empty = (dict(model.named_parameters()) for model in (real, empty))
+    assert list(of_real) == list(of_empty)
+    for key, param in of_real.items():
+        other = of_empty[key]
+        assert other.is_meta
+        assert (other.shape, other.dtype, other.requires_grad) == (param.shape, param.dtype, True)
+    buffers = dict(empty.named_buffers())
+    assert buffers.keys() == dict(real.named_buffers()).keys()
+    assert all(torch.equal(buffer, buffers[key]) for key, buffer in real.named_buffers())
+
+
+def with_weights(config: ModelConfig) -> Any:
+    return build_model(config, 0)
