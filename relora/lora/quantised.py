@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 Kind = Literal["int8", "fp8", "nf4"]
 BLOCK = 64
-LARGEST: dict[Kind, float] = {"int8": 127.0, "fp8": 448.0, "nf4": 1.0}  # of what stands for max|w|
+_LARGEST: dict[Kind, float] = {"int8": 127.0, "fp8": 448.0, "nf4": 1.0}  # of what stands for max|w|
 NF4_LEVELS = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
     -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
@@ -148,9 +148,9 @@ def exact_base(model: nn.Module) -> Iterator[None]:
 
 def encode(blocks: Tensor, kind: Kind) -> tuple[Tensor, Tensor]:
     """(codes, scales) of fp32 blocks (n, 64): each entry becomes what is nearest."""
-    scales = blocks.abs().amax(dim=1, keepdim=True) / LARGEST[kind]
+    scales = blocks.abs().amax(dim=1, keepdim=True) / _LARGEST[kind]
     units = blocks / torch.where(scales > 0, scales, 1)  # a block of zeros stays one
-    units.clamp_(-LARGEST[kind], LARGEST[kind])
+    units.clamp_(-_LARGEST[kind], _LARGEST[kind])
     if kind == "int8":
         return units.round_().to(torch.int8).view(torch.uint8), scales
     if kind == "fp8":
