@@ -139,6 +139,19 @@ def _no_test_leaves_a_rank() -> Iterator[None]:
     assert not left
 
 
+@pytest.fixture(autouse=True)
+def _no_test_leaves_casts_behind() -> Iterator[None]:
+    """Within a context that keeps casts, later tests would count fewer of them."""
+    yield
+    if "torch" not in sys.modules:
+        return
+    import torch
+
+    depth = torch.autocast_increment_nesting() - 1
+    torch.autocast_decrement_nesting()
+    assert depth == 0
+
+
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A config JSON of a Llama with about 8,000 parameters."""

@@ -223,6 +223,35 @@ IN_THE_FILE = {
         ["deepspeed.reduce_dtype=fp16"],
         "deepspeed.reduce_dtype: 'fp16': must be 'fp32' or 'bf16'",
     ),
+    "whole codes under ZeRO 3": (
+        ["lora={rank: 4, base: nf4}", "deepspeed.zero_stage=3"],
+        "lora.base: nf4 quantises whole weights, where ZeRO 3 partitions them; take null, or "
+        "zero_stage 0, 1 or 2",
+    ),
+    "a base in bf16 where fp32 multiplies": (
+        ["lora={rank: 4, base: bf16}"],
+        "lora.base: bf16 is no base of deepspeed.precision: fp32, which multiplies with fp32; "
+        "take null, int8, fp8 or nf4, or precision: bf16",
+    ),
+    "codes and compiled blocks": (
+        ["lora={rank: 4, base: int8}", "train.compile=blocks"],
+        "lora.base: int8 with train.compile: blocks, which keep W + s·B·A in half precision for "
+        "each step; take one of them",
+    ),
+    "merges that round a quantised base": (
+        ["lora={rank: 4, base: fp8}", "relora.precision=rounded"],
+        "relora.precision: rounded would do nothing with lora.base: fp8, whose exact values lie "
+        "in host memory; remove it",
+    ),
+    "a remainder that exact values need not": (
+        ["lora={rank: 4, base: fp8}", "relora.remainder=device", "deepspeed.precision=bf16"],
+        "relora.remainder: device would do nothing with lora.base: fp8, whose exact values lie in "
+        "host memory; remove it",
+    ),
+    "a base of another kind": (
+        ["lora={rank: 4, base: int4}"],
+        "lora.base: 'int4': must be 'bf16', 'int8', 'fp8' or 'nf4'",
+    ),
     "half a residual stream of fp32": (
         ["model.half_residual=true", "deepspeed.precision=fp32"],
         "model.half_residual: would do nothing without model.lean and precision: bf16",

@@ -24,6 +24,7 @@ from relora.config import Config
 from relora.engine.codec import store_base_
 from relora.engine.precision import precision_of
 from relora.load import build_config, load_config
+from relora.lora.inject import quantise_base
 from relora.lora.layers import adapted_layers, constant_weights
 from relora.model import build_model
 from relora.plan.dryrun import dry_run
@@ -257,9 +258,15 @@ def measure(ranks: Any, config: Config) -> dict[str, float]:
     seen: set[int] = set()
     places = list(run.state)
     remainders = [p.remainder for p in places if p.remainder is not None]
+    # Of a quantised weight products read codes, and the exact values are for the host.
+    quantised = [n for _, n in adapted_layers(run.engine.module) if n.quantised is not None]
+    exact = {id(layer.weight) for layer in quantised}
+    remainders += [p.live for p in places if id(p.param) in exact]
+    read = [p.live for p in places if id(p.param) not in exact]
+    read += [buffer for layer in quantised for buffer in layer.buffers()]
     moments = [run.state.moment(p, k) for p in places if p.count for k in ("exp_avg", "exp_avg_sq")]
     found = {
-        "weights": bytes_of((p.live for p in places), seen),
+        "weights": bytes_of(read, seen),
         "masters": bytes_of((p.master for p in places if p.master is not None), seen),
         "moments": bytes_of(moments, seen),
         # Not their storages: a parameter whose gradient two ranks share lies there on both.
@@ -278,6 +285,9 @@ ENGINES = [
     (2, "deepspeed_bf16", True),
     (3, "deepspeed_bf16", True),
     *itertools.product((1, 3), ("bf16", "deepspeed_bf16"), ("b",)),  # whose A does not train
+    (0, "bf16", "int8"),
+    (1, "fp32", "fp8"),
+    (2, "bf16", "nf4"),
 ]
 # ZeRO 3 as it is with a model of billions: little stays, weights go between forward and backward.
 LARGE = {"zero_optimization": {
@@ -295,7 +305,8 @@ def engine_config(
     if not adapters:
         changes |= {"lora": None, "relora": None}
     elif isinstance(adapters, str):
-        changes["lora"] = {"rank": 4, "train": adapters}
+        key = "train" if adapters == "b" else "base"
+        changes["lora"] = {"rank": 4, key: adapters}
     section = {"zero_stage": stage, "precision": precision, "extra": extra or {}}
     return config_of(directory, LLAMA, deepspeed=section, **changes)
 
@@ -398,6 +409,28 @@ def test_activations_are_what_autograd_saves(
     size = saved.size + sum(tensor.nbytes for tensor in made)
     assert kept.activations + kept.weight_copies == pytest.approx(size, rel=0.02)
     assert kept.logits == saved.logits
+
+
+@pytest.mark.parametrize("keep", [None, True], ids=["", "kept"])
+def test_activations_beside_a_quantised_base_are_what_autograd_saves(
+    keep: bool | None, place: Path
+) -> None:
+    lora = {"rank": 4, "base": "nf4", "graph": "effective" if keep else "low_rank"}
+    lora |= {"keep_effective": keep}
+    config = config_of(place, LLAMA, lora=lora, deepspeed={"precision": "bf16"})
+    model = build_model(config.model, 0)
+    equip(model, config, True)
+    store_base_(model, precision_of("bf16"))
+    quantise_base(model, "nf4")
+    tokens = torch.zeros(2, 32, dtype=torch.long)
+    saved = Saved(model.train(), tokens.numel() * 512)
+    hooks = torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor)
+    with constant_weights(model), hooks, torch.autocast("cpu", torch.bfloat16):
+        model(input_ids=tokens, labels=tokens)
+        made = [made for _, layer in adapted_layers(model) for made in tree_leaves(layer.made)]
+    kept = dry_run(config, True)
+    size = saved.size + sum(tensor.nbytes for tensor in made)
+    assert kept.activations + kept.weight_copies == pytest.approx(size, rel=0.02)
 
 
 def test_checkpointing_keeps_inputs_of_blocks_and_one_block(place: Path) -> None:

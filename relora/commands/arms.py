@@ -233,7 +233,7 @@ def _check_same(directory: Path, config: Config) -> None:
     Raises:
         ConfigError: it had other settings.
     """
-    measured = ("train.steps", "train.tokens", "train.eval_sequences")
+    measured = ("train.steps", "train.tokens", "train.eval_sequences", "lora.base")
     changed = [
         f"{path}: {old} there, {new} here"
         for path, old, new in differences(load_run_config(directory), config)

@@ -24,11 +24,8 @@ from torch import Tensor, nn
 
 Kind = Literal["int8", "fp8", "nf4"]
 BLOCK = 64
-FULL_SCALE: dict[Kind, float] = {
-    "int8": 127.0,
-    "fp8": 448.0,
-    "nf4": 1.0,
-}  # of what stands for max|w|
+# What stands for max|w|.
+FULL_SCALE: dict[Kind, float] = {"int8": 127.0, "fp8": 448.0, "nf4": 1.0}
 NF4_LEVELS = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
     -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
