@@ -228,11 +228,6 @@ IN_THE_FILE = {
         "lora.base: nf4 quantises whole weights, where ZeRO 3 partitions them; take null, or "
         "zero_stage 0, 1 or 2",
     ),
-    "a base in bf16 where fp32 multiplies": (
-        ["lora={rank: 4, base: bf16}"],
-        "lora.base: bf16 is no base of deepspeed.precision: fp32, which multiplies with fp32; "
-        "take null, int8, fp8 or nf4, or precision: bf16",
-    ),
     "codes and compiled blocks": (
         ["lora={rank: 4, base: int8}", "train.compile=blocks"],
         "lora.base: int8 with train.compile: blocks, which keep W + s·B·A in half precision for "
@@ -250,7 +245,7 @@ IN_THE_FILE = {
     ),
     "a base of another kind": (
         ["lora={rank: 4, base: int4}"],
-        "lora.base: 'int4': must be 'bf16', 'int8', 'fp8' or 'nf4'",
+        "lora.base: 'int4': must be 'int8', 'fp8' or 'nf4'",
     ),
     "half a residual stream of fp32": (
         ["model.half_residual=true", "deepspeed.precision=fp32"],
