@@ -140,8 +140,8 @@ def _no_test_leaves_a_rank() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _no_test_leaves_casts_behind() -> Iterator[None]:
-    """Within a context that keeps casts, later tests would count fewer of them."""
+def _no_test_leaves_torch_another() -> Iterator[None]:
+    """ZeRO 3 puts a linear of its own in torch's place; kept casts are not made anew."""
     yield
     if "torch" not in sys.modules:
         return
@@ -149,7 +149,8 @@ def _no_test_leaves_casts_behind() -> Iterator[None]:
 
     depth = torch.autocast_increment_nesting() - 1
     torch.autocast_decrement_nesting()
-    assert depth == 0
+    linear = torch.nn.functional.linear.__name__
+    assert (depth, linear) == (0, "linear")
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ import gc
 import logging
 import math
 import os
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -222,6 +223,7 @@ def destroy(engine: Engine) -> None:
     for tensor in held:
         tensor.data = tensor.data.new_empty(0)
     engine.optimizer = engine.module = None
+    _restore_linear()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -233,9 +235,18 @@ def leave(together: bool = True) -> None:
     Args:
         together: all ranks come here. One that failed alone must not wait for them, as nccl would.
     """
+    _restore_linear()
     if dist.is_initialized() and (together or dist.get_backend() != "nccl"):
         # DeepSpeed's own call also forgets the groups that it keeps for the next engine.
         _import_deepspeed().comm.destroy_process_group()
+
+
+def _restore_linear() -> None:
+    """Under ZeRO 3 DeepSpeed puts a function of its own in torch's place, for good."""
+    partitioning = sys.modules.get("deepspeed.runtime.zero.partition_parameters")
+    if partitioning is not None:
+        kept = partitioning.InsertPostInitMethodToModuleSubClasses
+        nn.functional.linear = getattr(kept, "linear_bk", nn.functional.linear)
 
 
 def _step_unsharded(
