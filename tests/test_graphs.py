@@ -27,6 +27,7 @@ from relora.lora.graphs import cheaper_graph, forming_share
 from relora.lora.inject import add_adapters, merge_adapters
 from relora.lora.layers import AdaptedLayer, adapted_layers, constant_weights
 from relora.loss import next_token_loss
+from relora.rotary import rotate
 
 WIDTH, HIDDEN, HEADS, RANK, VOCABULARY = 64, 176, 4, 16, 320
 SMALL: dict[str, Any] = {
@@ -314,6 +315,17 @@ def test_the_norm_and_the_gate_are_their_formulas() -> None:
     expected = weight * x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
     torch.testing.assert_close(rms_norm(x, weight, 1e-5), expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(swiglu(gate, up), nn.functional.silu(gate) * up)
+
+
+def test_queries_and_keys_are_turned_by_the_formula() -> None:
+    torch.manual_seed(0)
+    q, k = (torch.randn(2, 3, 4, 6, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    cos, sin = (torch.randn(2, 4, 6, dtype=torch.float64) for _ in range(2))
+    assert torch.autograd.gradcheck(lambda *args: rotate(*args, cos, sin), (q, k))
+    for found, x in zip(rotate(q, k, cos, sin), (q, k), strict=True):
+        turned = torch.cat((-x[..., 3:], x[..., :3]), -1)
+        expected = x * cos[:, None] + turned * sin[:, None]
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 KINDS = {  # norms, MLPs, attentions, loss

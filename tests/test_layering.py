@@ -30,6 +30,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "relora.restart.config",
         "relora.training.config",
     ),
+    ("relora.rotary",),
     ("relora.model", "relora.lean", "relora.engine", "relora.data", "relora.yaml_config"),
     ("relora.restart",),
     ("relora.config",),

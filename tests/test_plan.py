@@ -590,6 +590,22 @@ def test_the_config_is_planned_whatever_its_run_directory_holds(
     assert "train refuses it: " in stands()
 
 
+@pytest.mark.parametrize(
+    ("overrides", "lean"),
+    [
+        ([], "9 norms, 4 SwiGLU MLPs, 4 rotary embeddings, the loss in chunks"),
+        (["model.loss_chunk=null"], "9 norms, 4 SwiGLU MLPs, 4 rotary embeddings, the loss whole"),
+        (["model.lean=false"], "blocks are transformers' own, and keep more, the loss in chunks"),
+    ],
+    ids=str,
+)
+def test_the_page_says_what_keeps_less(
+    overrides: list[str], lean: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = page_of(capsys, str(ROOT / "configs/quickstart_relora.yaml"), *overrides)
+    assert f"\nlean         {lean}\n" in page
+
+
 @pytest.mark.parametrize("name", ["60m", "130m", "250m", "350m", "1b3"])
 def test_the_readmes_peaks_are_the_planners(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)

@@ -13,6 +13,7 @@ from relora.engine.config import STAGES
 from relora.engine.options import refusal
 from relora.engine.precision import NAMES, precision_of
 from relora.files import exists
+from relora.lean import Lean, make_lean
 from relora.lora.choose import describe_left, linear_layers
 from relora.lora.inject import add_adapters
 from relora.lora.layers import adapted_layers
@@ -52,6 +53,7 @@ class Facts:
     devices: int  # ranks
     tokens_per_s: float | None  # of all ranks together
     model: Any  # on the meta device, with its adapters
+    lean: Lean
     parameters: int  # of it in full rank
     shapes: dict[str, tuple[int, ...]]  # of the adapted weights, by layer
     corpus: int | None  # training tokens; None before they are prepared
@@ -86,15 +88,16 @@ def page(config: Config, path: str, devices: int, tokens_per_s: float | None) ->
 
 def _gather(config: Config, devices: int, tokens_per_s: float | None) -> Facts:
     config = _with_its_model(config)
-    where = str(config.model.config or config.model.pretrained)
     model = build_meta_model(config.model)
-    check_context(model.config, config.data.sequence_length, where)
+    source = config.model.config or config.model.pretrained
+    check_context(model.config, config.data.sequence_length, str(source))
     parameters = sum(p.numel() for p in model.parameters())
+    lean = make_lean(model, config.model.lean, config.model.loss_chunk)
     if config.lora is not None:
         add_adapters(model, config.lora, seed=None)
     shapes = {name: tuple(layer.weight.shape) for name, layer in adapted_layers(model)}
     corpus = _corpus_tokens(config)
-    return Facts(config, devices, tokens_per_s, model, parameters, shapes, corpus)
+    return Facts(config, devices, tokens_per_s, model, lean, parameters, shapes, corpus)
 
 
 def _with_its_model(config: Config) -> Config:
@@ -114,15 +117,14 @@ def _with_its_model(config: Config) -> Config:
 def _header(facts: Facts, path: str) -> list[str]:
     config = facts.config
     source = config.model.config or config.model.pretrained
-    verdict = in_a_word(config, facts.parameters, facts.devices)
     lines = [
         f"plan         {path}",
-        _wrapped("verdict", verdict),
+        _wrapped("verdict", in_a_word(config, facts.parameters, facts.devices)),
         f"run          {config.run_dir}, seed {config.seed}",
         f"model        {_size_of(facts.model.config)}, from {source}",
+        f"lean         {facts.lean.describe()}",
     ]
-    stands = standing(config)
-    if stands is not None:
+    if (stands := standing(config)) is not None:
         lines.insert(3, _wrapped("run_dir", stands))
     lora, relora = config.lora, config.relora
     if lora is None:
@@ -187,9 +189,7 @@ def _memory(facts: Facts) -> list[str]:
     if config.warm_start:
         lines.append("  the warm start is full rank and needs its memory until adapters are born")
     start = format_bytes(4 * facts.parameters)
-    lines.append(
-        f"  at step 0 rank 0 holds the weights once more, in host memory and fp32: {start}"
-    )
+    lines.append(f"  at step 0 rank 0 has the weights in host memory too, in fp32: {start}")
     if devices == 1 and config.deepspeed.zero_stage in (1, 2):
         alone = config.deepspeed.model_copy(update={"zero_stage": 0, "offload_optimizer": False})
         least = peak_memory(config.model_copy(update={"deepspeed": alone}), 1)
