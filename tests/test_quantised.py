@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import relora
-from ranks import Outcomes, Scenario, Unasked, run_ranks
+from ranks import Unasked, on_ranks
 from relora.errors import ConfigError, NumericsError
 from relora.lora.layers import AdaptedLayer, adapted_layers, constant_weights
 from relora.lora.quantised import Kind, QuantisedWeight, exact_base
@@ -359,19 +360,21 @@ def fifty_merges(ranks: Any, model: Path, root: Path, stage: int) -> dict[str, A
 
 
 @pytest.fixture(scope="module")
-def two(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
-    """Everything here that needs 2 ranks."""
+def two(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """stage → what each of 2 ranks found."""
     root = tmp_path_factory.mktemp("quantised")
-    wanted = [Scenario(f"fifty {s}", fifty_merges, (tiny_llama, root, s)) for s in (0, 2)]
-    return run_ranks(2, wanted, 240)
+    return cache(lambda stage: on_ranks(2, fifty_merges, tiny_llama, root, stage, timeout=240))
 
 
-@pytest.mark.parametrize("stage", [0, 2])
+STAGES = [pytest.param(0, marks=pytest.mark.slow), 2]
+
+
+@pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_fifty_merges_into_a_quantised_base_are_those_into_fp32_bit_for_bit(
-    kind: Kind, stage: int, two: Outcomes
+    kind: Kind, stage: int, two: Any
 ) -> None:
-    for found in two[f"fifty {stage}"]:
+    for found in two(stage):
         assert len(found[kind]) == 14
         for name, weight in found[kind].items():
             assert weight.dtype == torch.float32
@@ -384,9 +387,9 @@ def test_fifty_merges_into_a_quantised_base_are_those_into_fp32_bit_for_bit(
             assert np.mean(np.abs(found[f"read {kind}"][name] - right) < 1e-6 * size) > 0.999
 
 
-@pytest.mark.parametrize("stage", [0, 2])
-def test_codes_that_differ_between_ranks_are_noticed_by_name(stage: int, two: Outcomes) -> None:
-    for found in two[f"fifty {stage}"]:
+@pytest.mark.parametrize("stage", STAGES)
+def test_codes_that_differ_between_ranks_are_noticed_by_name(stage: int, two: Any) -> None:
+    for found in two(stage):
         name, message = found["tampered"]
         assert f"ranks hold different values of {name}.weight" in message
 

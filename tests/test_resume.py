@@ -92,7 +92,9 @@ def test_a_stop_leaves_no_trace(stops: tuple[int, ...], undisturbed: Path, tmp_p
                 "lora__share_a": [["gate_proj", "up_proj"]],
             },
         ),
-        (3, {"deepspeed__precision": "bf16", "lora__train": "b"}),
+        pytest.param(
+            3, {"deepspeed__precision": "bf16", "lora__train": "b"}, marks=pytest.mark.slow
+        ),
         (2, {"lora__decay": "merged"}),  # 15 is inside a cycle: the frozen weights have decayed
     ],
     ids=lambda value: str(value).replace("__", "."),
