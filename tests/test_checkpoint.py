@@ -11,7 +11,6 @@ import resource
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -530,9 +529,7 @@ def test_what_somebody_made_up_is_refused_and_its_file_named(
     make, name = MADE_UP[what]
     directory = checkpoint(run_dir, 14)
     make(directory)
-    began = time.monotonic()
     assert relora("verify", directory) == 4
-    assert time.monotonic() - began < 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert str(directory) in lines[0]

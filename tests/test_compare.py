@@ -382,7 +382,7 @@ def test_a_million_lines_take_seconds(runs: Path, tmp_path: Path) -> None:
 
     began = time.process_time()
     found = read_run(run)
-    assert time.process_time() - began < 20  # 4 on a core of its own
+    assert time.process_time() - began < 100  # 4 on a core of its own, hours if it were quadratic
     assert len(found.log["step"]) == 990_000
     assert len(found.evaluations.loss) == 10_000
 

@@ -175,9 +175,7 @@ def test_set_up_installs_once_and_then_is_silent_and_fast(tree: Tree) -> None:
     assert installs(log)[-1].endswith(
         "-c " + str(tree.root / ".venv/constraints.txt") + " -e .[dev]"
     )
-    before = time.perf_counter()
     done, log = tree.set_up("dev")
-    assert time.perf_counter() - before < 1
     assert (done.returncode, done.stdout, done.stderr, log) == (0, "", "", [])
 
 
@@ -566,9 +564,9 @@ esac
 """
 )
 FAKE_RANK = r"""#!/usr/bin/env bash
+[[ ${DEAF-} ]] || trap 'echo "rank $RANK stops" >>"$LOG"; stop=1' TERM # before it says it is here
 place="rank $RANK/$WORLD_SIZE local $LOCAL_RANK/$LOCAL_WORLD_SIZE"
 echo "$place at $MASTER_ADDR:$MASTER_PORT: $*" >>"$LOG"
-[[ ${DEAF-} ]] || trap 'echo "rank $RANK stops" >>"$LOG"; stop=1' TERM
 [[ ${WAIT-} ]] || exit "${CODE-0}"
 while [[ ! ${stop-} ]]; do sleep 0.1; done
 sleep 0.5 # its checkpoint; a second signal meanwhile would be written down too

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -297,7 +296,7 @@ def test_a_run_of_any_length_is_planned_in_seconds(
     overrides = ["train.steps=1000000000000", "relora.cycle_steps=4", "relora.rewarm_steps=1"]
     started = time.process_time()
     page = page_of(capsys, str(config), *overrides, "--png", "picture.png")
-    assert time.process_time() - started < 30
+    assert time.process_time() - started < 120  # counting cycle by cycle would take hours
     assert "  … 249,999,999,984 more cycles …" in page
     assert "999,999,999,996 – 1,000,000,000,000" in page
     assert "256T = 1,000,000,000,000 steps × 256" in page
@@ -370,18 +369,20 @@ def test_counts_are_shortened_to_units_a_config_takes(count: float, text: str) -
 
 
 def test_7b_is_planned_in_seconds_and_without_its_memory() -> None:
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run(
-        [sys.executable, "-m", "relora", "plan", "configs/llama_7b_relora.yaml", "--devices", "16"],
-        cwd=ROOT,
-        check=True,
-        capture_output=True,
+    # In a process of its own, which says what it has used: children of this one were larger.
+    code = (
+        "import resource, sys\n"
+        "from relora.cli import main\n"
+        "assert main(['plan', 'configs/llama_7b_relora.yaml', '--devices', '16']) == 0\n"
+        "used = resource.getrusage(resource.RUSAGE_SELF)\n"
+        "print(used.ru_utime + used.ru_stime, used.ru_maxrss, file=sys.stderr)\n"
     )
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    # Processor time, since a busy machine stretches any other; about 11 s.
-    assert used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime < 30
-    # The largest child so far, in KiB; 7B parameters alone would be 28 GB.
-    assert used.ru_maxrss < 3e6
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    processor_s, peak_kib = map(float, done.stderr.split()[-2:])
+    assert processor_s < 120  # about 11 on a core of its own; a real model would take many minutes
+    assert peak_kib < 3e6  # 7B parameters alone would be 28 GB
 
 
 def test_the_plan_shows_which_engines_work(
