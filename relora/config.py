@@ -13,7 +13,7 @@ from pydantic import Field
 
 from relora.data.config import DataConfig
 from relora.engine.config import BatchConfig, DeepSpeedConfig, OptimizerConfig
-from relora.lora.config import LoRAConfig
+from relora.lora.config import ADAPTER_GROUPS, GROUPS, LoRAConfig
 from relora.restart.config import ReLoRAConfig, WarmStartConfig
 from relora.restart.schedule import Clock, ScheduleConfig
 from relora.section import Section
@@ -102,9 +102,22 @@ class Config(Section):
         )
 
     def learning_rate(self, step: int) -> float:
-        """The learning rate of the update that follows `step` finished ones."""
+        """The rate of the update that follows `step` finished ones: adapters', or full rank's."""
         base = self.optimizer.lr
         if self.clock.has_adapters(step):
             assert self.lora is not None
             base = (self.relora and self.relora.lr) or self.lora.lr or base
         return base * self.clock.lr_factor(step)
+
+    def rates(self, step: int) -> dict[str, float]:
+        """The same for each of `parameter_groups`, by its name.
+
+        Restarts are the adapters' alone, unless `lr_embeddings` says `adapters`.
+        """
+        own, section = self.learning_rate(step), self.optimizer
+        if section.lr_embeddings == "adapters":
+            return dict.fromkeys(GROUPS, own)
+        rates = dict.fromkeys(GROUPS, section.lr_embeddings or section.lr)
+        rates["matrices"] = section.lr
+        smooth = {name: rates[name] * factor for name, factor in self.clock.factors(step).items()}
+        return smooth | dict.fromkeys(ADAPTER_GROUPS, own)

@@ -9,6 +9,7 @@ batch, and the numbers that A is drawn as.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -108,6 +109,7 @@ class Method:
     cycle: int | None = None
     rewarm: int = 0
     relora_lr: float | None = None
+    lr_embeddings: float | str | None = None  # of embeddings, head, norms; None: lr
     rank: int = 1
     scale: float = 1.0
     share: float = 0.9  # of the moments of A and B that a reset zeroes, by magnitude
@@ -126,6 +128,13 @@ class Method:
             t, self.total, self.warmup, self.cycle, self.rewarm, self.low, self.birth
         )
         return factor * (self.relora_lr if self.relora_lr and t >= self.birth else self.lr)
+
+    def rate_of(self, name: str, t: int) -> float:
+        """The same for one parameter: what is no matrix of a block does not restart."""
+        if self.lr_embeddings == "adapters" or re.search(r"_proj\.(weight|lora_.)$", name):
+            return self.learning_rate(t)
+        smooth = lr_factor(t, self.total, self.warmup, None, 0, self.low, None)
+        return smooth * (self.lr_embeddings or self.lr)
 
 
 @dataclass
@@ -185,7 +194,7 @@ def train(
     history.states.append(state.copy())
     for done, batch in enumerate(batches[: method.total]):
         rate = method.learning_rate(done)
-        loss, norm = update_(state, batch, rate, targets, method, config)
+        loss, norm = update_(state, batch, done, targets, method, config)
         step = done + 1
         if step == method.birth:
             give_birth_(state, targets, method, draw)
@@ -230,7 +239,7 @@ def give_birth_(state: State, targets: list[str], method: Method, draw: Callable
 
 
 def update_(
-    state: State, batch: Tensor, rate: float, targets: list[str], method: Method, config: Mapping
+    state: State, batch: Tensor, done: int, targets: list[str], method: Method, config: Mapping
 ) -> tuple[float, float]:
     """One update by AdamW; returns the loss before it and the gradient's norm before clipping."""
     names = list(state.moments)
@@ -244,7 +253,8 @@ def update_(
     if method.merged_decay:
         for target in targets:
             if f"{target}.lora_A" in state.values:
-                state.values[f"{target}.weight"] *= 1 - rate * method.weight_decay
+                shrunk = 1 - method.learning_rate(done) * method.weight_decay
+                state.values[f"{target}.weight"] *= shrunk
     for name, gradient in zip(names, gradients, strict=True):
         g, value, adam = gradient * shrink, state.values[name].detach(), state.moments[name]
         spared = value.ndim == 1 or (method.merged_decay and name.endswith(".lora_A"))
@@ -254,6 +264,7 @@ def update_(
         adam.v = beta2 * adam.v + (1 - beta2) * g * g
         m_hat = adam.m / (1 - beta1**adam.steps)
         v_hat = adam.v / (1 - beta2**adam.steps)
+        rate = method.rate_of(name, done)
         state.values[name] = value - rate * (decay * value + m_hat / (v_hat.sqrt() + method.eps))
     return loss.item(), norm
 

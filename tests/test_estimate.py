@@ -24,6 +24,7 @@ from relora.config import Config
 from relora.engine.codec import store_base_
 from relora.engine.precision import precision_of
 from relora.load import build_config, load_config
+from relora.lora.config import GROUPS
 from relora.lora.inject import quantise_base
 from relora.lora.layers import adapted_layers, constant_weights
 from relora.model import build_model
@@ -249,9 +250,9 @@ def measure(ranks: Any, config: Config) -> dict[str, float]:
     batches = [torch.from_numpy(tokens[:64].astype("int64")).view(2, 32)] * accumulation
     stage = config.deepspeed.zero_stage
     for _ in range(3 if stage == 3 else 0):  # it learns the order of the layers
-        deepspeed.train_step(run.engine, batches, loss_of, 1e-4, 1.0)
+        deepspeed.train_step(run.engine, batches, loss_of, dict.fromkeys(GROUPS, 1e-4), 1.0)
     with Ring(ranks.world) as ring:
-        deepspeed.train_step(run.engine, batches, loss_of, 1e-4, 1.0)
+        deepspeed.train_step(run.engine, batches, loss_of, dict.fromkeys(GROUPS, 1e-4), 1.0)
     with run.engine.coalesce_grad_reduction() if stage else contextlib.nullcontext():
         for batch in batches:
             run.engine.backward(loss_of(run.engine, batch).total)
@@ -513,10 +514,12 @@ def device_peak(ranks: Any, config: Config) -> int:
     )
     run = start_run(config, shards, ranks)
     batch = torch.from_numpy(tokens[: 8 * 512].astype("int64")).view(8, 512).to(ranks.device)
-    deepspeed.train_step(run.engine, [batch] * 2, loss_of, 1e-4, 1.0)  # Adam makes its state
+    deepspeed.train_step(
+        run.engine, [batch] * 2, loss_of, dict.fromkeys(GROUPS, 1e-4), 1.0
+    )  # Adam makes its state
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     for _ in range(2):
-        deepspeed.train_step(run.engine, [batch] * 2, loss_of, 1e-4, 1.0)
+        deepspeed.train_step(run.engine, [batch] * 2, loss_of, dict.fromkeys(GROUPS, 1e-4), 1.0)
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated()

@@ -184,7 +184,7 @@ def own_loop(ranks: Any, kind: str, model_json: str, run_dir: str) -> dict[str, 
     losses = []
     for step in range(config.total_steps):
         for group in (optimizer if kind in ("plain", "ddp") else engine.optimizer).param_groups:
-            group["lr"] = config.learning_rate(step)
+            group["lr"] = config.rates(step)[group["name"]]
         (batch,) = next(stream)
         loss = engine(input_ids=batch, labels=batch).loss
         if kind in ("plain", "ddp"):

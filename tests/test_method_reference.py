@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
@@ -72,6 +73,7 @@ SHARES = {
     )
     for name in names
 }
+RATES: dict[int, Any] = {1: 1.5e-3, 3: "adapters"}  # optimizer.lr_embeddings, by ZeRO stage
 BF16 = {"deepspeed__precision": "bf16", "relora__tolerance": 0.1}
 
 
@@ -79,7 +81,7 @@ def settings(model: str, run_dir: str, changes: dict[str, Any]) -> Config:
     """The run of all tests here: 3 steps of warm start, merges after 7, 11 and 15, two more."""
     values: dict[str, Any] = {
         "run_dir": run_dir,
-        "seed": 5,
+        "seed": 6,
         "model": {"config": model},
         "data": {
             "source": "python",
@@ -151,13 +153,13 @@ def train_recorded(
     record |= {"steps": [], "states": [], "replicas": [], "adam_steps": {}, "scale": None}
     change = MUTANTS[mutant] if mutant is not None else restart_adapters
 
-    def recording(run: Run, batches: list[Tensor], rate: float) -> Any:
+    def recording(run: Run, batches: list[Tensor], rates: dict[str, float]) -> Any:
         if run.step in recorded:
             remember(run, record)
-        result = update(run, batches, rate)
+        result = update(run, batches, rates)
         record["losses"].append(ranks.sum([result.loss / ranks.world])[0])
         record["norms"].append(result.grad_norm)
-        record["rates"].append(rate)
+        record["rates"].append(run.config.learning_rate(run.step))
         return result
 
     def restart(run: Run, batch: Tensor) -> None:
@@ -369,6 +371,7 @@ def run_reference(model: str, changes: dict[str, Any]) -> reference.History:
         method.rewarm = values["relora"]["rewarm_steps"]
         method.relora_lr = values["relora"]["lr"]
         method.adam_step = values["relora"]["reset"]["adam_step"]
+    method.lr_embeddings = values["optimizer"]["lr_embeddings"]
     method.merged_decay = values["lora"]["decay"] == "merged"
     method.trains_a = values["lora"]["train"] == "both"
     if values["lora"]["share_a"]:
@@ -506,6 +509,8 @@ def doubled(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Outco
         wanted.append(make(f"fp64 {stage} adam_step", **changes))
         merged = {"lora__decay": "merged", "deepspeed__zero_stage": stage}
         wanted.append(make(f"fp64 {stage} merged decay", **merged))
+        own = {"optimizer__lr_embeddings": RATES[stage], "deepspeed__zero_stage": stage}
+        wanted.append(make(f"fp64 {stage} rates", **own))
     wanted += [make(f"fp64 {s} frozen A", deepspeed__zero_stage=s, **FROZEN_A) for s in STAGES]
     return run_ranks(2, wanted, 240, prepare=in_float64)
 
@@ -596,6 +601,15 @@ def test_decay_of_the_merged_weights_equals_the_reference(
     assert deviations(run, truth())["live/weights"] > 1e-3
 
 
+@pytest.mark.parametrize("stage", RATES)
+def test_rates_of_embeddings_equal_the_reference(stage: int, doubled: Outcomes, truth: Any) -> None:
+    """One of their own, without restarts, or that of the adapters with them, as published."""
+    run = doubled[f"fp64 {stage} rates"][0]
+    found = deviations(run, truth(optimizer__lr_embeddings=RATES[stage]))
+    assert max(found.values()) < 1e-12, found
+    assert deviations(run, truth())["live/weights"] > 1e-3
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_an_a_that_does_not_train_equals_the_reference(
     stage: int, doubled: Outcomes, truth: Any
@@ -630,15 +644,18 @@ def test_ranks_hold_the_same_bits_after_every_update(lone: Outcomes, pair: Outco
             assert result["replicas"] == results[0]["replicas"], name
 
 
-def test_nothing_moves_in_an_update_of_learning_rate_zero_after_a_merge(
+def test_of_blocks_nothing_moves_in_an_update_of_learning_rate_zero_after_a_merge(
     lone: Outcomes, pair: Outcomes
 ) -> None:
+    """Embeddings, head and norms, which know no restarts, do."""
     for name, (run, *_) in every_run(lone, pair):
         for merge_step in MERGES:
             assert run["rates"][merge_step] == 0
             before, after = run["states"][merge_step], run["states"][merge_step + 1]
             for (tensor, kind), values in before.items():
-                if not kind.startswith("exp"):
+                if kind == "live" and tensor.endswith(("embed_tokens.weight", "wte.weight")):
+                    assert not np.array_equal(values, after[tensor, kind]), name
+                if not kind.startswith("exp") and RESTARTING.search(tensor):
                     message = f"{name}: {kind} of {tensor} after merge at {merge_step}"
                     np.testing.assert_array_equal(values, after[tensor, kind], message)
 
@@ -679,6 +696,8 @@ def targets_of(state: dict[tuple[str, str], np.ndarray]) -> list[str]:
     return [name.removesuffix(".lora_A") for name, kind in state if (name[-7:], kind) == A_LIVE]
 
 
+# Weights that adapters go to, and adapters.
+RESTARTING = re.compile(r"(_proj|c_attn|c_fc)\.(weight|lora_.)$")
 A_LIVE = (".lora_A", "live")
 
 

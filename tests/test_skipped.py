@@ -47,10 +47,10 @@ def spoilt(bad: Iterable[int], rank: int = 0, value: float = math.nan, good: Any
         found = loss_of(model, batch)
         return found._replace(total=found.total * value, cross_entropy=found.cross_entropy * value)
 
-    def update_(run: Any, micro_batches: Any, lr: float) -> Any:
+    def update_(run: Any, micro_batches: Any, rates: Any) -> Any:
         if run.ranks.rank == rank and run.progress.consumed // BATCH in bad:
-            return update(run, micro_batches, lr, loss)
-        return good(run, micro_batches, lr)
+            return update(run, micro_batches, rates, loss)
+        return good(run, micro_batches, rates)
 
     return update_
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
@@ -20,7 +20,11 @@ class BatchConfig(Section):
 class OptimizerConfig(Section):
     """AdamW with decoupled weight decay, none of it on norms and biases."""
 
-    lr: float = Field(gt=0)
+    lr: float = Field(gt=0)  # of matrices; of adapters too, unless relora.lr or lora.lr says more
+    # Of embeddings, head, norms and biases, which restarts leave alone: their rate neither falls
+    # nor warms up again with the adapters'. null = lr, in every phase and method; adapters = that
+    # of the adapters once there are some, restarts included, as published.
+    lr_embeddings: Annotated[float, Field(gt=0)] | Literal["adapters"] | None = None
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)

@@ -8,7 +8,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
@@ -153,7 +153,7 @@ def train_step(
     engine: Engine,
     micro_batches: Sequence[Tensor],
     loss_of: Callable[[Engine, Tensor], Loss],
-    learning_rate: float,
+    rates: Mapping[str, float],
     grad_clip: float | None,
     loss_scale: float | None = None,
     notes: Callable[[], Sequence[float]] = tuple,
@@ -164,13 +164,14 @@ def train_step(
     before the update is applied (see `reading`).
 
     Args:
+        rates: learning rates, by the names of `parameter_groups`.
         loss_scale: of the backward pass; gradients are divided by it before anything else.
         notes: what this rank tells the others, as many numbers on each.
     """
     stage = engine.zero_optimization_stage()
     engine.train()
     for group in engine.optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = rates[group["name"]]
     factor = loss_scale or 1.0
     if stage > 0 and loss_scale is not None:
         engine.optimizer.override_loss_scale(loss_scale)  # it multiplies and divides by itself

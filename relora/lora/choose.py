@@ -182,6 +182,12 @@ def _heads(model: nn.Module) -> list[Any]:
     return [layer for layer in layers if _matrix_of(layer).shape[0] in rows]
 
 
+def embeddings_and_heads(model: nn.Module) -> set[int]:
+    """By id, the weights of embeddings and output heads: a row of theirs is a token or a place."""
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+    return {id(layer.weight) for layer in (*tables, *_heads(model))}
+
+
 def _matrix_of(layer: Any) -> Tensor:
     kind = kind_of(layer)
     assert kind is not None

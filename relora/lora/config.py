@@ -8,6 +8,12 @@ from pydantic import Field, model_validator
 
 from relora.section import Section
 
+# What has a learning rate of its own, in the optimizer's order: weights of the layers that adapters
+# go to, where they train in full; embeddings with the output head; the rest; A and B.
+ADAPTER_GROUPS = ("adapters", "undecayed adapters")
+GROUPS = ("matrices", "embeddings", "norms and biases", *ADAPTER_GROUPS)
+UNDECAYED = ("norms and biases", "undecayed adapters")
+
 
 class LoRAConfig(Section):
     """Adapters y += s·B·A·x on the chosen weights; embeddings, norms and the head train in full."""

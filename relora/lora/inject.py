@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from relora.errors import ConfigError
-from relora.lora.choose import find_shared, find_targets
-from relora.lora.config import LoRAConfig
+from relora.lora.choose import embeddings_and_heads, find_shared, find_targets
+from relora.lora.config import GROUPS, UNDECAYED, LoRAConfig
 from relora.lora.draws import draw_a
 from relora.lora.layers import (
     AdaptedLayer,
@@ -127,25 +127,20 @@ def merge_adapters(model: nn.Module) -> None:
 def parameter_groups(
     model: nn.Module, weight_decay: float = 0.0, merged_decay: bool = False
 ) -> list[dict[str, object]]:
-    """Trainable parameters for a torch optimizer: decayed matrices, undecayed norms and biases,
-    adapters.
+    """Trainable parameters for a torch optimizer, by what has a learning rate of its own.
 
     Adapters need groups of their own: under ZeRO, Adam's step count is one per group.
 
     Args:
-        weight_decay: of matrices; norms and biases have none.
+        weight_decay: of all but norms and biases, which have none.
         merged_decay: weight decay is that of W + s·B·A, so of A and B only B decays.
 
     Returns:
-        Groups with `params`, `name` and `weight_decay`, none of them empty.
+        Groups with `params`, `name` (of GROUPS) and `weight_decay`, none of them empty.
     """
-    groups: dict[str, list[nn.Parameter]] = {
-        "decayed": [],
-        "undecayed": [],
-        "adapters": [],
-        "undecayed adapters": [],
-    }
+    groups: dict[str, list[nn.Parameter]] = {name: [] for name in GROUPS}
     roles = parameter_roles(model)
+    tables = embeddings_and_heads(model)
     for name, param in model.named_parameters():
         if not param.requires_grad:
             continue
@@ -153,14 +148,16 @@ def parameter_groups(
             group = "undecayed adapters"
         elif roles[name] in ("A", "B"):
             group = "adapters"
+        elif param.ndim < 2:
+            group = "norms and biases"
         else:
-            group = "decayed" if param.ndim > 1 else "undecayed"
+            group = "embeddings" if id(param) in tables else "matrices"
         groups[group].append(param)
     return [
         {
             "params": params,
             "name": name,
-            "weight_decay": 0.0 if name.startswith("undecayed") else weight_decay,
+            "weight_decay": 0.0 if name in UNDECAYED else weight_decay,
         }
         for name, params in groups.items()
         if params

@@ -18,6 +18,7 @@ from typing import Literal, NamedTuple
 
 from pydantic import Field
 
+from relora.lora.config import ADAPTER_GROUPS, GROUPS
 from relora.section import Section
 
 
@@ -138,6 +139,15 @@ class Clock(NamedTuple):
             return self.min_ratio + (1 - self.min_ratio) * max(0.0, 1 - progress)
         return self.min_ratio + (1 - self.min_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
 
+    def smooth_factor(self, step: int) -> float:
+        """Factor of the learning rate of what knows no restarts."""
+        return step / self.warmup if step < self.warmup else self.base_factor(step)
+
+    def factors(self, step: int) -> dict[str, float]:
+        """Both, by the names of `parameter_groups`: restarts are those of the adapters alone."""
+        smooth = dict.fromkeys(GROUPS, self.smooth_factor(step))
+        return smooth | dict.fromkeys(ADAPTER_GROUPS, self.lr_factor(step))
+
     def lr_factor(self, step: int) -> float:
         """Factor of the learning rate for the update that follows `step` finished ones.
 
@@ -145,9 +155,7 @@ class Clock(NamedTuple):
         Otherwise base(t). So the update right after a merge has learning rate 0 and only fills
         the moments of the optimizer.
         """
-        if step < self.warmup:
-            return step / self.warmup
         boundary = self.boundary_before(step)
-        if boundary is not None and step - boundary < self.rewarm:
+        if step >= self.warmup and boundary is not None and step - boundary < self.rewarm:
             return (step - boundary) / self.rewarm * self.base_factor(boundary + self.rewarm)
-        return self.base_factor(step)
+        return self.smooth_factor(step)

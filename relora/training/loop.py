@@ -41,7 +41,7 @@ def train_run(run: Run, stop: StopRequest, phases: Phases = PHASES) -> bool | No
         began = time.perf_counter()
         micro_batches = next(batches)
         lr = config.learning_rate(run.step)
-        result = phases.update(run, micro_batches, lr)
+        result = phases.update(run, micro_batches, config.rates(run.step))
         progress.consumed += config.batch.global_batch_size
         loss, stops = result.loss, _heed(run, result.notes)
         progress.interval.append(time.perf_counter() - began)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -33,12 +33,16 @@ Merge = Callable[..., RestartReport]
 
 
 def update(
-    run: Run, micro_batches: list[Tensor], lr: float, loss: Callable[..., Any] = loss_of
+    run: Run,
+    micro_batches: list[Tensor],
+    rates: Mapping[str, float],
+    loss: Callable[..., Any] = loss_of,
 ) -> deepspeed.StepResult:
     """One optimizer step, with what it means for the loss scale and for frozen weights' decay.
 
     Args:
         micro_batches: token ids of this rank, (rows, length) each.
+        rates: learning rates, by the names of `parameter_groups`.
         loss: of the model on a micro-batch.
     """
     optimizer, progress = run.config.optimizer, run.progress
@@ -46,12 +50,18 @@ def update(
     scale = progress.loss_scale
     factor = scale.value if scale else None
     result = deepspeed.train_step(
-        run.engine, micro_batches, loss, lr, optimizer.grad_clip, factor, run.notes
+        run.engine,
+        micro_batches,
+        loss,
+        rates,
+        optimizer.grad_clip,
+        factor,
+        run.notes,
     )
     if scale:
         scale.update(result.applied)
     if result.applied and run.config.decays_merged:
-        shrink_(run.engine.module, 1 - lr * optimizer.weight_decay)
+        shrink_(run.engine.module, 1 - rates["adapters"] * optimizer.weight_decay)
     return result
 
 
@@ -188,7 +198,7 @@ class Phases(NamedTuple):
     """Who does what in a run. Who watches one, or disturbs it, wraps one of these."""
 
     start: Callable[..., Run] = start_run  # of a process; one that goes back starts by itself
-    update: Callable[[Run, list[Tensor], float], deepspeed.StepResult] = update
+    update: Callable[[Run, list[Tensor], Mapping[str, float]], deepspeed.StepResult] = update
     birth: Callable[[Run], None] = give_birth
     restart: Callable[[Run, Tensor], None] = restart_adapters
     log: Callable[[Run, float, float | None, float, float], None] = log_step
