@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,8 +20,9 @@ from relora.cli import main
 from relora.data.prepare import prepare_shards
 from relora.load import build_config, load_config
 from relora.lora.config import LoRAConfig
-from relora.lora.inject import add_adapters
+from relora.lora.inject import add_adapters, parameter_groups
 from relora.model import ModelConfig, build_meta_model, count_parameters
+from relora.plan.advice import reach_of_updates
 from relora.plan.estimate import (
     flops_per_token,
     full_rank_twin,
@@ -648,3 +650,19 @@ def test_the_readmes_quickstart_holds_and_saves_what_the_planner_says(
     published = parts("relora", "model.lean=false", "lora.graph=low_rank")[1]
     said = f"with transformers' own blocks {plain}, and {published} with the published layer"
     assert said in " ".join(readme.split())
+
+
+def test_the_reach_of_an_update_is_that_of_adams_first_one(config: Path) -> None:
+    """After a restart B is zero: W moves by s·B·A, where full rank's entries move by the rate."""
+    run = load_config(config, ["lora.rank=16", "lora.alpha=8"])
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(256, 512, bias=False))
+    add_adapters(model, run.lora)
+    optimizer = torch.optim.AdamW(parameter_groups(model), lr=2e-3)
+    model(torch.randn(64, 256)).square().sum().backward()
+    optimizer.step()
+    layer = model[0]
+    moved = (layer.effective(torch.float32) - layer.weight).square().mean().sqrt() / 1e-3
+    told = re.search(r"moves W by ([\d.e-]+) of", reach_of_updates(run, model))
+    assert told is not None
+    assert float(told[1]) == pytest.approx(moved.item(), rel=0.05)

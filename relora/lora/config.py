@@ -46,8 +46,7 @@ class LoRAConfig(Section):
     # memory, see `quantised`; null = as deepspeed.precision says.
     base: Literal["int8", "fp8", "nf4"] | None = None
 
-    # Learning rate once there are adapters; null = optimizer.lr. `relora.lr` is the same for runs
-    # that merge.
+    # Learning rate of adapters; null = optimizer.lr. `relora.lr` is the same for runs that merge.
     lr: float | None = Field(default=None, gt=0)
 
     # What optimizer.weight_decay acts on: A and B, each by itself, or W + s·B·A as a whole, as in

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from statistics import median
+
+from torch import nn
 
 from relora.config import Config
+from relora.lora.layers import adapted_layers
 from relora.plan.dryrun import dry_run
 from relora.plan.estimate import (
     PARTS,
@@ -212,6 +216,27 @@ def _adapters(config: Config, shapes: dict[str, tuple[int, ...]]) -> Iterator[st
             "no warm_start: from random weights, low rank from the first step on costs much "
             "(130M: perplexity 29.8, and 25.0 with it; arXiv 2307.05695)"
         )
+
+
+def reach_of_updates(config: Config, model: nn.Module) -> str:
+    """How far an update moves W beside one of full rank, each at its own rate, in words.
+
+    Args:
+        model: with adapters.
+    """
+    lora, base = config.lora, config.optimizer.lr
+    assert lora is not None
+    rate = (config.relora and config.relora.lr) or lora.lr or base
+    inputs = median(layer.matrix(layer.weight).shape[1] for _, layer in adapted_layers(model))
+    # Adam's first update of B is ± the rate in each entry, and A's have variance 1/(3·in).
+    reach = rate / base * lora.scale * (lora.rank / (3 * inputs)) ** 0.5
+    words = (
+        f"adapters {rate:.1e}, full rank {base:.1e}: right after a restart an update moves W by "
+        f"{reach:.2g} of what full rank's does; {rate / reach:.1e} would match it"
+    )
+    if config.optimizer.lr_embeddings != "adapters" or rate == base:
+        return words
+    return f"{words}; embeddings and head learn at the adapters' rate too, which full rank has not"
 
 
 def _restarts(config: Config) -> Iterator[str]:

@@ -18,7 +18,7 @@ from relora.lora.choose import describe_left, linear_layers
 from relora.lora.inject import add_adapters
 from relora.lora.layers import adapted_layers
 from relora.model import build_meta_model
-from relora.plan.advice import doubts, in_a_word, replicated_base
+from relora.plan.advice import doubts, in_a_word, reach_of_updates, replicated_base
 from relora.plan.estimate import (
     PARTS,
     break_even,
@@ -139,7 +139,7 @@ def _header(facts: Facts, path: str) -> list[str]:
             f"             a merge every {relora.cycle_steps:,} steps, reset {reset.mode}{share}, "
             f"rewarm {relora.rewarm_steps:,} steps"
         )
-    return lines
+    return [*lines, _wrapped("rates", reach_of_updates(config, facts.model))]
 
 
 def _size_of(structure: Any) -> str:

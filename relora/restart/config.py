@@ -45,7 +45,7 @@ class ReLoRAConfig(Section):
 
     cycle_steps: int = Field(ge=1)
     rewarm_steps: int = Field(default=100, ge=0)
-    # Learning rate from the birth of the adapters on; null = lora.lr.
+    # Learning rate of the adapters; null = lora.lr.
     lr: float | None = Field(default=None, gt=0)
     reset: ResetConfig = ResetConfig()
     # exact keeps a 16-bit remainder beside a bf16 base weight; rounded drops it at each merge.

@@ -22,6 +22,7 @@ MERGES_SHOWN = 8
 # among it; the table's columns are the same for all methods.
 COMPARED_BY = (
     "optimizer.lr",
+    "optimizer.lr_embeddings",
     "lora.lr",
     "relora.lr",
     "lora.rank",
