@@ -232,7 +232,7 @@ def reach_of_updates(config: Config, model: nn.Module) -> str:
     reach = rate / base * lora.scale * (lora.rank / (3 * inputs)) ** 0.5
     words = (
         f"adapters {rate:.1e}, full rank {base:.1e}: right after a restart an update moves W by "
-        f"{reach:.2g} of what full rank's does; {rate / reach:.1e} would match it"
+        f"{reach:.3g} of what full rank's does; {rate / reach:.1e} would match it"
     )
     if config.optimizer.lr_embeddings != "adapters" or rate == base:
         return words
