@@ -34,6 +34,7 @@ def cross_checks(config: Config, read_model: bool) -> Iterator[str]:
     yield from _check_spectra(config)
     yield from _check_graphs(config)
     yield from _check_compile(config)
+    yield from _check_muon(config)
     yield from _check_base(config)
     micro_batch_size = config.batch.micro_batch_size
     yield from mistakes(config.deepspeed, config.optimizer, micro_batch_size, ask=read_model)
@@ -103,6 +104,19 @@ def _check_graphs(config: Config) -> Iterator[str]:
         yield (
             "lora.keep_effective: true would hold whole on each rank what ZeRO 3 partitions; take "
             "false, or zero_stage 2"
+        )
+
+
+def _check_muon(config: Config) -> Iterator[str]:
+    if config.optimizer.matrices == "adamw":
+        if config.optimizer.momentum != type(config.optimizer).model_fields["momentum"].default:
+            yield "optimizer.momentum: is that of muon and would do nothing; remove it"
+        return
+    relora = config.relora
+    if relora and relora.reset.masks == "independent":
+        yield (
+            "relora.reset.masks: independent would do nothing with optimizer.matrices: muon, which "
+            "keeps one moment; remove it"
         )
 
 

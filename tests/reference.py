@@ -110,6 +110,7 @@ class Method:
     rewarm: int = 0
     relora_lr: float | None = None
     lr_embeddings: float | str | None = None  # of embeddings, head, norms; None: lr
+    muon: float | None = None  # its momentum, where matrices of blocks take its steps
     rank: int = 1
     scale: float = 1.0
     share: float = 0.9  # of the moments of A and B that a reset zeroes, by magnitude
@@ -131,10 +132,23 @@ class Method:
 
     def rate_of(self, name: str, t: int) -> float:
         """The same for one parameter: what is no matrix of a block does not restart."""
-        if self.lr_embeddings == "adapters" or re.search(r"_proj\.(weight|lora_.)$", name):
+        if self.lr_embeddings == "adapters" or is_of_a_block(name):
             return self.learning_rate(t)
         smooth = lr_factor(t, self.total, self.warmup, None, 0, self.low, None)
         return smooth * (self.lr_embeddings or self.lr)
+
+
+def is_of_a_block(name: str) -> bool:
+    """Whether a parameter is a matrix of attention or MLP: W, A or B."""
+    return re.search(r"_proj\.(weight|lora_.)$", name) is not None
+
+
+def made_orthogonal(matrix: Tensor) -> Tensor:
+    """Five times x ↦ ax + bx³ + cx⁵ on the singular values of a matrix of Frobenius norm 1."""
+    u, s, v = torch.linalg.svd(matrix / (matrix.norm() + 1e-7), full_matrices=False)
+    for _ in range(5):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    return u * s @ v
 
 
 @dataclass
@@ -260,11 +274,16 @@ def update_(
         spared = value.ndim == 1 or (method.merged_decay and name.endswith(".lora_A"))
         decay = 0.0 if spared else method.weight_decay
         adam.steps += 1
+        rate = method.rate_of(name, done)
+        if method.muon is not None and is_of_a_block(name):
+            adam.m = method.muon * adam.m + g
+            step = made_orthogonal(g + method.muon * adam.m) * 0.2 * math.sqrt(max(g.shape))
+            state.values[name] = value - rate * (decay * value + step)
+            continue
         adam.m = beta1 * adam.m + (1 - beta1) * g
         adam.v = beta2 * adam.v + (1 - beta2) * g * g
         m_hat = adam.m / (1 - beta1**adam.steps)
         v_hat = adam.v / (1 - beta2**adam.steps)
-        rate = method.rate_of(name, done)
         state.values[name] = value - rate * (decay * value + m_hat / (v_hat.sqrt() + method.eps))
     return loss.item(), norm
 

@@ -173,6 +173,15 @@ IN_THE_FILE = {
         ["relora.reset={mode: zero, ratio: 0.5}"],
         "relora.reset: ratio would do nothing with mode: zero; set it to null",
     ),
+    "momentum of Adam": (
+        ["optimizer.momentum=0.9"],
+        "optimizer.momentum: is that of muon and would do nothing; remove it",
+    ),
+    "second masks of one moment": (
+        ["optimizer.matrices=muon", "relora.reset={masks: independent}"],
+        "relora.reset.masks: independent would do nothing with optimizer.matrices: muon, which "
+        "keeps one moment; remove it",
+    ),
     "rounding of fp32": (
         ["relora.precision=rounded"],
         "relora.precision: rounded would do nothing with deepspeed.precision: fp32",

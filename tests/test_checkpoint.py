@@ -474,6 +474,7 @@ MADE_UP: dict[str, tuple[Callable[[Path], None], str]] = {
     "state: shapes of nothing": (with_state(shapes={}), RANK),
     "state: endless Adam": (with_state(adam_steps={"model.norm.weight": float("inf")}), STATE),
     "state: Adam of nothing": (with_state(adam_steps={}), STATE),
+    "state: one moment too few": (with_state(first_moment_only=["model.norm.weight"]), STATE),
     "rank: empty": (with_bytes(RANK, b""), RANK),
     "rank: random bytes": (with_bytes(RANK, bytes(range(256)) * 40), RANK),
     "rank: endless header": (with_bytes(RANK, (2**62).to_bytes(8, "little") + b"{}"), RANK),

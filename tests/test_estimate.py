@@ -265,7 +265,7 @@ def measure(ranks: Any, config: Config) -> dict[str, float]:
     remainders += [p.live for p in places if id(p.param) in exact]
     read = [p.live for p in places if id(p.param) not in exact]
     read += [buffer for layer in quantised for buffer in layer.buffers()]
-    moments = [run.state.moment(p, k) for p in places if p.count for k in ("exp_avg", "exp_avg_sq")]
+    moments = [run.state.moment(p, k) for p in places if p.count for k in p.moments]
     found = {
         "weights": bytes_of(read, seen),
         "masters": bytes_of((p.master for p in places if p.master is not None), seen),
@@ -289,6 +289,8 @@ ENGINES = [
     (0, "bf16", "int8"),
     (1, "fp32", "fp8"),
     (2, "bf16", "nf4"),
+    (0, "bf16", "muon"),
+    (3, "fp32", "muon"),
 ]
 # ZeRO 3 as it is with a model of billions: little stays, weights go between forward and backward.
 LARGE = {"zero_optimization": {
@@ -307,7 +309,8 @@ def engine_config(
         changes |= {"lora": None, "relora": None}
     elif isinstance(adapters, str):
         key = "train" if adapters == "b" else "base"
-        changes["lora"] = {"rank": 4, key: adapters}
+        changes["lora"] = {"rank": 4} if adapters == "muon" else {"rank": 4, key: adapters}
+        changes["optimizer"] = {"lr": 1e-3, "matrices": "muon" if adapters == "muon" else "adamw"}
     section = {"zero_stage": stage, "precision": precision, "extra": extra or {}}
     return config_of(directory, LLAMA, deepspeed=section, **changes)
 

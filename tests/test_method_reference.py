@@ -74,6 +74,7 @@ SHARES = {
     for name in names
 }
 RATES: dict[int, Any] = {1: 1.5e-3, 3: "adapters"}  # optimizer.lr_embeddings, by ZeRO stage
+MUON = {"optimizer__matrices": "muon", "optimizer__momentum": 0.9}
 BF16 = {"deepspeed__precision": "bf16", "relora__tolerance": 0.1}
 
 
@@ -202,8 +203,9 @@ def remember(run: Any, record: dict[str, Any]) -> None:
         elif place.remainder is not None:
             state[place.name, "exact"] = run.state.gather([place], "value")[0]
     for kind in ("exp_avg", "exp_avg_sq"):
-        tensors = run.state.gather(trainable, kind)
-        state |= {(p.name, kind): t for p, t in zip(trainable, tensors, strict=True)}
+        having = [place for place in trainable if kind in place.moments]
+        tensors = run.state.gather(having, kind)
+        state |= {(p.name, kind): t for p, t in zip(having, tensors, strict=True)}
     for name, layer in adapted_layers(run.engine.module):  # `decay: merged`, see the layer
         for kind in ("live", "shards", "exact"):
             if (f"{name}.weight", kind) in state:
@@ -372,6 +374,8 @@ def run_reference(model: str, changes: dict[str, Any]) -> reference.History:
         method.relora_lr = values["relora"]["lr"]
         method.adam_step = values["relora"]["reset"]["adam_step"]
     method.lr_embeddings = values["optimizer"]["lr_embeddings"]
+    if values["optimizer"]["matrices"] == "muon":
+        method.muon = values["optimizer"]["momentum"]
     method.merged_decay = values["lora"]["decay"] == "merged"
     method.trains_a = values["lora"]["train"] == "both"
     if values["lora"]["share_a"]:
@@ -512,6 +516,7 @@ def doubled(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Outco
         own = {"optimizer__lr_embeddings": RATES[stage], "deepspeed__zero_stage": stage}
         wanted.append(make(f"fp64 {stage} rates", **own))
     wanted += [make(f"fp64 {s} frozen A", deepspeed__zero_stage=s, **FROZEN_A) for s in STAGES]
+    wanted += [make(f"fp64 {s} muon", deepspeed__zero_stage=s, **MUON) for s in STAGES]
     return run_ranks(2, wanted, 240, prepare=in_float64)
 
 
@@ -608,6 +613,18 @@ def test_rates_of_embeddings_equal_the_reference(stage: int, doubled: Outcomes, 
     found = deviations(run, truth(optimizer__lr_embeddings=RATES[stage]))
     assert max(found.values()) < 1e-12, found
     assert deviations(run, truth())["live/weights"] > 1e-3
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_muon_equals_the_reference(stage: int, doubled: Outcomes, truth: Any) -> None:
+    """Its iteration, on matrices that ZeRO has cut, against singular values."""
+    run = doubled[f"fp64 {stage} muon"][0]
+    found = deviations(run, truth(**MUON))
+    print(f"muon, ZeRO {stage}", {kind: f"{value:.1e}" for kind, value in sorted(found.items())})
+    assert max(found.values()) < 1e-12, found
+    kinds = {(name, kind) for name, kind in run["states"][-1] if kind.startswith("exp")}
+    assert {k for n, k in kinds if "_proj" in n} == {"exp_avg"}
+    assert {k for n, k in kinds if "_proj" not in n} == {"exp_avg", "exp_avg_sq"}
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -95,6 +95,7 @@ def test_a_stop_leaves_no_trace(stops: tuple[int, ...], undisturbed: Path, tmp_p
         pytest.param(
             3, {"deepspeed__precision": "bf16", "lora__train": "b"}, marks=pytest.mark.slow
         ),
+        (3, {"optimizer__matrices": "muon"}),
         (2, {"lora__decay": "merged"}),  # 15 is inside a cycle: the frozen weights have decayed
     ],
     ids=lambda value: str(value).replace("__", "."),

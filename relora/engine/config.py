@@ -20,6 +20,10 @@ class BatchConfig(Section):
 class OptimizerConfig(Section):
     """AdamW with decoupled weight decay, none of it on norms and biases."""
 
+    # How matrices step: W where it trains in full, A and B. muon keeps one moment of them and not
+    # two, see `engine.muon`; embeddings, head, norms and biases are AdamW's in any case.
+    matrices: Literal["adamw", "muon"] = "adamw"
+    momentum: float = Field(default=0.95, ge=0, lt=1)  # of muon
     lr: float = Field(gt=0)  # of matrices; of adapters too, unless relora.lr or lora.lr says more
     # Of embeddings, head, norms and biases, which restarts leave alone: their rate neither falls
     # nor warms up again with the adapters'. null = lr, in every phase and method; adapters = that

@@ -23,6 +23,7 @@ from relora.engine.config import DeepSpeedConfig, OptimizerConfig
 from relora.engine.distributed import Ranks
 from relora.engine.evaluation import Loss
 from relora.engine.memory import give_memory_
+from relora.engine.muon import Muon
 from relora.engine.options import deepspeed_json
 from relora.engine.precision import dtype_of, precision_of
 from relora.engine.reading import Reading, read_at_norm, whole_rows
@@ -139,14 +140,14 @@ def config_model() -> Any:
 def build_optimizer(
     model: nn.Module, config: OptimizerConfig, merged_decay: bool = False
 ) -> torch.optim.Optimizer:
-    """AdamW over the trainable parameters, in groups: see `parameter_groups`."""
-    return torch.optim.AdamW(
-        parameter_groups(model, config.weight_decay, merged_decay),
-        lr=config.lr,
-        betas=config.betas,
-        eps=config.eps,
-        fused=True,
-    )
+    """AdamW over the trainable parameters, in groups: see `parameter_groups`; or Muon."""
+    groups = parameter_groups(model, config.weight_decay, merged_decay)
+    usual: dict[str, Any] = {
+        "lr": config.lr, "betas": config.betas, "eps": config.eps, "fused": True
+    }  # fmt: skip
+    if config.matrices == "muon":
+        return Muon(groups, config.momentum, **usual)
+    return torch.optim.AdamW(groups, **usual)
 
 
 def train_step(

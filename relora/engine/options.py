@@ -76,6 +76,7 @@ def deepspeed_json(
         },
         "zero_force_ds_cpu_optimizer": False,  # torch's AdamW everywhere: no compiled op
         "steps_per_print": 10**9,
+        "zero_allow_untested_optimizer": True,  # ours are tested here
     }
     if config.offload_optimizer:
         values["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}

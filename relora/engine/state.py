@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from relora.engine.codec import REMAINDER_DTYPE
 from relora.engine.distributed import Ranks
+from relora.engine.muon import Muon
 from relora.engine.sources import InParts, Source
 from relora.engine.views import MOMENTS, ParameterView, live_of, trainable_views
 from relora.errors import ConfigError
@@ -72,12 +73,16 @@ class EngineState:
             view = ParameterView(
                 name, param, shape, live, live_start, master, start, count, flat, offset
             )
+            if isinstance(self.adam, Muon) and id(param) in self.adam.matrices:
+                view.moments = MOMENTS[:1]
             completed = not param.requires_grad and roles[name] != "A"
             if remainder and completed and live.dtype == torch.bfloat16:
                 device = live.device if remainder == "device" else torch.device("cpu")
                 view.remainder_start, size = self._part(view)
                 view.remainder = torch.zeros(size, dtype=REMAINDER_DTYPE, device=device)
             self.by_name[name] = view
+        if isinstance(self.adam, Muon):
+            self.adam.attach(self)
 
     def __getitem__(self, name: str) -> ParameterView:
         return self.by_name[name]
@@ -92,19 +97,16 @@ class EngineState:
 
     def moment(self, view: ParameterView, kind: str) -> Tensor:
         """This rank's part of a moment of a trainable parameter, as a flat view."""
-        assert view.flat is not None
-        state = self._state(view.flat)
+        state = self._state(view)
         return state[kind].view(-1).narrow(0, view.offset, view.count)
 
     def adam_step(self, view: ParameterView) -> float:
         """Updates that Adam has counted for the flat tensor this parameter is part of."""
-        assert view.flat is not None
-        return float(self._state(view.flat)["step"])
+        return float(self._state(view)["step"])
 
     def set_adam_step_(self, view: ParameterView, step: float) -> None:
         """Set that count, for the whole flat tensor (one parameter group, or a part of one)."""
-        assert view.flat is not None
-        state = self._state(view.flat)
+        state = self._state(view)
         if isinstance(state["step"], Tensor):
             state["step"].fill_(step)
         else:  # DeepSpeed's own Adams count in Python
@@ -127,7 +129,7 @@ class EngineState:
             view.write_pieces_(read)
             if view.flat is None:
                 continue
-            for kind in MOMENTS:
+            for kind in view.moments:
                 piece = source.read(view.name, kind, view.start, view.start + view.count)
                 moment = self.moment(view, kind)
                 moment.zero_() if piece is None else moment.copy_(piece)
@@ -235,14 +237,16 @@ class EngineState:
         start = min(dist.get_rank(self.group) * size, view.numel)
         return start, min(size, view.numel - start)
 
-    def _state(self, flat: Tensor) -> dict[str, Tensor]:
+    def _state(self, view: ParameterView) -> dict[str, Tensor]:
         # Adam makes its state at the first step; whoever needs it earlier gets what it would make.
-        state = self.adam.state[flat]
+        flat = view.flat
+        assert flat is not None
+        state: dict[str, Tensor] = self.adam.state[flat]
         if not state:
             on_device = self.adam.defaults.get("fused") or self.adam.defaults.get("capturable")
             device = flat.device if on_device else torch.device("cpu")
             state["step"] = torch.zeros((), dtype=torch.float32, device=device)
-            for kind in MOMENTS:
+            for kind in view.moments:
                 state[kind] = torch.zeros_like(flat)
         return state
 
@@ -255,7 +259,7 @@ def capture(views: EngineState, keep_state: Callable[[str], bool], ranks: Ranks)
     """
     captured = InParts(ranks)
     for view in views:
-        kept = MOMENTS if view.flat is not None and keep_state(view.name) else ()
+        kept = view.moments if view.flat is not None and keep_state(view.name) else ()
         for kind in ("value", *kept):
             captured.keep(view.name, kind, views.gather([view], kind)[0])
         if kept:

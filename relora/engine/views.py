@@ -39,6 +39,7 @@ class ParameterView:
     count: int  # of moments this rank holds; 0 for frozen parameters
     flat: Tensor | None  # the tensor under which the optimizer keeps their state
     offset: int  # of the moments in that state
+    moments: tuple[str, ...] = MOMENTS  # that the optimizer keeps of it, if it trains
     # int16; bf16 live + remainder = fp32, bit for bit. In host memory if so asked: only merges,
     # checkpoints and the start of a run touch it. Where all ranks have the whole `live`, each has
     # the remainder of its own part alone, so that all of them together hold it once.

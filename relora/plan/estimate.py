@@ -171,6 +171,7 @@ def bytes_per_step(config: Config, world: int, adapters: bool) -> float:
     ZeRO 0–2 sum all gradients on all ranks: DeepSpeed's stages 1 and 2 all-reduce as well. Stages
     1–2 then gather what each rank updated. Stage 3 scatters gradients, and gathers all weights,
     frozen ones too, once a micro-batch, or twice where it lets go of them before the backward pass.
+    Muon gathers its matrices; of stages 1–2 only the few that ranks share, which do not count here.
     """
     section = config.deepspeed
     width, frozen_width = _widths(config)
@@ -188,7 +189,8 @@ def bytes_per_step(config: Config, world: int, adapters: bool) -> float:
     kept = sum(b for b, w in zip(bytes_of, whole, strict=True) if w)
     gathers = 1 + _released(config)
     micro_batches = config.batch.global_batch_size // (config.batch.micro_batch_size * world)
-    return share * (reduced + kept + micro_batches * gathers * (sum(bytes_of) - kept))
+    weights = kept + micro_batches * gathers * (sum(bytes_of) - kept)
+    return share * (reduced + weights + 4 * shape_of(config).of_one_moment(config, adapters))
 
 
 def memory_by_part(config: Config, world: int, adapters: bool | None = None) -> dict[str, float]:
@@ -266,7 +268,8 @@ def _held(config: Config, world: int, adapters: bool) -> dict[str, float]:
     sizes = shape_of(config).sizes(_lora(config, adapters))
     trained = float(sum(size for size, trainable in sizes if trainable))
     frozen = float(sum(size for size, trainable in sizes if not trainable))
-    mine = trained / world if stage else trained  # of gradients and of what Adam holds
+    ours = world if stage else 1  # ranks that share gradients and what the optimizer holds
+    mine, single = trained / ours, shape_of(config).of_one_moment(config, adapters) / ours
     base = [size for size, adapted in shape_of(config).parameters if adapted and frozen]
     held, completes = float(frozen_width * sum(base)), _completes(config) * sum(base) / world
     quantised = config.lora.base if adapters and config.lora else None
@@ -282,13 +285,12 @@ def _held(config: Config, world: int, adapters: bool) -> dict[str, float]:
         "remainder": completes if on_device else 0.0,
         "gradients": width * mine,
         "masters": 4 * mine if stage else 0.0,  # a second copy even of fp32 weights
-        "moments": 8 * mine,
+        "moments": 8 * mine - 4 * single,
         "host": 0.0 if on_device else completes,
     }
     if section.offload_optimizer:
-        for part in ("gradients", "masters", "moments"):
-            parts["host"] += 4 * mine * (2 if part == "moments" else 1)
-            parts[part] = 0.0
+        parts["host"] += 8 * mine + parts["moments"]
+        parts |= dict.fromkeys(("gradients", "masters", "moments"), 0.0)
     return {part: parts.get(part, 0.0) for part in (*PARTS, "host")}
 
 

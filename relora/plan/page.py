@@ -32,7 +32,7 @@ from relora.plan.estimate import (
     training_flops,
     uncounted,
 )
-from relora.plan.shape import count_by_group
+from relora.plan.shape import count_by_group, shape_of
 from relora.plan.timeline import curve, timeline
 from relora.record.loaded import is_run_or_checkpoint, structure_of
 from relora.record.saving import checkpoint_bytes
@@ -310,9 +310,10 @@ def _disk(facts: Facts) -> list[str]:
     config, model, parameters = facts.config, facts.model, facts.parameters
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters()) - trainable
-    size = format_bytes(checkpoint_bytes(trainable, frozen))
+    single = [shape_of(config).of_one_moment(config, adapters) for adapters in (False, True)]
+    size = format_bytes(checkpoint_bytes(trainable, frozen, single[config.lora is not None]))
     if config.warm_start:
-        size += f" ({format_bytes(checkpoint_bytes(parameters, 0))} in the warm start)"
+        size += f" ({format_bytes(checkpoint_bytes(parameters, 0, single[0]))} in the warm start)"
     # DeepSpeed's own: weights in bf16, fp32 masters and two moments.
     lines = [
         f"checkpoint   {size}, {config.train.keep_checkpoints} are kept",

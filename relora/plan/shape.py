@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from relora.config import Config
-from relora.lora.choose import find_shared, find_targets
+from relora.lora.choose import embeddings_and_heads, find_shared, find_targets
 from relora.lora.config import LoRAConfig
 from relora.lora.layers import kind_of, parameter_roles
 from relora.model import ModelConfig, build_meta_model, find_model_directory
@@ -29,6 +29,7 @@ class Shape(NamedTuple):
 
     matrices: tuple[Matrix, ...]  # of linear layers, the output head among them
     parameters: tuple[tuple[int, bool], ...]  # (entries, whether adapters freeze it)
+    are_matrices: tuple[bool, ...]  # of each, whether Muon would move it
 
     def adapted(self) -> list[Matrix]:
         """The matrices with adapters."""
@@ -46,6 +47,17 @@ class Shape(NamedTuple):
             sizes.append((lora.rank * matrix.inputs, lora.train == "both"))
             sizes.append((lora.rank * matrix.outputs, True))
         return sizes
+
+    def of_one_moment(self, config: Config, adapters: bool) -> int:
+        """Entries of which the optimizer keeps one moment and not two."""
+        if config.optimizer.matrices == "adamw":
+            return 0
+        sizes = self.sizes(config.lora if adapters else None)
+        factors = [True] * (len(sizes) - len(self.parameters))
+        flags = [*self.are_matrices, *factors]
+        return sum(
+            size for (size, trains), is_one in zip(sizes, flags, strict=True) if trains and is_one
+        )
 
 
 def shape_of(config: Config) -> Shape:
@@ -80,9 +92,11 @@ def _shape(model_config: ModelConfig, content: str, lora: str) -> Shape:
         outputs, inputs = kind.matrix(module.weight).shape
         matrices.append(Matrix(inputs, outputs, id(module) in adapted, id(module) in shares))
     frozen = {id(m.weight) for m in linear if id(m) in adapted}
+    tables = embeddings_and_heads(model)
     return Shape(
         tuple(matrices),
         tuple((p.numel(), id(p) in frozen) for p in model.parameters()),
+        tuple(p.dim() > 1 and id(p) not in tables for p in model.parameters()),
     )
 
 

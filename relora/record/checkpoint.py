@@ -16,7 +16,6 @@ import math
 import os
 import re
 from collections import defaultdict
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -177,12 +176,11 @@ class Checkpoint:
                 raise CheckpointError(
                     f"{pieces[-1].file}: entries {at}–{size} of {name} ({kind}) are in no file"
                 )
-        there: list[tuple[str, Mapping[str, object]]] = [
-            ("value", self.shapes),
-            *((moment, self.state.adam_steps) for moment in MOMENTS),
-        ]
-        for kind, names in there:
-            different = names.keys() ^ {name for name, other in self._pieces if other == kind}
+        trained = set(self.state.adam_steps)
+        there: dict[str, set[str]] = {"value": set(self.shapes)} | dict.fromkeys(MOMENTS, trained)
+        there[MOMENTS[1]] = trained - set(self.state.first_moment_only)
+        for kind, names in there.items():
+            different = names ^ {name for name, other in self._pieces if other == kind}
             if different:
                 raise CheckpointError(
                     f"{self.directory / CHECKPOINT_STATE}: does not fit the files of the ranks: "

@@ -65,6 +65,8 @@ class CheckpointState(JsonRecord):
     versions: dict[str, str | None] = Field(default={}, description="a version for each package")
     shapes: dict[str, list[Count]] = Field(description="a list of whole numbers for each parameter")
     adam_steps: dict[str, Amount] = Field(description="a number ≥ 0 for each parameter")
+    # Of those, the parameters of which the optimizer keeps no second moment.
+    first_moment_only: list[str] = Field(default=[], description="a list of parameters")
 
 
 class Files(NamedTuple):

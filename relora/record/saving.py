@@ -24,7 +24,6 @@ from torch import Tensor
 
 from relora.engine.distributed import Ranks
 from relora.engine.state import EngineState
-from relora.engine.views import MOMENTS
 from relora.errors import CheckpointError
 from relora.files import beside, replacing, sync, write_json
 from relora.record.checkpoint import complete_checkpoints
@@ -166,13 +165,14 @@ class Saving:
             )
 
 
-def checkpoint_bytes(trainable: int, frozen: int) -> int:
+def checkpoint_bytes(trainable: int, frozen: int, of_one_moment: int = 0) -> int:
     """Bytes of a checkpoint's tensors, from numbers of parameters.
 
-    fp32 value and two moments of what is trained, fp32 value of what is not; over all ranks each
-    once. Names, shapes and the state come on top (well below 1 % of any real model).
+    fp32 value and two moments of what is trained (of some of it one, under Muon), fp32 value of
+    what is not; over all ranks each once. Names, shapes and the state come on top (well below 1 %
+    of any real model).
     """
-    return 12 * trainable + 4 * frozen
+    return 12 * trainable - 4 * of_one_moment + 4 * frozen
 
 
 def retire(
@@ -215,7 +215,7 @@ def _own_pieces(views: EngineState, ranks: Ranks) -> Iterator[tuple[str, str, in
     Masters and remainders are not among it: `value` is the one joined from what they complete.
     """
     for view in views:
-        for kind in ("value", *(MOMENTS if view.flat is not None else ())):
+        for kind in ("value", *(view.moments if view.flat is not None else ())):
             start, piece, shared = views.piece(view, kind)
             if shared:  # cut in equal parts, so that all write at once
                 size = -(-piece.numel() // ranks.world)

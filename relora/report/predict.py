@@ -41,7 +41,9 @@ def predict(run: RunFiles) -> Prediction:
             memory=peak_memory(config, run.world),
             memory_by_part=memory_by_part(config, run.world),
             bytes_per_step=bytes_per_step(config, run.world, lora is not None),
-            checkpoint_bytes=checkpoint_bytes(trainable, frozen),
+            checkpoint_bytes=checkpoint_bytes(
+                trainable, frozen, shape_of(config).of_one_moment(config, lora is not None)
+            ),
             trainable=trainable,
             parameters=sum(size for size, _ in shape_of(config).parameters),
         )

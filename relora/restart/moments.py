@@ -73,7 +73,7 @@ def reset_moments(
     if reset.adam_step:
         for view in chosen:
             state.set_adam_step_(view, 0)
-    return zeroed / max(1, 2 * sum(view.numel for view in chosen))
+    return zeroed / max(1, sum(len(view.moments) * view.numel for view in chosen))
 
 
 def _reset(
@@ -92,7 +92,7 @@ def _reset(
     ]
     zeroed = 0
     for index, view in enumerate(chosen):
-        moments = [state.moment(view, kind) for kind in MOMENTS]
+        moments = [state.moment(view, kind) for kind in view.moments]
         if config.mode == "magnitude":
             masks = [beyond(m, e[index]) for m, e in zip(moments, edges, strict=False)]
         elif config.mode == "random":
@@ -100,7 +100,7 @@ def _reset(
             masks = [whole[view.start : view.start + view.count] for whole in wholes]
         else:
             masks = [torch.zeros_like(moments[0], dtype=torch.bool)]
-        for moment, keep in zip(moments, (masks[0], masks[-1]), strict=True):
+        for moment, keep in zip(moments, (masks[0], masks[-1]), strict=False):
             keep = keep.to(moment.device)
             moment.mul_(keep)
             zeroed += int((moment[~keep] == 0).sum())

@@ -153,9 +153,9 @@ def _transport(
     """Move a layer's moments to its new basis. Collective."""
     views = (adapter.a, adapter.b)
     old = [
-        torch.zeros(view.shape, device=state.device)
-        if view.flat is None
-        else state.gather([view], kind)[0]
+        state.gather([view], kind)[0]
+        if view.flat is not None and kind in view.moments
+        else torch.zeros(view.shape, device=state.device)
         for view in views
         for kind in MOMENTS
     ]
@@ -163,7 +163,7 @@ def _transport(
     for view in views:
         for kind in MOMENTS:
             whole = next(new).flatten()
-            if view.flat is not None:
+            if view.flat is not None and kind in view.moments:
                 state.moment(view, kind).copy_(whole[view.start : view.start + view.count])
 
 

@@ -13,6 +13,7 @@ from relora.data.shards import TokenShards
 from relora.engine.distributed import Ranks
 from relora.engine.precision import LossScale
 from relora.engine.state import EngineState
+from relora.engine.views import MOMENTS
 from relora.lora.layers import adapted_layers
 from relora.record import keys
 from relora.record.manifest import CheckpointState
@@ -115,6 +116,9 @@ def save(run: Run, background: bool) -> None:
         versions=installed_versions(),
         shapes={view.name: list(view.shape) for view in run.state},
         adam_steps={v.name: run.state.adam_step(v) for v in run.state if v.flat is not None},
+        first_moment_only=[
+            v.name for v in run.state if v.flat is not None and v.moments != MOMENTS
+        ],
     )
     began = time.perf_counter()
     run.saves.under_way = Saving(run.config.run_dir, run.state, state, run.ranks)
