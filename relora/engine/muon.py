@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # x ↦ ax + bx³ + cx⁵ takes what is in (0, 1] near one
 ITERATIONS = 5
 MATRIX_GROUPS = ("matrices", *ADAPTER_GROUPS)
-AT_ONCE = 2**24  # entries of cut matrices that are gathered together
+GATHERED_AT_ONCE = 2**24  # entries of cut matrices that are gathered together
 UPDATE = "update"  # under which `gather_each` finds what is to be made orthogonal
 
 
@@ -136,7 +136,7 @@ def _blocks(views: Sequence[ParameterView]) -> list[list[ParameterView]]:
     for view in views:
         if view.numel > room:
             blocks.append([])
-            room = AT_ONCE
+            room = GATHERED_AT_ONCE
         blocks[-1].append(view)
         room -= view.numel
     return blocks
