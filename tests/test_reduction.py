@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from ranks import Outcomes, Scenario, run_ranks
 from relora.engine import deepspeed
 from relora.engine.evaluation import loss_of
+from relora.lora.config import GROUPS
 from relora.model import build_model
 from relora.plan.estimate import bytes_per_step
 from relora.training.start import equip, start_run
@@ -64,7 +65,9 @@ def reduce_once(ranks: Any, model: str, run_dir: str, changes: dict[str, Any]) -
         (loss_of(plain, batch).total / MICRO_BATCHES).backward()
     run = start_run(config, shards(), ranks)  # type: ignore[arg-type]
     with Traffic() as traffic:
-        result = deepspeed.train_step(run.engine, batches, loss_of, 1e-3, None)
+        result = deepspeed.train_step(
+            run.engine, batches, loss_of, dict.fromkeys(GROUPS, 1e-3), None
+        )
     assert result.applied
     beta = config.optimizer.betas[0]
     exact = rounded = largest = weights = 0.0

@@ -378,7 +378,7 @@ def test_the_table_of_hyperparameters_begins_with_what_runs_are_compared_by(
         events.summary_metadata["_hparams_/experiment"].plugin_data.content
     )
     names = [info.name for info in data.experiment.hparam_infos]
-    assert names[:3] == ["method", "optimizer.lr", "lora.lr"]
+    assert names[:3] == ["method", "optimizer.lr", "optimizer.lr_embeddings"]
     assert {"lora.rank", "relora.cycle_steps", "relora.reset.mode", "seed"} <= set(names)
     hidden = ("dir", "files", "every", "path", "config", "num_workers", "micro_batch_size")
     assert not [name for name in names if name.rpartition(".")[2].startswith(hidden)]
