@@ -126,7 +126,8 @@ def model_card(run: LoadedRun, model: PreTrainedModel) -> str:
         "seed": str(config.seed),
     }
     if config.lora is not None:
-        rows["adapters"] = f"rank {config.lora.rank}, alpha {config.lora.alpha:g}"
+        alpha = f", alpha {config.lora.alpha:g}" if config.lora.rank else ""
+        rows["adapters"] = f"{config.lora.size}{alpha}"
     if evaluations:
         last = evaluations[-1]
         rows["validation loss"] = f"{last['eval/loss']:.4f} nats per token (step {last['step']})"

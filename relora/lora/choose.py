@@ -53,7 +53,7 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> list[str]:
     """
     linear = linear_layers(model)
     if config.targets is None:
-        small = _too_small(linear, config.rank)
+        small = _too_small(linear, config)
         chosen = [name for name in linear if name not in small]
     else:
         chosen = [n for n in linear if any(_ends_with(n, target) for target in config.targets)]
@@ -68,7 +68,12 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> list[str]:
         )
     for name in chosen:
         smaller = min(_matrix_of(linear[name]).shape)
-        if config.rank > smaller:
+        if config.rank is None and not _fits(linear[name], config):
+            raise ConfigError(
+                f"lora.blocks: {name} {tuple(linear[name].weight.shape)} is {_uncut(config)}; take "
+                "a number that divides the dimensions of all layers, or name lora.targets"
+            )
+        if config.rank is not None and config.rank > smaller:
             raise ConfigError(
                 f"lora.rank: {config.rank} is beyond the smaller dimension of {name} "
                 f"{tuple(linear[name].weight.shape)}; take at most {smaller}"
@@ -117,7 +122,7 @@ def left_in_full(model: nn.Module, config: LoRAConfig) -> list[Left]:
     """
     linear = linear_layers(model)
     if config.targets is None:
-        chosen = linear.keys() - _too_small(linear, config.rank).keys()
+        chosen = linear.keys() - _too_small(linear, config).keys()
     else:
         chosen = {n for n in linear if any(_ends_with(n, target) for target in config.targets)}
     layers, roles = dict(_linear(model)), parameter_roles(model)
@@ -135,7 +140,7 @@ def left_in_full(model: nn.Module, config: LoRAConfig) -> list[Left]:
             why = _obstacle(model, owner, layers[owner])
             if why is None and config.targets is not None:
                 why = "not among lora.targets"
-            why = why or f"smaller than rank {config.rank}"
+            why = why or (f"smaller than rank {config.rank}" if config.rank else _uncut(config))
         elif parameter.ndim > 2:
             why = f"{parameter.ndim}-dimensional, such as experts in one tensor or convolutions"
         else:
@@ -267,9 +272,21 @@ def _weights_computed_with(function: ast.FunctionDef) -> set[str]:
     return found
 
 
-def _too_small(linear: dict[str, Any], rank: int) -> dict[str, Any]:
-    """Layers that cannot take the rank, if they are of no weight together; else none."""
-    small = {name: layer for name, layer in linear.items() if min(_matrix_of(layer).shape) < rank}
+def _fits(layer: Any, config: LoRAConfig) -> bool:
+    """Whether a layer can take adapters of the size that is asked for."""
+    shape = _matrix_of(layer).shape
+    if config.rank is not None:
+        return min(shape) >= config.rank
+    return all(size % (config.blocks or 1) == 0 for size in shape)
+
+
+def _uncut(config: LoRAConfig) -> str:
+    return f"not cut into {config.blocks} bands of equal rows and columns"
+
+
+def _too_small(linear: dict[str, Any], config: LoRAConfig) -> dict[str, Any]:
+    """Layers that cannot take adapters of a size, if they are of no weight together; else none."""
+    small = {name: layer for name, layer in linear.items() if not _fits(layer, config)}
     total = sum(layer.weight.numel() for layer in linear.values())
     if sum(layer.weight.numel() for layer in small.values()) > INCIDENTAL * total:
         return {}

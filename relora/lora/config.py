@@ -18,7 +18,11 @@ UNDECAYED = ("norms and biases", "undecayed adapters")
 class LoRAConfig(Section):
     """Adapters y += s·B·A·x on the chosen weights; embeddings, norms and the head train in full."""
 
-    rank: int = Field(ge=1)
+    rank: int | None = Field(default=None, ge=1)
+    # In place of a rank: blocks of W train by themselves, each a k-th of its rows by a k-th of its
+    # columns, one in each band of either, so 1/k of W's entries and any rank at once. A restart
+    # moves every block on by one band.
+    blocks: int | None = Field(default=None, ge=2, le=256)
     alpha: float = Field(default=32.0, gt=0)
     scaling: Literal["standard", "rslora"] = "standard"  # s = alpha/r, or alpha/√r
     dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -54,6 +58,21 @@ class LoRAConfig(Section):
     decay: Literal["factors", "merged"] = "factors"
 
     @model_validator(mode="after")
+    def _has_a_size(self) -> LoRAConfig:
+        if (self.rank is None) == (self.blocks is None):
+            raise ValueError("give the size of the adapters as either rank or blocks")
+        if self.blocks is None:
+            return self
+        for key in ("alpha", "scaling", "dropout", "train", "share_a"):
+            if getattr(self, key) != LoRAConfig.model_fields[key].default:
+                raise ValueError(
+                    f"{key} is of A and B, and would do nothing with blocks; remove it"
+                )
+        if self.graph == "low_rank":
+            raise ValueError("graph: low_rank is of A and B; take auto or effective with blocks")
+        return self
+
+    @model_validator(mode="after")
     def _shares_what_does_not_train(self) -> LoRAConfig:
         if self.share_a is None:
             return self
@@ -65,6 +84,20 @@ class LoRAConfig(Section):
         return self
 
     @property
+    def size(self) -> str:
+        """How large the adapters are, in words."""
+        return f"rank {self.rank}" if self.blocks is None else f"{self.blocks} blocks"
+
+    def entries(self, outputs: int, inputs: int) -> tuple[int, int]:
+        """Those of A and B of a matrix (out, in)."""
+        if self.blocks is not None:
+            return self.blocks, outputs * inputs // self.blocks
+        assert self.rank is not None
+        return self.rank * inputs, outputs * self.rank
+
+    @property
     def scale(self) -> float:
-        """The factor s of the adapters' output."""
+        """The factor s of the adapters' output; blocks have none."""
+        if self.rank is None:
+            return 1.0
         return self.alpha / (self.rank if self.scaling == "standard" else self.rank**0.5)

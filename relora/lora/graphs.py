@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from relora.lora.blocks import gradient_of_blocks
+
 Graph = Literal["low_rank", "effective"]
 
 # Share of a layer's products that forming W + s·B·A for each micro-batch may take before it is kept
@@ -136,6 +138,7 @@ def linear(
     effective: Callable[[torch.dtype], Tensor] | None = None,
     factors: Callable[[torch.dtype], tuple[Tensor, Tensor]] | None = None,
     shared_a: str | None = None,
+    bands: Tensor | None = None,
 ) -> Tensor:
     """x (…, n) times the transpose of a weight (m, n), or of what A (r, n) and B (m, r) make of it:
     (…, m).
@@ -148,6 +151,7 @@ def linear(
         factors: s·A and s·B in a dtype, asked likewise.
         shared_a: what layers of the same A have in common; those that read one x multiply it with A
             once.
+        bands: where B's blocks lie, if it has blocks; then there is no A.
     """
     if torch.compiler.is_compiling():  # which decides by itself what to keep
         return F.linear(x, weight, bias)
@@ -157,7 +161,7 @@ def linear(
     if factors and keeps_inner and torch.is_grad_enabled():
         source = _Source((_inner(x, x_cast, factors(dtype)[0], shared_a),), is_inner=True)
     return _Linear.apply(
-        x, x_cast, weight, a, b, bias, effective, factors, shared_a, source, *source.inputs
+        x, x_cast, weight, a, b, bias, effective, factors, shared_a, bands, source, *source.inputs
     )
 
 
@@ -202,6 +206,7 @@ class _Linear(torch.autograd.Function):
         effective: Callable[[torch.dtype], Tensor] | None,
         factors: Callable[[torch.dtype], tuple[Tensor, Tensor]] | None,
         shared_a: str | None,
+        bands: Tensor | None,
         source: _Source,
         *inputs: Tensor,
     ) -> Tensor:
@@ -210,7 +215,7 @@ class _Linear(torch.autograd.Function):
         if not any(ctx.needs_input_grad[2:5]):  # of weight, A and B: none asks for x
             inputs = ()
         ctx.save_for_backward(weight, a, b, None if effective else matrix, *inputs)
-        ctx.effective, ctx.factors, ctx.shared_a = effective, factors, shared_a
+        ctx.effective, ctx.factors, ctx.shared_a, ctx.bands = effective, factors, shared_a, bands
         ctx.recipe, ctx.is_inner = source.recipe, source.is_inner
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.dtype = x.dtype
@@ -234,7 +239,9 @@ class _Linear(torch.autograd.Function):
             d_x = rows.mm(matrix).view(*gradient.shape[:-1], matrix.shape[1]).to(ctx.dtype)
         if for_weight:
             d_weight = rows.t().mm(x).to(weight.dtype)
-        if for_a or for_b:
+        if for_b and ctx.bands is not None:
+            d_b = gradient_of_blocks(rows, x, ctx.bands, b.shape).to(b.dtype)
+        elif for_a or for_b:
             scaled_a, scaled_b = ctx.factors(dtype)
             if for_b:
                 inner = inputs[0] if x is None else _inner(whole, x, scaled_a, ctx.shared_a)

@@ -54,7 +54,11 @@ def add_adapters(
         # forward and two parameters.
         layer.__class__ = adapted_class(kind, plain)
         assert isinstance(layer, AdaptedLayer)
-        layer.add_lora_(config.rank, config.scale, config.dropout, config.train == "both")
+        if config.blocks is not None:
+            layer.add_blocks_(config.blocks)
+        else:
+            assert config.rank is not None
+            layer.add_lora_(config.rank, config.scale, config.dropout, config.train == "both")
         keep = config.keep_effective
         if keep is None and config.base:
             keep = False  # half precision for the whole step, which it is there to avoid

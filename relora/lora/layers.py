@@ -26,9 +26,9 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes
 from transformers.pytorch_utils import Conv1D
 
+from relora.lora.blocks import rows_of_blocks, with_blocks
 from relora.lora.graphs import (
     Graph,
     cast,
@@ -40,6 +40,7 @@ from relora.lora.graphs import (
     worth_keeping,
 )
 from relora.lora.in_graph import forward_in_graph, made_for_compiler
+from relora.lora.probe import computes_linear
 from relora.lora.quantised import FrozenBase
 
 Role = Literal["A", "B", "base", "other"]
@@ -110,6 +111,13 @@ class AdaptedLayer(FrozenBase):
         self.graph, self.keeps_effective = "low_rank", False
         self.shared_a = self.made = self.quantised = None
 
+    def add_blocks_(self, count: int) -> None:
+        """Freeze the weight and add k blocks of it, which are zero; see `blocks`."""
+        outputs, inputs = self.matrix(self.weight).shape
+        self.add_lora_(1, 1.0, 0.0, train_a=False)
+        self.lora_A = nn.Parameter(self.lora_A.new_zeros(count), requires_grad=False)
+        self.lora_B = nn.Parameter(self.lora_B.new_zeros(count, outputs // count, inputs // count))
+
     def frozen(self) -> list[Tensor]:
         """The parameters that change at restarts alone: the weight, and A if it does not train."""
         return [self.weight] if self.lora_A.requires_grad else [self.weight, self.lora_A]
@@ -123,6 +131,8 @@ class AdaptedLayer(FrozenBase):
     ) -> None:
         """Set how the layer is computed; arguments as in `LoRAConfig` and `add_adapters`."""
         outputs, inputs = self.matrix(self.weight).shape
+        if self.has_blocks:
+            graph, keep = "effective", bool(keep)
         if graph == "auto":
             graph = "low_rank" if self.lora_dropout else cheaper_graph(outputs, inputs, tokens)
         self.graph = graph
@@ -133,7 +143,7 @@ class AdaptedLayer(FrozenBase):
         """Entries start..stop of s·B·A as it lies in the flattened weight, in the dtype of A and B.
 
         Args:
-            a: (r, in), b: (out, r).
+            a: (r, in), b: (out, r); of blocks as `blocks` has them.
             shape: of the whole weight, which this rank may hold a part of.
         """
         return self.stored((b @ a) * self.scale, shape).flatten()[start:stop]
@@ -171,13 +181,20 @@ class AdaptedLayer(FrozenBase):
     @property
     def forming_flops(self) -> int:
         """Of B·A."""
-        return 2 * self.lora_A.numel() * self.lora_B.shape[0]
+        return 0 if self.has_blocks else 2 * self.lora_A.numel() * self.lora_B.shape[0]
+
+    @property
+    def has_blocks(self) -> bool:
+        """Whether blocks of the weight train, and no A and B, see `blocks`."""
+        return self.lora_A.dim() == 1
 
     def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """(s·A, s·B) in a dtype."""
         return self._once(("factors", dtype), self._cast, dtype)
 
     def _form(self, dtype: torch.dtype) -> Tensor:
+        if self.has_blocks:
+            return with_blocks(self._base(dtype), self.shrink, self.lora_A, self.lora_B)
         a, b = self.factors(dtype)
         return torch.addmm(self._base(dtype), b, a, beta=self.shrink, alpha=1 / self.scale)
 
@@ -207,46 +224,28 @@ class _Linear(AdaptedLayer):
     def fits(cls, layer: Any) -> bool:
         """Its own forward pass is asked, with small weights in place of its own, which may lie
         nowhere."""
-        if super().fits(layer):
-            return True
-        # Real numbers also while a model without any is counted; fixed ones, since the generator
-        # belongs to the initial weights.
-        with _disable_current_modes(), torch.device("cpu"), torch.no_grad():
-            x, weight, bias = (torch.linspace(-1, 2, n) for n in (12, 15, 5))
-            x, weight = x.view(2, 2, 3).sin(), weight.view(5, 3).cos()
-            expected = F.linear(x, weight, bias if layer.bias is not None else None)
-            held = {"weight": cls.stored(weight, torch.Size((5, 3)))}
-            if layer.bias is not None:
-                held["bias"] = bias
-            try:
-                found = torch.func.functional_call(layer, held, (x,))
-            except Exception:  # whatever it may want in addition, it is no plain linear layer
-                return False
-            alike = isinstance(found, Tensor) and found.shape == expected.shape
-            return alike and torch.allclose(found, expected, rtol=1e-5, atol=1e-6)
+        return super().fits(layer) or computes_linear(layer, cls.stored)
 
     def delta(self, a: Tensor, b: Tensor, shape: torch.Size, start: int, stop: int) -> Tensor:
         """As the base class; only the rows that these entries touch are computed."""
-        left, right = self._factors(a, b)
         columns = shape[1]
         first, last = start // columns, -(-stop // columns)
-        rows = (left[first:last] @ right) * self.scale
+        rows = self._rows(a, b, first, last) * self.scale
         return rows.flatten().narrow(0, start - first * columns, stop - start)
 
-    @classmethod
-    def _factors(cls, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        """(left, right) whose product is B·A as it lies in the weight."""
-        return b, a
+    def _rows(self, a: Tensor, b: Tensor, first: int, last: int) -> Tensor:
+        """Rows of B·A as it lies in the weight."""
+        return rows_of_blocks(a, b, first, last) if self.has_blocks else b[first:last] @ a
 
     def forward(self, x: Tensor) -> Tensor:
         """x (…, in) → (…, out)."""
         if torch.compiler.is_compiling():
             return forward_in_graph(self, x)
         if self.graph == "effective":
-            factors = self.lora_A, self.lora_B
-            return linear(
-                x, self.weight, *factors, self.bias, self.effective, self.factors, self.shared_a
-            )
+            a, b, bias = self.lora_A, self.lora_B, self.bias
+            if self.has_blocks:
+                return linear(x, self.weight, None, b, bias, self.effective, bands=a)
+            return linear(x, self.weight, a, b, bias, self.effective, self.factors, self.shared_a)
         # d is no factor of the bias.
         bias, later = (self.bias, None) if self.shrink == 1 else (None, self.bias)
         if self.quantised is not None:  # for the backward pass its values are made again
@@ -280,10 +279,11 @@ class LoRAConv1D(_Linear, Conv1D):
         """(out, in) → (in, out)."""
         return matrix.t()
 
-    @classmethod
-    def _factors(cls, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    def _rows(self, a: Tensor, b: Tensor, first: int, last: int) -> Tensor:
         """(B·A)ᵀ = Aᵀ·Bᵀ."""
-        return a.t(), b.t()
+        if self.has_blocks:
+            return rows_of_blocks(a, b, 0, b.shape[0] * b.shape[1]).t()[first:last]
+        return a.t()[first:last] @ b.t()
 
 
 KINDS: tuple[type[AdaptedLayer], ...] = (LoRALinear, LoRAConv1D)

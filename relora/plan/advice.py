@@ -50,7 +50,7 @@ def in_a_word(config: Config, parameters: int, devices: int) -> str:
     more = peak - peak_memory(full_rank_twin(config), devices)
     less = _saved(config)
     return (
-        f"{size} at rank {config.lora.rank}: a step with adapters multiplies {_share(less)} than "
+        f"{size} at {config.lora.size}: a step with adapters multiplies {_share(less)} than "
         f"in full rank, and at its peak a rank holds {format_bytes(peak)}, "
         f"{format_bytes(abs(more))} {'more' if more > 0 else 'less'}, {most}{counted}. "
         f"{_where_time_is_saved(config, less)}"
@@ -87,10 +87,10 @@ def _where_time_is_saved(config: Config, less: float) -> str:
         if m.adapted
     ) / flops_per_token(config, False).total  # fmt: skip
     ways = []
-    if gradients > WORTH_SAVING:
+    if gradients > WORTH_SAVING and lora.rank is not None:
         rank = int(lora.rank * (gradients - WORTH_SAVING) / (gradients - less))
         ways += [f"from rank {rank} down"] if rank else []
-    if lora.train == "both":
+    if lora.train == "both" and lora.rank is not None:
         only_b = lora.model_copy(update={"train": "b"})
         alone = _saved(config.model_copy(update={"lora": only_b}))
         ways += [f"with lora.train: b ({_share(alone)})"] if alone >= WORTH_SAVING else []
@@ -196,7 +196,7 @@ def _too_large(
 
 
 def _adapters(config: Config, shapes: dict[str, tuple[int, ...]]) -> Iterator[str]:
-    if config.lora is None:
+    if config.lora is None or config.lora.rank is None:
         return
     rank = config.lora.rank
     large = [name for name, (m, n) in shapes.items() if rank * (m + n) >= m * n]
@@ -219,7 +219,8 @@ def _adapters(config: Config, shapes: dict[str, tuple[int, ...]]) -> Iterator[st
 
 
 def reach_of_updates(config: Config, model: nn.Module) -> str:
-    """How far an update moves W beside one of full rank, each at its own rate, in words.
+    """How far an update moves W beside one of full rank, each at its own rate, in words; how far
+    one of A and B by Muon does is not known ahead.
 
     Args:
         model: with adapters.
@@ -227,11 +228,14 @@ def reach_of_updates(config: Config, model: nn.Module) -> str:
     lora, base = config.lora, config.optimizer.lr
     assert lora is not None
     rate = (config.relora and config.relora.lr) or lora.lr or base
+    told = f"adapters {rate:.1e}, full rank {base:.1e}"
+    if lora.rank is None or config.optimizer.matrices == "muon":
+        return told
     inputs = median(layer.matrix(layer.weight).shape[1] for _, layer in adapted_layers(model))
     # Adam's first update of B is ± the rate in each entry, and A's have variance 1/(3·in).
     reach = rate / base * lora.scale * (lora.rank / (3 * inputs)) ** 0.5
     words = (
-        f"adapters {rate:.1e}, full rank {base:.1e}: right after a restart an update moves W by "
+        f"{told}: right after a restart an update moves W by "
         f"{reach:.3g} of what full rank's does; {rate / reach:.1e} would match it"
     )
     if config.optimizer.lr_embeddings != "adapters" or rate == base:

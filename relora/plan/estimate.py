@@ -89,21 +89,17 @@ def speedup_ceiling(config: Config) -> float:
 
     At best one product with W + s·B·A, formed once a micro-batch, serves the forward pass and one
     the gradient of the input; A and B then take 4r(m + n) a token, B alone 2r(m + n) or, where
-    another layer of the same A has multiplied the input with it, 2rm. A full-rank weight's own
-    gradient takes 2mn.
+    another layer of the same A has multiplied the input with it, 2rm; k blocks of W 2mn/k. A
+    full-rank weight's own gradient takes 2mn.
     """
     lora = config.lora
     if lora is None:
         return 1.0
-    factor = (4 if lora.train == "both" else 2) * lora.rank
     # Fewer uses than one a token where it goes through few experts, two of a layer that is shared.
     layers = zip(shape_of(config).matrices, dry_run(config, False).uses, strict=True)
     adapted = [(m, uses) for m, uses in layers if m.adapted]
     full = flops_per_token(config, False).total
-    saved = sum(
-        uses * (2 * m.inputs * m.outputs - factor * (m.outputs + m.inputs * (not m.shares_a)))
-        for m, uses in adapted
-    )
+    saved = sum(uses * (2 * m.inputs * m.outputs - m.least_flops(lora)) for m, uses in adapted)
     return full / (full - saved)
 
 
@@ -122,9 +118,7 @@ def merge_flops(config: Config) -> float:
     """FLOPs of one merge: W += s·B·A on every adapted weight."""
     if config.lora is None:
         return 0.0
-    rank = config.lora.rank
-    sizes = ((m.inputs, m.outputs) for m in shape_of(config).adapted())
-    return float(sum(2 * rank * m * n + m * n for m, n in sizes))
+    return sum(m.merge_flops(config.lora) for m in shape_of(config).adapted())
 
 
 def merge_cost(config: Config, world: int) -> MergeCost:
@@ -135,14 +129,14 @@ def merge_cost(config: Config, world: int) -> MergeCost:
     """
     assert config.relora is not None
     assert config.lora is not None
-    section, rank = config.deepspeed, config.lora.rank
+    section, lora = config.deepspeed, config.lora
     cycle, share = config.relora.cycle_steps, (world - 1) / world
     adapted = shape_of(config).adapted()
     parts = section.zero_stage == 3 or _completes(config)
     flops = merge_flops(config) / (world if parts else 1)
     received = 0.0
     if section.zero_stage == 3:
-        received = share * sum(4 * rank * (m.inputs + m.outputs) for m in adapted)
+        received = share * sum(4 * size for m in adapted for size, _ in m.entries(lora))
     elif parts:
         received = share * sum(_widths(config)[1] * m.inputs * m.outputs for m in adapted)
     step = flops_per_token(config, True).total * config.tokens_per_step / world

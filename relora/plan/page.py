@@ -130,8 +130,8 @@ def _header(facts: Facts, path: str) -> list[str]:
     if lora is None:
         return [*lines, "method       full rank"]
     start = f"{config.warm_start.steps:,} steps of full rank, then " if config.warm_start else ""
-    scale = f"s = {lora.scale:.4g} ({lora.scaling})"
-    lines.append(f"method       {config.method}: {start}rank {lora.rank}, {scale}")
+    scale = f", s = {lora.scale:.4g} ({lora.scaling})" if lora.rank else ""
+    lines.append(f"method       {config.method}: {start}{lora.size}{scale}")
     if relora:
         reset = relora.reset
         share = f" {reset.share:.0%}" if reset.mode in ("magnitude", "random") else ""
@@ -160,8 +160,9 @@ def _parameters(facts: Facts) -> list[str]:
         rows.append([f"  {name}", f"{trainable:,}", f"{frozen:,}", f"{trainable + frozen:,}"])
     lines = format_table(rows, "<>>>")
     if config.lora is not None:
-        rank, cycles = config.lora.rank, len(config.clock.merge_steps()) + 1
+        cycles = len(config.clock.merge_steps()) + 1
         full = max((min(shape) for shape in shapes.values()), default=0)
+        rank = config.lora.rank or full
         lines += [
             f"  {total[0] / sum(total):.1%} is trained once adapters are born; their updates sum "
             f"to rank {min(full, cycles * rank)} of {full} at most",
@@ -269,7 +270,7 @@ def _merges(facts: Facts) -> list[str]:
     if config.lora is None or config.relora is None:
         return ["merges       none"]
 
-    factors = [config.lora.rank * (m + n) for m, n in shapes]
+    factors = [sum(config.lora.entries(m, n)) for m, n in shapes]
     largest = max((m * n for m, n in shapes), default=0)
     cost = merge_cost(config, facts.devices)
     sent = "nothing but counts is sent: every rank has A, B and W"

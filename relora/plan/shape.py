@@ -23,6 +23,24 @@ class Matrix(NamedTuple):
     adapted: bool  # has A and B beside it once adapters are born
     shares_a: bool = False  # with another, which multiplies their input with it
 
+    def entries(self, lora: LoRAConfig) -> list[tuple[int, bool]]:
+        """(entries, trainable) of its A and B."""
+        a, b = lora.entries(self.outputs, self.inputs)
+        return [(a, lora.rank is not None and lora.train == "both"), (b, True)]
+
+    def least_flops(self, lora: LoRAConfig) -> float:
+        """FLOPs a token of what A and B take beside the products with W, at least."""
+        if lora.rank is None:
+            return 2.0 * self.entries(lora)[1][0]
+        factor = (4 if lora.train == "both" else 2) * lora.rank
+        return float(factor * (self.outputs + self.inputs * (not self.shares_a)))
+
+    def merge_flops(self, lora: LoRAConfig) -> float:
+        """FLOPs of W += s·B·A."""
+        if lora.rank is None:
+            return float(self.entries(lora)[1][0])
+        return float((2 * lora.rank + 1) * self.inputs * self.outputs)
+
 
 class Shape(NamedTuple):
     """What a model is made of."""
@@ -44,8 +62,7 @@ class Shape(NamedTuple):
             return [(size, True) for size, _ in self.parameters]
         sizes = [(size, not frozen) for size, frozen in self.parameters]
         for matrix in self.adapted():
-            sizes.append((lora.rank * matrix.inputs, lora.train == "both"))
-            sizes.append((lora.rank * matrix.outputs, True))
+            sizes += matrix.entries(lora)
         return sizes
 
     def of_one_moment(self, config: Config, adapters: bool) -> int:

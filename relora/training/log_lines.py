@@ -26,6 +26,7 @@ COMPARED_BY = (
     "lora.lr",
     "relora.lr",
     "lora.rank",
+    "lora.blocks",
     "lora.alpha",
     "lora.scaling",
     "lora.dropout",

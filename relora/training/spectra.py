@@ -223,7 +223,11 @@ def measure_layer(
     cycle = None
     if factors:
         a, b = factors
-        cycle = factored_spectrum(b, a, layer.scale, count)
+        if layer.has_blocks:
+            delta = layer.delta(a, b, weight.shape, 0, weight.numel()).view(weight.shape)
+            cycle = spectrum(layer.matrix(delta), count, EXACT_UP_TO)
+        else:
+            cycle = factored_spectrum(b, a, layer.scale, count)
         weight = layer.merged(weight, a, b)
     owner = kind_of(layer)
     assert owner is not None
