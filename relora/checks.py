@@ -35,6 +35,7 @@ def cross_checks(config: Config, read_model: bool) -> Iterator[str]:
     yield from _check_graphs(config)
     yield from _check_compile(config)
     yield from _check_muon(config)
+    yield from _check_blocks(config)
     yield from _check_base(config)
     micro_batch_size = config.batch.micro_batch_size
     yield from mistakes(config.deepspeed, config.optimizer, micro_batch_size, ask=read_model)
@@ -104,6 +105,18 @@ def _check_graphs(config: Config) -> Iterator[str]:
         yield (
             "lora.keep_effective: true would hold whole on each rank what ZeRO 3 partitions; take "
             "false, or zero_stage 2"
+        )
+
+
+def _check_blocks(config: Config) -> Iterator[str]:
+    if config.lora is None or config.lora.blocks is None:
+        return
+    if config.train.compile:
+        yield "lora.blocks: no compiled block knows them; take train.compile: null, or a rank"
+    if config.relora and config.relora.reset.mode != "zero":
+        yield (
+            f"relora.reset.mode: {config.relora.reset.mode}: after a merge other entries of W "
+            "train, of which the moments know nothing; take reset: {mode: zero} with lora.blocks"
         )
 
 

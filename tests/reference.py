@@ -112,6 +112,7 @@ class Method:
     lr_embeddings: float | str | None = None  # of embeddings, head, norms; None: lr
     muon: float | None = None  # its momentum, where matrices of blocks take its steps
     rank: int = 1
+    blocks: int | None = None  # in place of a rank
     scale: float = 1.0
     share: float = 0.9  # of the moments of A and B that a reset zeroes, by magnitude
     adam_step: bool = False
@@ -132,10 +133,10 @@ class Method:
 
     def rate_of(self, name: str, t: int) -> float:
         """The same for one parameter: what is no matrix of a block does not restart."""
-        if self.lr_embeddings == "adapters" or is_of_a_block(name):
+        if self.lr_embeddings == "adapters" or "lora_" in name:
             return self.learning_rate(t)
         smooth = lr_factor(t, self.total, self.warmup, None, 0, self.low, None)
-        return smooth * (self.lr_embeddings or self.lr)
+        return smooth * (self.lr if is_of_a_block(name) else self.lr_embeddings or self.lr)
 
 
 def is_of_a_block(name: str) -> bool:
@@ -145,10 +146,11 @@ def is_of_a_block(name: str) -> bool:
 
 def made_orthogonal(matrix: Tensor) -> Tensor:
     """Five times x ↦ ax + bx³ + cx⁵ on the singular values of a matrix of Frobenius norm 1."""
-    u, s, v = torch.linalg.svd(matrix / (matrix.norm() + 1e-7), full_matrices=False)
+    size = matrix.norm(dim=(-2, -1), keepdim=True)
+    u, s, v = torch.linalg.svd(matrix / (size + 1e-7), full_matrices=False)
     for _ in range(5):
         s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
-    return u * s @ v
+    return u * s[..., None, :] @ v
 
 
 @dataclass
@@ -228,6 +230,17 @@ def effective(values: Mapping[str, Tensor], target: str, scale: float) -> Tensor
     weight = values[f"{target}.weight"]
     if f"{target}.lora_A" not in values:
         return weight
+    if values[f"{target}.lora_A"].dim() == 1:
+        delta = torch.zeros_like(weight)
+        blocks = values[f"{target}.lora_B"]
+        _, height, width = blocks.shape
+        for row, column in enumerate(values[f"{target}.lora_A"].int().tolist()):
+            place = (
+                slice(row * height, (row + 1) * height),
+                slice(column * width, (column + 1) * width),
+            )
+            delta[place] = blocks[row]
+        return weight + delta
     return weight + scale * values[f"{target}.lora_B"] @ values[f"{target}.lora_A"]
 
 
@@ -244,8 +257,11 @@ def give_birth_(state: State, targets: list[str], method: Method, draw: Callable
     for target in targets:
         out_features, in_features = state.values[f"{target}.weight"].shape
         del state.moments[f"{target}.weight"]
-        a = draw((method.rank, in_features), 0, method.key(target)).double()
-        b = torch.zeros(out_features, method.rank, dtype=torch.float64)
+        shape, cut = (method.rank, in_features), (out_features, method.rank)
+        if k := method.blocks:
+            shape, cut = (k,), (k, out_features // k, in_features // k)
+        a = draw(shape, 0, method.key(target)).double()
+        b = torch.zeros(cut, dtype=torch.float64)
         for name, tensor in {"lora_A": a, "lora_B": b}.items():
             state.values[f"{target}.{name}"] = tensor
             if name == "lora_B" or method.trains_a:
@@ -277,7 +293,7 @@ def update_(
         rate = method.rate_of(name, done)
         if method.muon is not None and is_of_a_block(name):
             adam.m = method.muon * adam.m + g
-            step = made_orthogonal(g + method.muon * adam.m) * 0.2 * math.sqrt(max(g.shape))
+            step = made_orthogonal(g + method.muon * adam.m) * 0.2 * math.sqrt(max(g.shape[-2:]))
             state.values[name] = value - rate * (decay * value + step)
             continue
         adam.m = beta1 * adam.m + (1 - beta1) * g

@@ -75,6 +75,11 @@ SHARES = {
 }
 RATES: dict[int, Any] = {1: 1.5e-3, 3: "adapters"}  # optimizer.lr_embeddings, by ZeRO stage
 MUON = {"optimizer__matrices": "muon", "optimizer__momentum": 0.9}
+BLOCKS = {
+    "lora": {"blocks": 3, "targets": ["q_proj", "k_proj", "v_proj", "o_proj"]},
+    "relora__reset": {"mode": "zero"},
+    "optimizer__matrices": "muon",
+}
 BF16 = {"deepspeed__precision": "bf16", "relora__tolerance": 0.1}
 
 
@@ -366,18 +371,21 @@ def run_reference(model: str, changes: dict[str, Any]) -> reference.History:
         clip=values["optimizer"]["grad_clip"],
         birth=values["warm_start"]["steps"] if values["warm_start"] else 0,
         rank=values["lora"]["rank"],
-        scale=values["lora"]["alpha"] / values["lora"]["rank"],
+        blocks=values["lora"]["blocks"],
+        scale=config.lora.scale,
     )
     if values["relora"]:
         method.cycle = values["relora"]["cycle_steps"]
         method.rewarm = values["relora"]["rewarm_steps"]
         method.relora_lr = values["relora"]["lr"]
         method.adam_step = values["relora"]["reset"]["adam_step"]
+        if values["relora"]["reset"]["mode"] == "zero":
+            method.share = 1.0
     method.lr_embeddings = values["optimizer"]["lr_embeddings"]
     if values["optimizer"]["matrices"] == "muon":
         method.muon = values["optimizer"]["momentum"]
     method.merged_decay = values["lora"]["decay"] == "merged"
-    method.trains_a = values["lora"]["train"] == "both"
+    method.trains_a = values["lora"]["train"] == "both" and not method.blocks
     if values["lora"]["share_a"]:
         method.drawn_as = SHARES
     return reference.train(
@@ -517,6 +525,7 @@ def doubled(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Outco
         wanted.append(make(f"fp64 {stage} rates", **own))
     wanted += [make(f"fp64 {s} frozen A", deepspeed__zero_stage=s, **FROZEN_A) for s in STAGES]
     wanted += [make(f"fp64 {s} muon", deepspeed__zero_stage=s, **MUON) for s in STAGES]
+    wanted += [make(f"fp64 {s} blocks", deepspeed__zero_stage=s, **BLOCKS) for s in STAGES]
     return run_ranks(2, wanted, 240, prepare=in_float64)
 
 
@@ -625,6 +634,20 @@ def test_muon_equals_the_reference(stage: int, doubled: Outcomes, truth: Any) ->
     kinds = {(name, kind) for name, kind in run["states"][-1] if kind.startswith("exp")}
     assert {k for n, k in kinds if "_proj" in n} == {"exp_avg"}
     assert {k for n, k in kinds if "_proj" not in n} == {"exp_avg", "exp_avg_sq"}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_blocks_of_a_weight_equal_the_reference(stage: int, doubled: Outcomes, truth: Any) -> None:
+    """Moved by Muon, and on by a band at each merge."""
+    run = doubled[f"fp64 {stage} blocks"][0]
+    found = deviations(run, truth(**BLOCKS))
+    assert max(found.values()) < 1e-12, found
+    bands = [{n: v for (n, _), v in s.items() if n.endswith("lora_A")} for s in run["states"]]
+    for name, first in bands[BIRTH].items():
+        count = len(first)
+        assert sorted(first) == [*range(count)]
+        for merge, step in enumerate(MERGES, 1):
+            np.testing.assert_array_equal(bands[step][name], (first + merge) % count)
 
 
 @pytest.mark.parametrize("stage", STAGES)
