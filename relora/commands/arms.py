@@ -19,6 +19,7 @@ from relora.errors import PREEMPTED, CheckpointError, ConfigError, NumericsError
 from relora.files import write_atomically, write_json
 from relora.load import MAY_CHANGE, check_world, differences, load_config, load_run_config
 from relora.record import keys
+from relora.record.layout import ARMS_FILE
 from relora.record.metrics import read_metrics
 from relora.record.rundir import RunState, read_run_state
 from relora.training.arms import (
@@ -76,7 +77,7 @@ def arms(
         return stopped.code
     runs = [(name, run) for name, arm in report.items() for run in arm["runs"]]
     write_atomically(to / "runs.txt", "".join(f"{name}={run}\n" for name, run in runs))
-    write_json(to / "arms.json", report)
+    write_json(to / ARMS_FILE, report)
     print(f"all {len(runs)} runs are done: {to / 'runs.txt'}")
     return 0
 
