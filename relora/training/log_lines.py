@@ -168,7 +168,7 @@ def spectra_line(step: int, values: Mapping[str, float]) -> str:
 
 def eval_line(step: int, values: Mapping[str, float]) -> str:
     """An evaluation."""
-    error = values["eval/standard_error"]
+    error = values[keys.EVAL_ERROR]
     margin = f" ± {error:.4f}" if math.isfinite(error) else ""
     return (
         f"EVAL at step {step}: loss {values['eval/loss']:.4f}{margin}, perplexity "
