@@ -21,6 +21,7 @@ from relora.load import dump_config, load_config
 from relora.lora.inject import add_adapters
 from relora.model import build_meta_model, build_model, count_parameters
 from relora.training.arms import Arm, standard_arms
+from relora.training.tuning import search
 from runs import Process, alive, logged_step, make_config, relora, run_state, series, wait_for
 
 FULL = ["lora=null", "relora=null", "warm_start=null"]
@@ -92,6 +93,8 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
         if rate > 0.1:
             state |= {"status": "failed", "reason": "not finite", "code": NumericsError.code}
         loss = 3 + abs(math.log(rate / (2e-2 if config.lora else 5e-3)))
+        if isinstance(config.optimizer.lr_embeddings, float):  # best at 2e-2
+            loss += abs(math.log(config.optimizer.lr_embeddings / 2e-2))
         (directory / "run_state.json").write_text(json.dumps(state))
         (directory / "metrics.jsonl").write_text(json.dumps({"step": 24, "eval/loss": loss}) + "\n")
         return state["code"]
@@ -120,7 +123,8 @@ def test_rates_are_tuned_on_a_seed_of_their_own_and_the_best_is_used(
     del values["relora"]["lr"]
     config.write_text(yaml.safe_dump(values))
     arms = {"LoRA": ["relora=null"], "full rank": FULL, "ReLoRA": []}
-    file = write_arms(seeds=[3, 4], tune={"factors": [0.5, 1, 2, 20], "seed": 9}, arms=arms)
+    tune = {"factors": [0.5, 1, 2, 20], "lr_embeddings": None, "extend": 0, "seed": 9}
+    file = write_arms(seeds=[3, 4], tune=tune, arms=arms)
     assert relora("arms", config, "--arms", file, "--to", tmp_path / "to") == 0
     assert [c.seed for c in trained] == [9] * 12 + [3, 4] * 3
     kept = trained[12:]
@@ -135,6 +139,65 @@ def test_rates_are_tuned_on_a_seed_of_their_own_and_the_best_is_used(
     trained.clear()
     assert relora("arms", config, "--arms", file, "--to", tmp_path / "to") == 0
     assert trained == []
+
+
+def test_a_search_goes_on_beyond_the_edge_and_has_a_limit() -> None:
+    def hill(best: float) -> Callable[[float], float]:
+        return lambda factor: math.inf if factor > 30 else abs(math.log(factor / best))
+
+    inside = search([0.5, 1, 2], hill(1), 3)
+    assert (inside.best, inside.edge, inside.added) == (1, False, 0)
+    above = search([1, 2, 0.5], hill(8), 3)
+    assert list(above.losses) == [0.5, 1, 2, 4, 8, 16]
+    assert (above.best, above.edge, above.added) == (8, False, 3)
+    assert "edge of what" not in above.sentence("x", "lr", 1e-3)
+    below = search([3, 9], hill(0.01), 2)
+    assert (list(below.losses)[:2], below.edge, below.added) == ([1 / 3, 1], True, 2)
+    said = below.sentence("x", "lr", 3e-3)
+    assert said.startswith("x: lr 0.001, the best of 0.001 (3.5066), 0.003 (4.6052), 0.009 (")
+    assert said.endswith(
+        "2 of them added because the best was at the edge; it is the edge of what was tried"
+    )
+    wild = search([40, 80], hill(10), 1)  # all diverge: it goes down
+    assert (wild.best, wild.diverged) == (20, False)
+    assert search([40, 80], hill(10), 0).diverged
+
+
+def test_embeddings_rate_is_searched_too_and_shared_by_all_arms(
+    tmp_path: Path,
+    trained: list[Config],
+    write_arms: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Stopped in the middle of it, too; the same command goes on."""
+    config = make_config(tmp_path / "run", optimizer={"lr": 5e-3}, lora={"rank": 4})
+    arms = {"ReLoRA": ["relora.lr=0.02"], "full rank": FULL, "own": ["optimizer.lr_embeddings=0.1"]}
+    file = write_arms(seeds=[3], tune={"factors": [0.5, 1, 2], "seed": 9}, arms=arms)
+    command_line = ("arms", config, "--arms", file, "--to", tmp_path / "to")
+    real = command._Work._launch
+
+    def stops(work: Any, *args: Any) -> int:
+        return 75 if len(trained) == 11 else real(work, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(command._Work, "_launch", stops)
+        assert relora(*command_line) == 75
+    assert not (tmp_path / "to" / "runs.txt").exists()
+    before = len(trained)
+    capsys.readouterr()
+    assert relora(*command_line) == 0
+    output = capsys.readouterr().out
+    assert "all arms: optimizer.lr_embeddings 0.02, the best of 0.0025 (" in output
+    assert "by the mean loss of full rank, ReLoRA; 2 of them added" in output
+    asked = [(c.seed, c.method, c.learning_rate(10), c.optimizer.lr_embeddings) for c in trained]
+    assert len(asked[:before]) == 11
+    assert len(set(asked)) == len(asked)  # what was done was not trained again
+    kept = [c for c in trained if c.seed == 3]
+    assert [c.optimizer.lr_embeddings for c in kept] == [0.02, 0.02, 0.1]
+    report = json.loads((tmp_path / "to" / "arms.json").read_text())
+    assert len(report["ReLoRA"]["tuning"]) == 2
+    assert len(report["own"]["tuning"]) == 1
 
 
 def test_a_run_that_diverges_is_a_result_and_one_that_stops_stops_all(
@@ -181,6 +244,7 @@ def test_a_run_with_other_settings_is_not_taken_for_the_one_that_is_wanted(
         ({"arms": {"lr=1": []}}, "'lr=1': a name begins with no -"),
         ({"arms": {"--to": []}}, "'--to': a name begins with no -"),
         ({"tune": {"factors": [1, 0], "seed": 5}}, "tune.factors"),
+        ({"tune": {"factors": [1, 1], "seed": 5}}, "must differ from each other"),
         ({"tune": {"factors": [1], "seed": 5}}, "tune.factors: [1]: must have at least 2 of them"),
         ({"arms": {"x": ["lora.rnk=3"]}}, "arm 'x': "),
         ({"arms": {"fine": [], "y": ["lora=null"]}}, "arm 'y': "),
@@ -219,7 +283,7 @@ def test_an_arm_that_diverges_at_every_rate_is_not_trained_with_one_of_them(
     write_arms: Callable[..., Path],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    file = write_arms(tune={"factors": [50, 100], "seed": 9}, arms={"wild": []})
+    file = write_arms(tune={"factors": [50, 100], "extend": 0, "seed": 9}, arms={"wild": []})
     arguments = ("--arms", file, "--to", tmp_path / "to")
     assert relora("arms", make_config(tmp_path / "run"), *arguments) == NumericsError.code
     assert "'wild': diverged at every relora.lr that was tried" in capsys.readouterr().err

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from ranks import Scenario, run_ranks
+from relora.data.loader import eval_batches
+from relora.engine.evaluation import evaluate_loss
 from runs import (
     SEQUENCE,
     adam_steps,
@@ -42,7 +47,7 @@ def evaluated(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> tuple[floa
     with monkeypatch.context() as patch:
         patch.setattr(command, "evaluate_loss", lambda *args: found.append(real(*args)) or found[0])
         assert relora("evaluate", *arguments) == 0
-    return found[0]
+    return found[0][:2]
 
 
 # --- evaluate -------------------------------------------------------------------------------------
@@ -106,6 +111,54 @@ def test_it_is_the_mean_over_tokens(finished: Path, monkeypatch: pytest.MonkeyPa
     loss, tokens = evaluated(monkeypatch, finished, "--max-sequences", 5, "--batch-size", 2)
     assert tokens == 5 * (SEQUENCE - 1) == len(losses)
     assert loss == pytest.approx(sum(losses) / len(losses), rel=1e-6)
+
+
+class Fixed(torch.nn.Module):
+    """Stands for a model: a batch's loss is its first token, in tenths."""
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> Any:
+        loss = input_ids[:, 0].double().mean() / 10
+        return SimpleNamespace(logits=None, loss=loss)
+
+
+def evaluate_rows(ranks: Any, rows: int, micro_batch: int) -> tuple[float, int, float]:
+    """The whole of an evaluation of `rows` sequences of 5 tokens."""
+    tokens = np.arange(rows * 5, dtype=np.uint16) ** 2 % 97
+    batches = eval_batches(
+        tokens, sequence_length=5, micro_batch=micro_batch, rank=ranks.rank, world=ranks.world
+    )
+    return tuple(evaluate_loss(Fixed(), batches, ranks))
+
+
+def test_a_loss_has_a_standard_error_of_its_own_on_any_number_of_ranks() -> None:
+    from relora.engine.distributed import lone_rank
+
+    first = (np.arange(0, 35, 5) ** 2 % 97) / 10
+    loss, tokens, error = evaluate_rows(lone_rank(), 7, 1)
+    assert (loss, tokens) == (pytest.approx(first.mean()), 28)
+    assert error == pytest.approx(first.std(ddof=1) / np.sqrt(7), rel=1e-12)
+    # A last batch that is not full weighs less.
+    means, weights = np.array([first[:3].mean(), first[3:6].mean(), first[6]]), np.array([3, 3, 1])
+    expected = np.sqrt(1.5 * ((weights / 7 * (means - first.mean())) ** 2).sum())
+    alone = evaluate_rows(lone_rank(), 7, 3)
+    assert alone[2] == pytest.approx(expected, rel=1e-12)
+    assert np.isnan(evaluate_rows(lone_rank(), 7, 8)[2])  # one batch
+    both = run_ranks(2, [Scenario("rows", evaluate_rows, (7, 3))], timeout=500)["rows"]
+    assert both[0] == both[1] == pytest.approx(alone, rel=1e-12)
+
+
+def test_evaluate_says_how_sure_its_loss_is(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert relora("evaluate", finished, "--batch-size", 2) == 0
+    assert re.search(
+        r"nats per token \(standard error 0\.\d{4}\), perplex", capsys.readouterr().out
+    )
+    assert relora("evaluate", finished, "--max-sequences", 1) == 0
+    assert "nats per token, perplexity" in capsys.readouterr().out
+    errors = series(finished, "eval/standard_error")
+    assert list(errors) == list(series(finished, "eval/loss"))
+    assert all(0 < error < 1 for error in errors.values())
 
 
 def test_the_training_split_has_another_loss(

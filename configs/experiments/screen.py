@@ -21,7 +21,7 @@ At a restart what was trained is added to W, what trains now starts at zero, and
 Embeddings, head and norms have AdamW and a rate of their own, the same in all arms, without
 restarts. All arms see the same batches. Losses are of the same validation sequences, with their
 standard error; that of a difference is smaller. Results are appended to a file, a line each, and
-what it has already is not run again.
+what it has already is not run again; `--table` makes a table of them.
 """
 
 from __future__ import annotations
@@ -326,10 +326,35 @@ def evaluate(model: nn.Module, shards: TokenShards, sequences: int) -> Tensor:
     return torch.cat(losses)
 
 
+def table(results: Path) -> list[str]:
+    """The results as Markdown: an arm a line, the best first, for each length and width."""
+    found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for line in map(json.loads, results.read_text().splitlines()):
+        key = (line["source"], line["width"], line["steps"], line["arm"])
+        found.setdefault(key, []).append(line)
+    lines = ["| source, width, steps | arm | loss (seed) | mean | trains of W | state |"]
+    lines.append("|" + "---|" * 6)
+    means = {k: sum(x["loss"] for x in runs) / len(runs) for k, runs in found.items()}
+    for key in sorted(found, key=lambda k: (*k[:3], means[k])):
+        runs, (source, width, steps, arm) = found[key], key
+        losses = ", ".join(f"{x['loss']:.3f} ({x['seed']})" for x in runs)
+        # Values and moments, in bytes of fp32 an entry of W.
+        state = runs[0]["share"] * (8 if "opt=muon" in arm else 12)
+        if arm.startswith(("mask", "turn")):  # what is held is not all that trains
+            state /= float(arm.split("k=")[1].split()[0])
+        where = f"{source}, {width}, {steps:,}"
+        share = f"{state / (8 if 'opt=muon' in arm else 12):.3f}"
+        lines.append(
+            f"| {where} | `{arm}` | {losses} | {means[key]:.3f} | {share} | {state:.1f} B |"
+        )
+    return lines
+
+
 def main() -> None:
     """Run what has not been run."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("arms", nargs="+")
+    parser.add_argument("arms", nargs="*")
+    parser.add_argument("--table", action="store_true", help="print the results there are")
     parser.add_argument("--to", type=Path, default=Path(__file__).with_suffix(".jsonl"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--width", type=int, default=128)
@@ -340,6 +365,9 @@ def main() -> None:
     parser.add_argument("--source", default="python")
     parser.add_argument("--lr-rest", type=float, default=4e-3, help="of embeddings, head and norms")
     args = parser.parse_args()
+    if args.table:
+        print("\n".join(table(args.to)))
+        return
     data = DataConfig.model_validate(
         {
             "source": args.source,

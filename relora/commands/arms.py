@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 from relora.config import Config
 from relora.engine.devices import choose_devices
@@ -18,17 +19,21 @@ from relora.errors import PREEMPTED, CheckpointError, ConfigError, NumericsError
 from relora.files import write_atomically, write_json
 from relora.load import MAY_CHANGE, check_world, differences, load_config, load_run_config
 from relora.record import keys
+from relora.record.layout import ARMS_FILE
 from relora.record.metrics import read_metrics
 from relora.record.rundir import RunState, read_run_state
 from relora.training.arms import (
     Arm,
     ArmsConfig,
+    TuneConfig,
     check_seeds,
     rate_of,
     read_arms,
     scale_rate,
     standard_arms,
+    with_embeddings,
 )
+from relora.training.tuning import search
 
 DIVERGED = NumericsError.code  # a result, not a reason to stop
 
@@ -72,18 +77,19 @@ def arms(
         return stopped.code
     runs = [(name, run) for name, arm in report.items() for run in arm["runs"]]
     write_atomically(to / "runs.txt", "".join(f"{name}={run}\n" for name, run in runs))
-    write_json(to / "arms.json", report)
+    write_json(to / ARMS_FILE, report)
     print(f"all {len(runs)} runs are done: {to / 'runs.txt'}")
     return 0
 
 
 def _train_all(chosen: Sequence[Arm], plan: ArmsConfig, work: _Work) -> dict[str, Any]:
     """Train every run; what arms.json says of each arm."""
-    work.left = len(chosen) * (len(plan.seeds) + (len(plan.tune.factors) if plan.tune else 0))
-    tuned = _tune(chosen, plan, work) if plan.tune else {}
+    grids = (plan.tune.factors, plan.tune.lr_embeddings or ()) if plan.tune else ()
+    work.left = len(chosen) * (len(plan.seeds) + sum(map(len, grids)))  # grids may grow
+    tuned = _tune(chosen, plan.tune, work) if plan.tune else {}
     report = {}
     for arm in chosen:
-        arm, tried = tuned.get(arm.name, (arm, None))
+        arm, tried, said = tuned.get(arm.name, _Tuned(arm, None, []))
         directories = [work.to / arm.slug / f"seed_{seed}" for seed in plan.seeds]
         for seed, directory in zip(plan.seeds, directories, strict=True):
             work.train(arm, directory, seed)
@@ -91,8 +97,17 @@ def _train_all(chosen: Sequence[Arm], plan: ArmsConfig, work: _Work) -> dict[str
             "overrides": list(arm.overrides),
             "runs": list(map(str, directories)),
             "tried": tried,
+            "tuning": said,
         }
     return report
+
+
+class _Tuned(NamedTuple):
+    """An arm at its best rates."""
+
+    arm: Arm
+    tried: dict[str, float | None] | None  # loss by matrices' or adapters' rate
+    said: list[str]  # what was tried, and what was taken
 
 
 class _Stopped(Exception):
@@ -106,7 +121,7 @@ class _Work:
     """Trains runs by `relora launch`, passes over what is done, and says how long it will take."""
 
     def __init__(self, config: Config, given: Sequence[str], to: Path, devices: int) -> None:
-        self.model, self.given, self.to = config.model, list(given), to
+        self.config, self.given, self.to = config, list(given), to
         self.devices = devices
         self.left = 0
         self.asked: list[int] = []
@@ -134,7 +149,7 @@ class _Work:
             _Stopped: it ended in another way.
         """
         config = self.load(arm, directory, seed)
-        self.left -= 1
+        self.left = max(0, self.left - 1)
         state = read_run_state(directory)
         if _is_done(state):
             _check_same(directory, config)
@@ -175,44 +190,91 @@ class _Work:
             self.process.send_signal(number)
 
 
-def _tune(
-    chosen: Sequence[Arm], plan: ArmsConfig, work: _Work
-) -> dict[str, tuple[Arm, dict[str, float | None]]]:
-    """Each arm with the best of its rates, and the loss at each rate tried.
+def _tune(chosen: Sequence[Arm], tune: TuneConfig, work: _Work) -> dict[str, _Tuned]:
+    """Each arm with the best of its rates, and what was tried.
 
     What is found for full rank is the rate of the other arms' warm starts.
     """
-    assert plan.tune is not None
-    configs = {arm.name: work.load(arm, work.to / "none", plan.tune.seed) for arm in chosen}
-    found: dict[str, tuple[Arm, dict[str, float | None]]] = {}
+    given = work.config.optimizer
+    embeddings = given.lr_embeddings or given.lr if tune.lr_embeddings else None
+    start = embeddings if isinstance(embeddings, float) else None  # 'adapters' is no rate
+    found: dict[str, _Tuned] = {}
     warm: tuple[str, ...] = ()
+    configs = {arm.name: work.load(arm, work.to / "none", tune.seed) for arm in chosen}
     for arm in sorted(chosen, key=lambda arm: configs[arm.name].lora is not None):
         config = configs[arm.name]
         if config.lora is not None:
             arm = Arm(arm.name, (*warm, *arm.overrides))
         key, rate = rate_of(config)
-        losses = {}
-        for factor in plan.tune.factors:
-            directory = work.to / "tuning" / arm.slug / f"{key}_{rate * factor:.6g}"
-            losses[factor] = work.train(scale_rate(arm, config, factor), directory, plan.tune.seed)
-        best = min(plan.tune.factors, key=lambda factor: losses[factor])
-        rates = ", ".join(f"{rate * factor:.4g}" for factor in losses)
-        if not math.isfinite(losses[best]):
+
+        def loss_at(factor: float, arm: Arm = arm, config: Config = config) -> float:
+            return _try(scale_rate(arm, config, factor), start, tune, work)
+
+        searched = search(tune.factors, loss_at, tune.extend)
+        if searched.diverged:
+            rates = ", ".join(f"{rate * factor:.4g}" for factor in searched.losses)
             raise NumericsError(
                 f"arm {arm.name!r}: diverged at every {key} that was tried ({rates}); add smaller "
                 "tune.factors: what is done is not trained again"
             )
-        edge = best in (min(plan.tune.factors), max(plan.tune.factors))
-        print(
-            f"{arm.name}: {key} {rate * best:.4g} of {rates}"
-            + (", the edge of what was tried" if edge else "")
-        )
-        best_arm = scale_rate(arm, config, best)
-        if config.lora is None and not warm and config.model == work.model:
-            warm = (f"optimizer.lr={rate * best:.6g}",)
-        tried = {f"{rate * f:.6g}": x if math.isfinite(x) else None for f, x in losses.items()}
-        found[arm.name] = best_arm, tried
+        best = scale_rate(arm, config, searched.best)
+        if config.lora is None and not warm and config.model == work.config.model:
+            warm = (f"optimizer.lr={rate * searched.best:.6g}",)
+        tried = {
+            f"{rate * f:.6g}": x if math.isfinite(x) else None for f, x in searched.losses.items()
+        }
+        found[arm.name] = _Tuned(best, tried, [searched.sentence(arm.name, key, rate)])
+        print(found[arm.name].said[0], flush=True)
+    if start is not None:
+        _tune_embeddings(found, start, tune, work)
     return found
+
+
+def _tune_embeddings(found: dict[str, _Tuned], start: float, tune: TuneConfig, work: _Work) -> None:
+    """Search lr_embeddings for all arms that have none of their own; in place."""
+    assert tune.lr_embeddings is not None
+    names = [
+        name
+        for name, tuned in found.items()
+        if work.load(with_embeddings(tuned.arm, start), work.to / "none", 0).optimizer.lr_embeddings
+        == float(f"{start:.6g}")
+    ]
+    together = [names] if tune.share_embeddings and names else [[name] for name in names]
+    for members in together:
+
+        def loss_at(factor: float, members: list[str] = members) -> float:
+            losses = [_try(found[m].arm, start * factor, tune, work) for m in members]
+            return statistics.fmean(losses)
+
+        searched = search(tune.lr_embeddings, loss_at, tune.extend)
+        whose, of = members[0], ""
+        if tune.share_embeddings:
+            whose, of = "all arms", f" by the mean loss of {', '.join(members)}"
+        if searched.diverged:
+            raise NumericsError(
+                f"{whose}: no optimizer.lr_embeddings that was tried is one at which none diverged "
+                f"({searched.sentence(whose, 'optimizer.lr_embeddings', start)}); add smaller "
+                "tune.lr_embeddings: what is done is not trained again"
+            )
+        said = searched.sentence(whose, "optimizer.lr_embeddings", start, of)
+        print(said, flush=True)
+        for name in members:
+            arm, tried, before = found[name]
+            found[name] = _Tuned(
+                with_embeddings(arm, start * searched.best), tried, [*before, said]
+            )
+
+
+def _try(arm: Arm, embeddings: float | None, tune: TuneConfig, work: _Work) -> float:
+    """The loss of a run of the search, whose directory says its rates."""
+    if embeddings is not None:
+        arm = with_embeddings(arm, embeddings)
+    config = work.load(arm, work.to / "none", tune.seed)
+    key, rate = rate_of(config)
+    name = f"{key}_{rate:.6g}"
+    if embeddings is not None:
+        name += f"_lr_embeddings_{config.optimizer.lr_embeddings}"
+    return work.train(arm, work.to / "tuning" / arm.slug / name, tune.seed)
 
 
 def final_loss(directory: Path) -> float:

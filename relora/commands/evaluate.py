@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -39,9 +40,10 @@ def evaluate(
         max_sequences=max_sequences,
     )
     model: Any = run.merged_model()
-    loss, tokens = evaluate_loss(model.to(ranks.device), batches, ranks)
+    loss, tokens, error = evaluate_loss(model.to(ranks.device), batches, ranks)
+    margin = f" (standard error {error:.4f})" if math.isfinite(error) else ""
     print(
-        f"{run.checkpoint.directory}: {split} loss {loss:.4f} nats per token, "
+        f"{run.checkpoint.directory}: {split} loss {loss:.4f} nats per token{margin}, "
         f"perplexity {perplexity(loss):.2f}, on {tokens:,} tokens"
     )
     return 0

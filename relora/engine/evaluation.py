@@ -40,11 +40,17 @@ def cross_entropy(logits: Tensor, batch: Tensor) -> Tensor:
     return ForCausalLMLoss(logits, batch, vocab_size=logits.shape[-1])
 
 
+class Evaluation(NamedTuple):
+    """Over all ranks."""
+
+    loss: float  # mean cross-entropy per predicted token in nats
+    tokens: int  # predicted ones
+    error: float  # standard error of the loss, from how far batches differ; NaN for fewer than two
+
+
 @torch.no_grad()
-def evaluate_loss(
-    model: Any, batches: Iterable[tuple[Tensor, int]], ranks: Ranks
-) -> tuple[float, int]:
-    """(mean cross-entropy per predicted token in nats, number of predicted tokens), over all ranks.
+def evaluate_loss(model: Any, batches: Iterable[tuple[Tensor, int]], ranks: Ranks) -> Evaluation:
+    """The loss of a split, or of some sequences of it.
 
     Auxiliary losses that a model is trained on are no part of it.
 
@@ -55,6 +61,7 @@ def evaluate_loss(
     was_training = model.training
     model.eval()
     total = tokens = 0.0
+    parts: list[tuple[float, int]] = []  # of batches: loss, predicted tokens
     for batch, real in batches:
         # A rank without rows left still takes part in the forward pass, with one that counts 0.
         rows = batch[: max(real, 1)].to(ranks.device)
@@ -62,11 +69,25 @@ def evaluate_loss(
         output = model(input_ids=rows, labels=rows)
         whole = output.logits is not None  # a model that chunks its loss has no other
         loss = cross_entropy(output.logits, rows) if whole else output.loss
-        total += loss.item() * predicted
+        mean = loss.item()
+        total += mean * predicted
         tokens += predicted
+        if real:
+            parts.append((mean, predicted))
     model.train(was_training)
     total, tokens = ranks.sum([total, tokens])
-    return total / tokens, int(tokens)
+    return Evaluation(total / tokens, int(tokens), _error(parts, total / tokens, tokens, ranks))
+
+
+def _error(parts: list[tuple[float, int]], mean: float, tokens: float, ranks: Ranks) -> float:
+    """Standard error of a mean over parts, each weighted by its tokens.
+
+    Of batches and not of single sequences: a model that chunks its loss gives no more, and
+    sequences of a batch, which lie side by side in the split, need not be independent.
+    """
+    squares = sum((n / tokens * (loss - mean)) ** 2 for loss, n in parts)
+    squares, count = ranks.sum([squares, float(len(parts))])
+    return math.sqrt(squares * count / (count - 1)) if count > 1 else math.nan
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ SPIKE_THRESHOLD = "train/spike_threshold"
 TOKENS = "train/tokens"
 
 EVAL_LOSS = "eval/loss"
+EVAL_ERROR = "eval/standard_error"  # of the loss
 PERPLEXITY = "eval/perplexity"
 SAMPLE = "eval/sample"
 EVAL_TOKENS = "eval/tokens"

@@ -26,6 +26,7 @@ CONFIG = "config.yaml"
 STATE = "run_state.json"
 ENVIRONMENT = "environment.json"
 METRICS = "metrics.jsonl"
+ARMS_FILE = "arms.json"  # of a comparison: each arm's overrides, runs and rates tried
 ROLLBACKS = "rollbacks.json"
 MODEL = "model"
 MODEL_JSON = "config.json"  # transformers' own name for a model's structure

@@ -13,7 +13,7 @@ from relora.record import keys
 from relora.report import questions
 from relora.report.arms import ArmRuns, perplexity_of, spread
 from relora.report.curves import curves_of, place_of
-from relora.report.fair import differences_between, warnings_about
+from relora.report.fair import differences_between, searches_of, unsure_differences, warnings_about
 from relora.report.predict import Prediction, predict
 from relora.report.read import AT_WORK, RunFiles
 from relora.report.records import ArmReport, Figures, Questions, Report, SeedReport, Spread
@@ -53,6 +53,7 @@ def build_report(arms: Sequence[ArmRuns], baseline: str | None = None) -> Report
         unfinished=any(run.status in AT_WORK for arm in arms for run in arm.runs),
         baseline=base.name,
         warnings=[*warnings_about(arms, base), *complaints],
+        notes=[*unsure_differences(figures, base.name), *searches_of(arms)],
         arms=figures,
         questions=_answers(evaluated, base, predictions, figures),
         differences=differences_between(arms),
@@ -108,6 +109,7 @@ def _arm(arm: ArmRuns, prediction: Prediction) -> ArmReport:
             values = [v if last else None for v, last in zip(values, furthest, strict=True)]
         return spread(values)
 
+    errors = [run.evaluations.error for run in arm.furthest]
     warm = [_warm_start(run) for run in arm.runs]
     return ArmReport(
         name=arm.name,
@@ -116,6 +118,7 @@ def _arm(arm: ArmRuns, prediction: Prediction) -> ArmReport:
         status=_together([run.status for run in arm.runs]),
         progress=_together([f"{run.step}/{run.config.total_steps}" for run in arm.runs]),
         evaluated=bool(arm.evaluated),
+        evaluation_error=max(filter(None, errors), default=None),
         on_gpu=arm.runs[0].environment.get("device") not in (*CPUS, None),
         timed=not any(run.mixed for run in arm.runs),
         figures=Figures[Spread](**{figure: over_seeds(figure) for figure in Figures.model_fields}),

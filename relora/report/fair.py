@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from relora.errors import ConfigError
+from relora.files import is_file, read_json
 from relora.load import leaves
-from relora.report.arms import ArmRuns, only_moved
+from relora.record.layout import ARMS_FILE
+from relora.report.arms import ArmRuns, only_moved, plain
 from relora.report.read import MACHINE, RunFiles, Stretch
-from relora.report.records import Difference
+from relora.report.records import ArmReport, Difference
 from relora.words import format_duration
 
 LENGTHS = ("train.steps", "train.tokens")
 UNFAIR = {
     "data.": "other data or another order",
     "batch.global_batch_size": "another global batch",
+    "optimizer.weight_decay": "another weight decay",
+    "optimizer.grad_clip": "another clipping",
     "model.gradient_checkpointing": "times and memory do not compare",
     "model.": "another model",
     "train.steps": "another length",
@@ -60,6 +66,40 @@ def warnings_about(arms: Sequence[ArmRuns], baseline: ArmRuns) -> list[str]:
         *_other_machines(runs),
         *(line for title, run in runs for line in _state_of(title, run)),
     ]
+
+
+def unsure_differences(arms: Sequence[ArmReport], baseline: str) -> Iterator[str]:
+    """Arms whose loss is no further from the baseline's than the evaluation itself is sure of."""
+    base = next(arm for arm in arms if arm.name == baseline)
+    for arm in arms:
+        ours, theirs = arm.figures.loss.mean, base.figures.loss.mean
+        mine, other = arm.evaluation_error, base.evaluation_error
+        if arm is base or ours is None or theirs is None or mine is None or other is None:
+            continue
+        error, difference = math.hypot(mine, other), abs(ours - theirs)
+        if difference < error:
+            yield (
+                f"{arm.name}: its loss differs from that of {baseline} by {difference:.4f}, "
+                f"which is below the standard error of the evaluation ({error:.4f}, an "
+                "upper bound, since both saw the same sequences); raise "
+                "train.eval_sequences to tell them apart"
+            )
+
+
+def searches_of(arms: Sequence[ArmRuns]) -> list[str]:
+    """What `relora arms` says of the rates that it has tried for these runs."""
+    said: list[str] = []
+    for run in (run for arm in arms for run in arm.runs):
+        place = run.path.parent.parent / ARMS_FILE
+        if not is_file(place):
+            continue
+        try:
+            listed = read_json(place, ConfigError).values()
+            found = [one for one in listed if str(run.path) in one["runs"]]
+            said += [f"rates: {plain(line)}" for one in found for line in one.get("tuning", ())]
+        except (ConfigError, AttributeError, KeyError, TypeError):
+            said.append(f"{place}: cannot be read; which rates were tried is unknown")
+    return list(dict.fromkeys(said))
 
 
 def _title_of(arm: ArmRuns, run: RunFiles) -> str:

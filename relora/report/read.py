@@ -60,6 +60,7 @@ class Evaluations:
     seconds: np.ndarray
     loss: np.ndarray
     lost: int = 0  # evaluations after the last finite one
+    error: float | None = None  # standard error of the last loss
 
     def at(self, steps: np.ndarray) -> Evaluations:
         """Those of some steps, all of which there must be."""
@@ -243,7 +244,9 @@ def _read_metrics(
         for column in (log[keys.ELAPSED_S], seconds):
             column += start.seconds
     lost = len(evaluated) - (finite[-1] + 1 if finite else 0)
-    evaluations = Evaluations(step, tokens, seconds, loss, lost)
+    error: Any = evaluated[finite[-1]].get(keys.EVAL_ERROR) if finite else None
+    error = float(error) if is_number(error) else None
+    evaluations = Evaluations(step, tokens, seconds, loss, lost, error)
     return log, evaluations, events, last if is_number(last) else None
 
 

@@ -113,6 +113,8 @@ class ArmReport(StrictModel):
     status: str
     progress: str
     evaluated: bool
+    # Largest standard error of its runs' last losses: how much they depend on what was evaluated.
+    evaluation_error: Figure = None
     on_gpu: bool
     timed: bool  # False if its times are mixtures, of several machines or settings
     figures: Figures[Spread]
@@ -258,6 +260,7 @@ class Report(StrictModel):
     unfinished: bool
     baseline: str
     warnings: list[str]
+    notes: list[str] = []  # which differences mean nothing, which rates were tried
     arms: list[ArmReport]
     questions: Questions
     differences: dict[str, list[Difference]]  # config, environment

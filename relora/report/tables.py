@@ -14,7 +14,12 @@ from relora.report.verdict import no_evaluation
 from relora.words import format_bytes, format_count, format_duration
 
 Cell = Callable[[Any], str]  # of a row's record
-OPTIONAL = {"in host memory", "peak GiB on the GPU", "predicted"}  # only where an arm has any
+OPTIONAL = {
+    "its standard error",
+    "in host memory",
+    "peak GiB on the GPU",
+    "predicted",
+}  # only where an arm has any
 NO_FIGURE = ("not reached", "no evaluation yet", "no evaluation")
 
 
@@ -136,6 +141,7 @@ ARMS: dict[str, Cell] = {
     "arm": _of("name"),
     "perplexity": _perplexity,
     "validation loss": _of("figures.loss", "{:,.4f}"),
+    "its standard error": _of("evaluation_error", "{:,.4f}"),
     "tokens": _of("figures.tokens", format_count),
     "time": _of("figures.seconds", format_duration),
     "step": _of("progress"),

@@ -4,7 +4,7 @@ The standard arms are those of the ReLoRA paper (arXiv 2307.05695, tables 2 and 
 name others:
 
     seeds: [0, 1, 2]
-    tune: {factors: [0.5, 1, 2], seed: 1000}     # null: each arm's learning rate as it is
+    tune: {factors: [0.5, 1, 2], seed: 1000}     # null: each arm's learning rates as they are
     arms:
       full rank: [lora=null, relora=null, warm_start=null]
       ReLoRA, no rewarm: [relora.rewarm_steps=0]
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from relora.config import Config
@@ -39,11 +39,25 @@ FULL_RANK = ("lora=null", "relora=null", "warm_start=null")
 
 
 class TuneConfig(Section):
-    """Search each arm's learning rate on the same budget: whole runs with a seed of their own."""
+    """Search each arm's learning rates on the same budget: whole runs with a seed of their own.
+
+    First the matrices' (or adapters') at the config's lr_embeddings, then lr_embeddings at that.
+    """
 
     # Of the rate that the arm's config has.
     factors: list[Annotated[float, Field(gt=0)]] = Field(min_length=2)
+    # Of optimizer.lr_embeddings (optimizer.lr if that is null); null = it is not searched.
+    lr_embeddings: list[Annotated[float, Field(gt=0)]] | None = Field([0.5, 1, 2], min_length=2)
+    share_embeddings: bool = True  # one lr_embeddings for all arms, the best by their mean loss
+    extend: int = Field(default=3, ge=0)  # most that a grid grows by while the best is its edge
     seed: int = Field(ge=0, lt=2**32)  # none of those that are compared
+
+    @field_validator("factors", "lr_embeddings")
+    @classmethod
+    def _differ(cls, factors: list[float] | None) -> list[float] | None:
+        if factors and len(set(factors)) < len(factors):
+            raise ValueError("must differ from each other")
+        return factors
 
 
 class ArmsConfig(Section):
@@ -144,6 +158,11 @@ def scale_rate(arm: Arm, config: Config, factor: float) -> Arm:
     """
     key, rate = rate_of(config)
     return replace(arm, overrides=(*arm.overrides, f"{key}={rate * factor:.6g}"))
+
+
+def with_embeddings(arm: Arm, rate: float) -> Arm:
+    """The arm with this lr_embeddings, unless its own overrides name one."""
+    return replace(arm, overrides=(f"optimizer.lr_embeddings={rate:.6g}", *arm.overrides))
 
 
 def rate_of(config: Config) -> tuple[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -168,8 +169,10 @@ def spectra_line(step: int, values: Mapping[str, float]) -> str:
 
 def eval_line(step: int, values: Mapping[str, float]) -> str:
     """An evaluation."""
+    error = values[keys.EVAL_ERROR]
+    margin = f" ± {error:.4f}" if math.isfinite(error) else ""
     return (
-        f"EVAL at step {step}: loss {values['eval/loss']:.4f}, perplexity "
+        f"EVAL at step {step}: loss {values['eval/loss']:.4f}{margin}, perplexity "
         f"{values['eval/perplexity']:.2f} on {format_count(values['eval/tokens'])} tokens "
         f"({values['time/eval_s']:.1f} s)"
     )

@@ -167,11 +167,12 @@ def evaluate_run(run: Run) -> None:
         world=run.ranks.world,
         max_sequences=run.config.train.eval_sequences,
     )
-    loss, tokens = evaluate_loss(run.engine, batches, run.ranks)
+    loss, tokens, error = evaluate_loss(run.engine, batches, run.ranks)
     values = {
         keys.EVAL_LOSS: loss,
         keys.PERPLEXITY: perplexity(loss),
         keys.EVAL_TOKENS: tokens,
+        keys.EVAL_ERROR: error,
         keys.TOKENS: run.progress.consumed * run.config.data.sequence_length,
         keys.EVAL_S: time.perf_counter() - began,
         keys.ELAPSED_S: run.elapsed,
