@@ -291,6 +291,8 @@ ENGINES = [
     (2, "bf16", "nf4"),
     (0, "bf16", "muon"),
     (3, "fp32", "muon"),
+    (2, "bf16", "blocks"),
+    (3, "fp32", "blocks"),
 ]
 # ZeRO 3 as it is with a model of billions: little stays, weights go between forward and backward.
 LARGE = {"zero_optimization": {
@@ -310,6 +312,11 @@ def engine_config(
     elif isinstance(adapters, str):
         key = "train" if adapters == "b" else "base"
         changes["lora"] = {"rank": 4} if adapters == "muon" else {"rank": 4, key: adapters}
+        if adapters == "blocks":
+            changes |= {
+                "lora": {"blocks": 2},
+                "relora": {"cycle_steps": 30, "rewarm_steps": 5, "reset": {"mode": "zero"}},
+            }
         changes["optimizer"] = {"lr": 1e-3, "matrices": "muon" if adapters == "muon" else "adamw"}
     section = {"zero_stage": stage, "precision": precision, "extra": extra or {}}
     return config_of(directory, LLAMA, deepspeed=section, **changes)
