@@ -84,7 +84,10 @@ IN_THE_FILE = {
     ),
     "wrong type": (["lora.rank=many"], "lora.rank: 'many': must be a whole number"),
     "fraction of a step": (["train.steps=1.5"], "train.steps: 1.5: must be a whole number"),
-    "null where a value is due": (["lora.rank=null"], "lora.rank: null: must be a whole number"),
+    "null where a value is due": (
+        ["train.log_every=null"],
+        "train.log_every: null: must be a whole number",
+    ),
     "true as a number": (["optimizer.lr=true"], "optimizer.lr: true: must be a number"),
     "not finite": (["optimizer.lr=.nan"], "optimizer.lr: nan: must be a finite number"),
     "out of range": (["optimizer.lr=-1"], "optimizer.lr: -1: must be greater than 0"),
