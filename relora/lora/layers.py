@@ -64,6 +64,7 @@ class AdaptedLayer(FrozenBase):
         shrink: d, what weight decay has left of the frozen weight since the last merge.
         shared_a: the name under which the A of this layer and of others is drawn, the same for all;
             None if it is drawn under its own.
+        has_blocks: blocks of the weight train, and no A and B, see `blocks`.
         graph: how the layer is computed, see `graphs`.
         keeps_effective: whether d·W + s·B·A is formed once for all of `constant_weights`, at two
             bytes an entry in half precision, or where it is used, at 2·out·in·r FLOPs each time.
@@ -78,6 +79,7 @@ class AdaptedLayer(FrozenBase):
     shrink: float
     lora_dropout: float
     shared_a: str | None
+    has_blocks: bool  # no question to A: ZeRO 3 leaves it without a shape
     graph: Graph
     keeps_effective: bool
     made: dict[Any, Any] | None  # of the weights, while they are constant
@@ -109,12 +111,14 @@ class AdaptedLayer(FrozenBase):
         self.lora_B = nn.Parameter(torch.zeros(out_features, rank, device=device))
         self.scale, self.shrink, self.lora_dropout = scale, 1.0, dropout
         self.graph, self.keeps_effective = "low_rank", False
+        self.has_blocks = False
         self.shared_a = self.made = self.quantised = None
 
     def add_blocks_(self, count: int) -> None:
         """Freeze the weight and add k blocks of it, which are zero; see `blocks`."""
         outputs, inputs = self.matrix(self.weight).shape
         self.add_lora_(1, 1.0, 0.0, train_a=False)
+        self.has_blocks = True
         self.lora_A = nn.Parameter(self.lora_A.new_zeros(count), requires_grad=False)
         self.lora_B = nn.Parameter(self.lora_B.new_zeros(count, outputs // count, inputs // count))
 
@@ -182,11 +186,6 @@ class AdaptedLayer(FrozenBase):
     def forming_flops(self) -> int:
         """Of B·A."""
         return 0 if self.has_blocks else 2 * self.lora_A.numel() * self.lora_B.shape[0]
-
-    @property
-    def has_blocks(self) -> bool:
-        """Whether blocks of the weight train, and no A and B, see `blocks`."""
-        return self.lora_A.dim() == 1
 
     def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """(s·A, s·B) in a dtype."""
