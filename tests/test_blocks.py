@@ -149,7 +149,10 @@ def test_sizes_are_checked_in_a_library_too() -> None:
 
 @pytest.mark.parametrize(
     ("stage", "changes"),
-    [(2, {"optimizer__matrices": "muon"}), (3, {"deepspeed__precision": "bf16"})],
+    [
+        (2, {"optimizer__matrices": "muon"}),
+        pytest.param(3, {"deepspeed__precision": "bf16"}, marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_resumes_evaluates_and_exports(
     stage: int, changes: dict[str, Any], tmp_path: Path

@@ -87,9 +87,7 @@ def test_the_tables_are_what_the_metrics_say(runs: Path) -> None:
     assert report.warnings == []  # this pair is a fair one
 
 
-def test_what_the_evaluation_cannot_tell_apart_and_what_was_tuned_is_said(
-    runs: Path, tmp_path: Path
-) -> None:
+def test_how_sure_a_loss_is_and_what_was_tuned_is_said(runs: Path, tmp_path: Path) -> None:
     pair = [shutil.copytree(runs / name, tmp_path / name / "seed_0") for name in ("relora", "full")]
     for run, loss in zip(pair, (3.0, 3.04), strict=True):
         lines = metric_lines(run)
@@ -100,20 +98,14 @@ def test_what_the_evaluation_cannot_tell_apart_and_what_was_tuned_is_said(
     said = {"full": {"runs": [str(pair[1])], "tuning": ["full: optimizer.lr 1, the best of 1, 2"]}}
     (tmp_path / "arms.json").write_text(json.dumps(said))
     report = read_report([str(run) for run in pair])
-    unsure = [line for line in report.notes if "standard error" in line]
-    assert len(unsure) == 1
-    assert "differs from that of full by 0.0400, which is below" in unsure[0]
     assert "rates: full: optimizer.lr 1, the best of 1, 2" in report.notes
     assert table(report, "arms")[0]["its standard error"] == "0.0300"
 
-    text = (pair[0] / "metrics.jsonl").read_text().replace('"eval/loss": 3.0', '"eval/loss": 2.9')
-    (pair[0] / "metrics.jsonl").write_text(text)
     decayed = (pair[0] / "config.yaml").read_text().replace("grad_clip: 1.0", "grad_clip: 2.0")
     (pair[0] / "config.yaml").write_text(decayed)
     (tmp_path / "arms.json").write_text("[]")
     report = read_report([str(run) for run in pair])
     warnings = report.warnings
-    assert not [line for line in report.notes if "standard error" in line]
     assert [line for line in warnings if "another clipping" in line]
     assert [line for line in report.notes if "arms.json: cannot be read" in line]
 

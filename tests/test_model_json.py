@@ -163,7 +163,7 @@ def _mutants(count: int, seed: int, tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_a_mutated_model_is_planned_or_refused_in_one_message(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _mutants(25, 1, tmp_path, capsys)
+    _mutants(12, 1, tmp_path, capsys)
 
 
 @pytest.mark.slow

@@ -610,7 +610,10 @@ def test_the_page_says_what_keeps_less(
     assert f"\nlean         {lean}\n" in page
 
 
-@pytest.mark.parametrize("name", ["60m", "130m", "250m", "350m", "1b3"])
+@pytest.mark.parametrize(
+    "name",
+    ["60m", "130m", *(pytest.param(n, marks=pytest.mark.slow) for n in ("250m", "350m")), "1b3"],
+)
 def test_the_readmes_peaks_are_the_planners(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     config_path = Path(f"configs/llama_{name}_relora.yaml")

@@ -69,18 +69,20 @@ class Muon(torch.optim.AdamW):
             if group.get("momentum") is not None
         }
         self._state: EngineState | None = None
-        self._cut: set[str] = set()
+        self._views: dict[int, list[ParameterView]] = {}  # of matrices, by the tensor they lie in
+        self._cut: set[str] = set()  # names of those that several ranks have parts of
 
     def attach(self, state: EngineState) -> None:
         """Tell it where every matrix lies on which rank. Collective, before the first step."""
         self._state = state
-        views = self._views()
-        holders = torch.tensor([[int(view.count > 0)] for view in views], device=state.device)
+        views = [view for view in state if id(view.param) in self.matrices]
+        self._views = {id(view.flat): [] for view in views}
+        for view in views:
+            self._views[id(view.flat)].append(view)
         if state.sharded and views:
+            holders = torch.tensor([int(view.count > 0) for view in views], device=state.device)
             dist.all_reduce(holders)
-            self._cut = {
-                v.name for v, n in zip(views, holders[:, 0].tolist(), strict=True) if n > 1
-            }
+            self._cut = {v.name for v, n in zip(views, holders.tolist(), strict=True) if n > 1}
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -99,7 +101,7 @@ class Muon(torch.optim.AdamW):
     def _move(self, flat: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         """Update what lies in one tensor of a group: a matrix, or ZeRO's part of many."""
         assert self._state is not None, "attach() comes before the first step"
-        views = [view for view in self._views() if view.flat is flat]
+        views = self._views[id(flat)]
         momentum, rate = group["momentum"], group["lr"]
         state: dict[str, Tensor] = self.state[flat]
         if not state:
@@ -123,10 +125,6 @@ class Muon(torch.optim.AdamW):
         own = orthogonalise(whole).flatten()[view.start : view.start + view.count]
         target = flat.view(-1).narrow(0, view.offset, view.count)
         target.add_(own.to(target.device), alpha=-rate * step_size(view.shape))
-
-    def _views(self) -> list[ParameterView]:
-        assert self._state is not None
-        return [view for view in self._state if id(view.param) in self.matrices]
 
 
 def _blocks(views: Sequence[ParameterView]) -> list[list[ParameterView]]:

@@ -13,7 +13,7 @@ from relora.record import keys
 from relora.report import questions
 from relora.report.arms import ArmRuns, perplexity_of, spread
 from relora.report.curves import curves_of, place_of
-from relora.report.fair import differences_between, searches_of, unsure_differences, warnings_about
+from relora.report.fair import differences_between, searches_of, warnings_about
 from relora.report.predict import Prediction, predict
 from relora.report.read import AT_WORK, RunFiles
 from relora.report.records import ArmReport, Figures, Questions, Report, SeedReport, Spread
@@ -53,7 +53,7 @@ def build_report(arms: Sequence[ArmRuns], baseline: str | None = None) -> Report
         unfinished=any(run.status in AT_WORK for arm in arms for run in arm.runs),
         baseline=base.name,
         warnings=[*warnings_about(arms, base), *complaints],
-        notes=[*unsure_differences(figures, base.name), *searches_of(arms)],
+        notes=searches_of(arms),
         arms=figures,
         questions=_answers(evaluated, base, predictions, figures),
         differences=differences_between(arms),

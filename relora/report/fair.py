@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ from relora.load import leaves
 from relora.record.layout import ARMS_FILE
 from relora.report.arms import ArmRuns, only_moved, plain
 from relora.report.read import MACHINE, RunFiles, Stretch
-from relora.report.records import ArmReport, Difference
+from relora.report.records import Difference
 from relora.words import format_duration
 
 LENGTHS = ("train.steps", "train.tokens")
@@ -66,24 +65,6 @@ def warnings_about(arms: Sequence[ArmRuns], baseline: ArmRuns) -> list[str]:
         *_other_machines(runs),
         *(line for title, run in runs for line in _state_of(title, run)),
     ]
-
-
-def unsure_differences(arms: Sequence[ArmReport], baseline: str) -> Iterator[str]:
-    """Arms whose loss is no further from the baseline's than the evaluation itself is sure of."""
-    base = next(arm for arm in arms if arm.name == baseline)
-    for arm in arms:
-        ours, theirs = arm.figures.loss.mean, base.figures.loss.mean
-        mine, other = arm.evaluation_error, base.evaluation_error
-        if arm is base or ours is None or theirs is None or mine is None or other is None:
-            continue
-        error, difference = math.hypot(mine, other), abs(ours - theirs)
-        if difference < error:
-            yield (
-                f"{arm.name}: its loss differs from that of {baseline} by {difference:.4f}, "
-                f"which is below the standard error of the evaluation ({error:.4f}, an "
-                "upper bound, since both saw the same sequences); raise "
-                "train.eval_sequences to tell them apart"
-            )
 
 
 def searches_of(arms: Sequence[ArmRuns]) -> list[str]:
