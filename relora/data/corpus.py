@@ -19,6 +19,7 @@ from typing import Any
 
 from relora import files
 from relora.data.config import SourceConfig
+from relora.data.english import english_files
 from relora.data.globs import files_below, matching_files, root_of
 from relora.data.readers import (
     PACKED,
@@ -29,7 +30,7 @@ from relora.data.readers import (
     suffix_of,
     text_of,
 )
-from relora.data.text import AnyDocument, Document, digest_of
+from relora.data.text import AnyDocument, Document, digest_and_length
 from relora.errors import DataError
 
 _PACKAGES = frozenset(("site-packages", "dist-packages"))  # the folders that hold them
@@ -37,10 +38,11 @@ _PACKAGES = frozenset(("site-packages", "dist-packages"))  # the folders that ho
 
 @dataclass
 class Tally:
-    """What was read of a source: documents of each of its parts, and a sha256 over the digests of
-    all documents, one after the other."""
+    """What was read of a source: documents and bytes of text of each of its parts, and a sha256
+    over the digests of all documents, one after the other."""
 
     documents: Counter[str] = field(default_factory=Counter)
+    bytes: Counter[str] = field(default_factory=Counter)
     text: Any = field(default_factory=hashlib.sha256)
 
 
@@ -57,13 +59,16 @@ def iter_documents(source: SourceConfig, tally: Tally | None = None) -> Iterator
     for part, document in _documents(source):
         if isinstance(document, Document) and not document.text:
             continue
-        digest = digest_of(document, 16) if source.deduplicate or tally else b""
+        digest, length = b"", 0
+        if source.deduplicate or tally:
+            digest, length = digest_and_length(document, 16)
         if source.deduplicate:
             if digest in seen:
                 continue
             seen.add(digest)
         if tally:
             tally.documents[part] += 1
+            tally.bytes[part] += length
             tally.text.update(digest)
         yield document
         found += 1
@@ -74,12 +79,12 @@ def iter_documents(source: SourceConfig, tally: Tally | None = None) -> Iterator
 
 
 def _documents(source: SourceConfig) -> Iterator[tuple[str, AnyDocument]]:
-    """Each document with the part of the source that it came from: a pattern, or all of it."""
-    if source.files:
-        for pattern, paths in matching(source.files).items():
-            for path in paths:
+    """Each document with its part of the source: a pattern, a package of prose, or all of it."""
+    if source.files or source.builtin == "english":
+        for part, named in (source_files(source) or {}).items():
+            for _, path in named:
                 for document in read_file(path, source.text_field, source.cut):
-                    yield pattern, document
+                    yield part, document
         return
     rows = _python_modules(source.builtin) if source.builtin else _read_dataset(source)
     for row in rows:
@@ -99,6 +104,8 @@ def source_files(source: SourceConfig) -> dict[str, list[tuple[str, Path]]] | No
     That is its name below the folder where the part's pattern begins, so that it stays when all
     is moved. None for a data set from the hub.
     """
+    if source.builtin == "english":
+        return english_files()
     if source.builtin:
         return {source_name(source): _python_files(source.builtin)}
     if source.files:
@@ -136,17 +143,24 @@ def require_documents(source: SourceConfig) -> None:
 
 
 def part_counts(source: SourceConfig, tally: Tally | None = None) -> list[dict[str, Any]]:
-    """Each part of a source, such as a pattern: its name, files, and documents if counted."""
+    """Each part of a source, such as a pattern: its name, files, and documents if counted.
+
+    Also bytes of text where packages make up the source, which differ between machines.
+    """
     parts = source_files(source)
     names: dict[str, int | None] = (
         {source_name(source): None}
         if parts is None
         else {name: len(part) for name, part in parts.items()}
     )
-    return [
-        {"name": name, "files": count} | ({"documents": tally.documents[name]} if tally else {})
-        for name, count in names.items()
-    ]
+    counts: list[dict[str, Any]] = []
+    for name, count in names.items():
+        counts.append({"name": name, "files": count})
+        if tally:
+            counts[-1]["documents"] = tally.documents[name]
+            if source.builtin:
+                counts[-1]["bytes"] = tally.bytes[name]
+    return counts
 
 
 def text_bytes(source: SourceConfig) -> int | None:

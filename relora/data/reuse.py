@@ -58,7 +58,7 @@ def describe_source(source: SourceConfig) -> dict[str, Any]:
     pin `revision` to be sure of it. Raises DataError for files that cannot be found or looked at.
     """
     described: dict[str, Any] = {"settings": settings_of(source)}
-    if source.builtin:
+    if source.builtin in ("python", "python_packages"):
         described["python"] = platform.python_version()
     parts = corpus.source_files(source)
     if parts is None:

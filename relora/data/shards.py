@@ -108,6 +108,7 @@ class _Part(BaseModel):
     name: str
     files: _Count | None
     documents: _Count | None = None
+    bytes: _Count | None = None
 
 
 class _Index(BaseModel):
@@ -182,6 +183,8 @@ def describe_shards(index: dict[str, Any]) -> str:
             for what in ("documents", "files")
             if part.get(what) is not None
         ]
+        if part.get("bytes") is not None:
+            counts.append(f"{part['bytes'] / 1e6:.1f} MB")
         lines.append(f"{part['name']}: {', '.join(counts)}")
     if len(parts) > _PARTS_SHOWN:
         lines.append(f"… and {len(parts) - _PARTS_SHOWN:,} patterns more")

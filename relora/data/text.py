@@ -57,10 +57,18 @@ AnyDocument = Document | LongDocument
 
 def digest_of(document: AnyDocument, size: int) -> bytes:
     """blake2b of a document's text in UTF-8, `size` bytes of it."""
+    return digest_and_length(document, size)[0]
+
+
+def digest_and_length(document: AnyDocument, size: int) -> tuple[bytes, int]:
+    """`digest_of`, and how many bytes of UTF-8 the text is; read once."""
     digest = hashlib.blake2b(digest_size=size)
+    length = 0
     for block in document.blocks():
-        digest.update(block.encode())
-    return digest.digest()
+        data = block.encode()
+        digest.update(data)
+        length += len(data)
+    return digest.digest(), length
 
 
 # --- bytes of a file to text ---
