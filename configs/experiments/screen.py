@@ -1,27 +1,37 @@
 """What trains few numbers at a time and still comes near full rank: a screen in plain PyTorch.
 
-    python configs/experiments/screen.py "full lr=1.4e-3" "lora r=16 lr=4e-3 C=200" …
+    python configs/experiments/screen.py "full lr=1e-3,1.4e-3,2e-3" "lora r=16 C=200 lr=4e-3" …
 
-An arm is a line of words: what trains of each matrix W of attention and MLP, then settings.
+An arm is a line of words, what trains of each matrix W of attention and MLP and then settings;
+`lr=` takes several rates, and all rates and seeds of an arm are trained at once, as one batch.
 
     full           W
-    lora r=R       B·A beside W, A drawn as in loralib; s is 1
+    lora r=R       s·B·A beside W; s is 1
     block k=K      K dense blocks of W, one for each band of rows, each in another band of columns;
-                   a restart moves every block on by one band (perm=random: permutes W's rows and
-                   columns anew)
-    rows k=K       a K-th of W's rows (cols=1: columns), another one after each restart
-    mask k=K       a random K-th of W's entries, another one after each restart
-    turn k=K       W, in every K-th cycle, and nothing of it in the others
+                   a restart moves every block on by one band
+    layer k=K      W of every K-th layer, of others after a restart
+    lora r=R layer k=K   both
 
-    lr= of matrices · opt=adam|muon · C= steps a cycle (none: no restarts) · w= steps of rewarm ·
-    keep= share of moments that a restart keeps, the largest · until= share of the run after which
-    no restart comes · ratio= of B's rate to lr · mu= of Muon
+Restarts, every C= steps (grow=G: cycles G times longer each time):
+    a=        rows of A: kaiming · orthonormal · top, sampled, mixed (singular vectors of W's
+              gradient, exactly) · keep (as it is)
+    b=        zero · rebalance (the top half of B·A's spectrum stays) · gradient (as LoRA-GA)
+    m=        moments: zero · magnitude, random (0.9 and 0.99 of them become zero) · none (stay) ·
+              transport (as LDAdam, with the overlap's correction) · full (blocks: all W has one)
+    train=b   A does not train
+    turns=1   a layer at a time, evenly over the cycle · slots=Q: Q of the R rank-1 parts each time
+    until=    share of the run after which no restart comes · w= steps of rewarm
+    matched=1 rates of A and B such that W moves as at full rank's rate `lr` (static: at restarts)
+    ratio=    of B's rate to A's · hold=N: A holds still for the first N steps of a cycle
+    warm=     share of the run at full rank first, at AdamW's wlr= · dead=1: nothing trains in the
+              first cycle, as in the public code
+Optimizer: opt=adam (0.9, 0.95) · muon (mu=0.95, Nesterov's) · spectral (LoRA-Muon's factor steps)
 
-At a restart what was trained is added to W, what trains now starts at zero, and so do its moments.
-Embeddings, head and norms have AdamW and a rate of their own, the same in all arms, without
-restarts. All arms see the same batches. Losses are of the same validation sequences, with their
-standard error; that of a difference is smaller. Results are appended to a file, a line each, and
-what it has already is not run again; `--table` makes a table of them.
+Embeddings, head and norms have AdamW at a rate of their own, the same in all arms, and no restarts.
+No weight decay. All arms see the same batches. W's whole gradient is at hand in each step, which
+makes any rule a few lines; what a rule would cost in earnest is not measured here. Results are
+appended to a file, a line for each run, and what it has already is not run again; `--table` makes
+a table of them.
 """
 
 from __future__ import annotations
@@ -30,128 +40,100 @@ import argparse
 import json
 import math
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch import Tensor
 
-from relora.data.config import DataConfig
-from relora.data.loader import eval_batches, train_batches
-from relora.data.prepare import prepare_shards
-from relora.data.shards import TokenShards, open_shards
-
-LENGTH, BATCH, WARMUP = 128, 8, 50
+LENGTH, WARMUP = 128, 50
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-OF_A_KIND = ("r", "k", "train", "perm", "cols")
+RUN = ("seed", "steps", "batch", "width", "layers", "source")
 
 
-class Part:
-    """What trains of a matrix, or beside it: `params`, and W with what they add."""
-
-    def __init__(self, shape: torch.Size, options: dict[str, str], seed: int) -> None:
-        self.shape, self.options, self.seed, self.merges = shape, options, seed, 0
-        self.params = {name: nn.Parameter(value) for name, value in self.draw().items()}
-
-    def draw(self) -> dict[str, Tensor]:
-        """The numbers that a cycle starts with, of which those added to W are zero."""
-        return {"d": torch.zeros(self.shape)}
-
-    def add(self, w: Tensor) -> Tensor:
-        """W with what has been trained in this cycle."""
-        return w + self.params["d"]
-
-    @torch.no_grad()
-    def merge(self, w: Tensor) -> None:
-        """Add it to W, and begin the next cycle."""
-        w.copy_(self.add(w))
-        self.merges += 1
-        for name, value in self.draw().items():
-            self.params[name].copy_(value)
-
-    def generator(self) -> torch.Generator:
-        return torch.Generator().manual_seed(self.seed * 1000003 + self.merges * 7919 + 17)
+# ── the model: Llama, for several runs at once; tensors are (matrices, runs, …) or (runs, …)
 
 
-class Lora(Part):
-    def draw(self) -> dict[str, Tensor]:
-        (n, m), r = self.shape, int(self.options["r"])
-        a = (torch.rand(r, m, generator=self.generator()) * 2 - 1) / math.sqrt(m)
-        return {"a": a, "b": torch.zeros(n, r)}
+class Model:
+    """Weights of `runs` Llamas, and their loss."""
 
-    def add(self, w: Tensor) -> Tensor:
-        return torch.addmm(w, self.params["b"], self.params["a"])
+    def __init__(
+        self, width: int, layers: int, vocabulary: int, seeds: list[int], device: str
+    ) -> None:
+        self.heads, self.layers = width // 32, layers
+        inner = int(width * 8 / 3 + 31) // 32 * 32
+        # For each shape its matrices, layer by layer: q k v o; gate up; down.
+        shapes = {
+            "attention": (4, width, width),
+            "up": (2, inner, width),
+            "down": (1, width, inner),
+        }
+        self.per_layer = {name: count for name, (count, _, _) in shapes.items()}
 
+        def drawn(*shape: int) -> Tensor:
+            return torch.stack([torch.randn(*shape, generator=g) * 0.02 for g in generators])
 
-class Block(Part):
-    def draw(self) -> dict[str, Tensor]:
-        (n, m), k = self.shape, int(self.options["k"])
-        self.shift = (self.merges + self.seed) % k
-        generator = self.generator()
-        self.rows, self.columns = (
-            torch.randperm(size, generator=generator).argsort() for size in (n, m)
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        runs = len(seeds)
+        self.matrices = {
+            name: torch.stack([drawn(n, m) for _ in range(count * layers)]).to(device)
+            for name, (count, n, m) in shapes.items()
+        }
+        self.rest = [
+            drawn(vocabulary, width).to(device),
+            drawn(vocabulary, width).to(device),
+            torch.ones(2 * layers + 1, runs, 1, width, device=device),
+        ]
+        angles = torch.outer(torch.arange(LENGTH), 1e4 ** (-torch.arange(0, 32, 2) / 32))
+        angles = torch.cat([angles, angles], 1).to(device)
+        self.cos, self.sin = angles.cos(), angles.sin()
+        for leaf in self.leaves():
+            leaf.requires_grad_()
+
+    def leaves(self) -> list[Tensor]:
+        return [*self.matrices.values(), *self.rest]
+
+    def losses(self, ids: Tensor) -> Tensor:
+        """ids (runs, sequences, LENGTH) -> the loss of each sequence (runs, sequences)."""
+        runs, batch, length = ids.shape
+        embeddings, head, norms = self.rest
+        at = iter(norms.unbind(0))
+        of = {name: iter(stacked.unbind(0)) for name, stacked in self.matrices.items()}
+        first = torch.arange(runs, device=ids.device)[:, None] * embeddings.shape[1]
+        x = F.embedding(ids.flatten(1) + first, embeddings.flatten(0, 1))
+        for _ in range(self.layers):
+            q, k, v, o = (next(of["attention"]) for _ in range(4))
+            h = rms_norm(x) * next(at)
+            q, k, v = (
+                torch.bmm(h, w.mT).view(runs * batch, length, self.heads, 32).transpose(1, 2)
+                for w in (q, k, v)
+            )
+            q, k = self.rotate(q), self.rotate(k)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            x = x + torch.bmm(y.transpose(1, 2).reshape(x.shape), o.mT)
+            h = rms_norm(x) * next(at)
+            gate, up = (torch.bmm(h, next(of["up"]).mT) for _ in range(2))
+            x = x + torch.bmm(F.silu(gate) * up, next(of["down"]).mT)
+        logits = torch.bmm(rms_norm(x) * next(at), head.mT).view(runs * batch, length, -1)[:, :-1]
+        targets = ids.view(runs * batch, length)[:, 1:]
+        losses = F.cross_entropy(
+            logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), reduction="none"
         )
-        return {"d": torch.zeros(k, n // k, m // k)}
+        return losses.view(runs, batch, length - 1).mean(2)
 
-    def add(self, w: Tensor) -> Tensor:
-        d = self.params["d"]
-        k, _, width = d.shape
-        if self.options.get("perm") == "random":
-            return w + torch.block_diag(*d)[self.rows][:, self.columns]
-        bands = [(i + self.shift) % k * width for i in range(k)]
-        padded = [F.pad(x, (at, w.shape[1] - at - width)) for x, at in zip(d, bands, strict=True)]
-        return w + torch.cat(padded)
+    def rotate(self, x: Tensor) -> Tensor:
+        first, second = x.chunk(2, -1)
+        return x * self.cos + torch.cat([-second, first], -1) * self.sin
 
 
-class Rows(Part):
-    def draw(self) -> dict[str, Tensor]:
-        k, self.dim = int(self.options["k"]), int("cols" in self.options)
-        size = self.shape[self.dim]
-        self.chosen = torch.randperm(size, generator=self.generator())[: size // k]
-        shape = list(self.shape)
-        shape[self.dim] = size // k
-        return {"d": torch.zeros(shape)}
-
-    def add(self, w: Tensor) -> Tensor:
-        return w.index_add(self.dim, self.chosen, self.params["d"])
+def rms_norm(x: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
 
 
-class Mask(Part):
-    def draw(self) -> dict[str, Tensor]:
-        numbers = torch.rand(self.shape, generator=self.generator())
-        self.mask = (numbers < 1 / float(self.options["k"])).float()
-        return super().draw()
-
-    def add(self, w: Tensor) -> Tensor:
-        return w + self.mask * self.params["d"]
-
-
-class Turn(Part):
-    def add(self, w: Tensor) -> Tensor:
-        is_on = (self.seed // 3 + self.merges) % int(self.options["k"]) == 0
-        return super().add(w) if is_on else w
-
-
-KINDS = {"full": Part, "lora": Lora, "block": Block, "rows": Rows, "mask": Mask, "turn": Turn}
-
-
-class Matrix(nn.Module):
-    """x Wᵀ with W as its parts make it."""
-
-    weight: Tensor
-
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("weight", weight.detach().clone())
-        self.parts: list[Part] = []
-
-    def forward(self, x: Tensor) -> Tensor:
-        w = self.weight
-        for part in self.parts:
-            w = part.add(w)
-        return F.linear(x, w)
+# ── what trains of a stack of matrices W (matrices, runs, n, m), given their gradients
 
 
 def orthogonalise(g: Tensor) -> Tensor:
@@ -166,42 +148,322 @@ def orthogonalise(g: Tensor) -> Tensor:
     return x.mT if is_tall else x
 
 
-class Optimizer:
-    """AdamW (0.9, 0.95) or Muon, without decay."""
+def inverse_root(gram: Tensor) -> Tensor:
+    """(gram + δ)^(-1/2) of positive matrices, by Newton and Schulz's coupled iteration."""
+    r = gram.shape[-1]
+    eye = torch.eye(r, device=gram.device)
+    gram = gram + (1e-4 * gram.diagonal(dim1=-2, dim2=-1).mean(-1) + 1e-12)[..., None, None] * eye
+    size = gram.norm(dim=(-2, -1), keepdim=True)
+    y, z = gram / size, eye.expand_as(gram)
+    for _ in range(15):
+        t = 0.5 * (3 * eye - z @ y)
+        y, z = y @ t, t @ z
+    return z / size.sqrt()
 
-    def __init__(self, params: list[Tensor], kind: str = "adam", mu: float = 0.95) -> None:
-        self.params, self.kind, self.mu, self.keep = params, kind, mu, 0.0
-        self.reset()
 
-    def reset(self) -> None:
-        """Zero the moments, but for the largest ones of a share `keep`."""
-        if self.keep:
-            for m, v in zip(self.m, self.v, strict=True):
-                size = m.abs()
-                kept = size > size.flatten().kthvalue(int((1 - self.keep) * m.numel()))[0]
-                m.mul_(kept)
-                v.mul_(kept)
-            return
-        self.m, self.v = ([torch.zeros_like(p) for p in self.params] for _ in range(2))
-        self.steps = 0
+def svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """On the CPU, where a hundred small ones take less time than on a GPU."""
+    u, s, v = torch.linalg.svd(x.cpu(), full_matrices=False)
+    return u.to(x.device), s.to(x.device), v.to(x.device)
 
-    @torch.no_grad()
-    def step(self, rates: list[float]) -> None:
-        """One update of those that have a gradient, each at its rate."""
-        self.steps += 1
-        for p, m, v, rate in zip(self.params, self.m, self.v, rates, strict=True):
-            g, p.grad = p.grad, None
-            if g is None:
-                continue
+
+class Tensors:
+    """Trained tensors (matrices, runs, …) with the moments of one optimizer."""
+
+    def __init__(self, values: list[Tensor], options: dict[str, str]) -> None:
+        self.values, self.kind = values, options.get("opt", "adam")
+        self.mu = float(options.get("mu", 0.95))
+        self.m = [torch.zeros_like(p) for p in values]
+        self.v = [torch.zeros_like(p) for p in values]
+        # Steps since a moment was zero, of each matrix.
+        self.steps = [torch.zeros(len(p), *[1] * (p.dim() - 1), device=p.device) for p in values]
+
+    def step(self, gradients: list[Tensor], rates: list[Tensor]) -> None:
+        """An update of each at its rate, which has the tensor's dimensions or is 1 there."""
+        for p, g, m, v, n, rate in zip(
+            self.values, gradients, self.m, self.v, self.steps, rates, strict=True
+        ):
+            n.add_(1)
             if self.kind == "adam":
                 m.lerp_(g, 0.1)
                 v.mul_(0.95).addcmul_(g, g, value=1 - 0.95)
-                first, second = 1 - 0.9**self.steps, 1 - 0.95**self.steps
-                p.addcdiv_(m, (v / second).sqrt_().add_(1e-8), value=-rate / first)
+                first, second = 1 - 0.9**n, 1 - 0.95**n
+                p.sub_(rate / first * m / ((v / second).sqrt_().add_(1e-8)))
             else:
                 m.mul_(self.mu).add_(g)
                 size = 0.2 * math.sqrt(max(p.shape[-2:]))
-                p.add_(orthogonalise(g.add(m, alpha=self.mu)), alpha=-rate * size)
+                p.sub_(rate * size * orthogonalise(g.add(m, alpha=self.mu)))
+
+
+class Rule:
+    """Full rank, and what the others are made of."""
+
+    trained: Tensors
+
+    def __init__(self, w: Tensor, options: dict[str, str], seeds: list[int], layers: int) -> None:
+        self.w, self.options, self.seeds, self.layers = w, options, seeds, layers
+        self.merges = 0
+        with torch.no_grad():
+            self.build()
+        self.share = sum(p.numel() for p in self.trained.values) / w.numel()
+
+    def build(self) -> None:
+        self.trained = Tensors([self.w], self.options)
+
+    def gradients(self, g: Tensor) -> list[Tensor]:
+        """Gradients of what trains, from those of W."""
+        return [g]
+
+    def step(self, gradients: list[Tensor], rate: Tensor, since: Tensor) -> None:
+        """One update; rate (runs,), steps since the restart (1,)."""
+        self.trained.step(gradients, [rate.view(1, -1, 1, 1)] * len(gradients))
+
+    def restart(self, g: Tensor | None, at: Tensor) -> None:
+        """Begin a cycle, for matrices where `at` (matrices,); W holds all sums already."""
+
+    def draw(self, make: Callable[[torch.Generator], Tensor]) -> Tensor:
+        """(matrices, runs, …) of draws keyed by seed, merge and matrix."""
+        shape = self.w.shape
+        drawn = [
+            make(torch.Generator().manual_seed(seed * 1000003 + self.merges * 7919 + i))
+            for i in range(shape[0])
+            for seed in self.seeds
+        ]
+        return torch.stack(drawn).view(*shape[:2], *drawn[0].shape).to(self.w.device)
+
+
+class Lora(Rule):
+    def build(self) -> None:
+        (_, _, n, m), r = self.w.shape, int(self.options["r"])
+        self.a = self.w.new_zeros(*self.w.shape[:2], r, m)
+        self.b = self.w.new_zeros(*self.w.shape[:2], n, r)
+        self.is_frozen = self.options.get("train") == "b"
+        self.scale = self.w.new_ones(*self.w.shape[:2], 1, 1)  # of rates, where they are matched
+        self.slots = int(self.options.get("slots", 0))
+        self.next_slot = 0
+        self.trained = Tensors([self.b] if self.is_frozen else [self.a, self.b], self.options)
+        self.a.copy_(self.rows(None))
+        self.match()
+
+    def rows(self, g: Tensor | None) -> Tensor:
+        """A as a cycle begins with it."""
+        r, m = self.a.shape[-2:]
+        kind = self.options.get("a", "kaiming")
+        if kind == "keep" and self.merges:
+            return self.a.clone()
+        if kind in ("kaiming", "keep"):
+            bound = 1 / math.sqrt(m)
+            return self.draw(lambda key: (torch.rand(r, m, generator=key) * 2 - 1) * bound)
+        basis = torch.linalg.qr(self.draw(lambda key: torch.randn(m, r, generator=key)))[0].mT
+        if kind == "orthonormal" or g is None:
+            return basis
+        _, sizes, v = svd(g)
+        if kind == "top":
+            return v[..., :r, :]
+        # Without replacement, in proportion to the singular values: Gumbel's top r.
+        noise = self.draw(lambda key: torch.rand(sizes.shape[-1], generator=key))
+        noise = -torch.log(-torch.log(noise))
+        index = (sizes.clamp_min(1e-20).log() + noise).topk(r, -1).indices
+        chosen = torch.take_along_dim(v, index[..., None], -2)
+        if kind == "sampled":
+            return chosen
+        half = chosen[..., : r // 2, :]
+        others = basis[..., r // 2 :, :]
+        others = others - others @ half.mT @ half
+        return torch.cat([half, torch.linalg.qr(others.mT)[0].mT], -2)
+
+    def gradients(self, g: Tensor) -> list[Tensor]:
+        of_b = g @ self.a.mT
+        return [of_b] if self.is_frozen else [self.b.mT @ g, of_b]
+
+    def match(self) -> None:
+        """Rates whose first step moves W by full rank's RMS."""
+        if "matched" in self.options:
+            (r, m), n = self.a.shape[-2:], self.b.shape[-2]
+            alpha = self.a.square().sum((-2, -1), keepdim=True) / (r * m)
+            beta = self.b.square().sum((-2, -1), keepdim=True) / (n * r)
+            beta = 0 * beta if self.is_frozen else beta
+            self.scale.copy_(1 / (math.sqrt(r) * (alpha + beta).sqrt()))
+
+    def step(self, gradients: list[Tensor], rate: Tensor, since: Tensor) -> None:
+        if self.options.get("matched") == "each":
+            self.match()
+        before = self.b @ self.a
+        if self.options.get("opt") == "spectral":
+            self.spectral_step(gradients, rate.view(1, -1, 1, 1))
+        else:
+            of_a = of_b = rate.view(1, -1, 1, 1) * self.scale
+            of_b = of_b * float(self.options.get("ratio", 1))
+            of_a = of_a * (since >= int(self.options.get("hold", 0)))
+            self.trained.step(gradients, [of_b] if self.is_frozen else [of_a, of_b])
+        self.w.add_(self.b @ self.a - before)
+
+    def spectral_step(self, gradients: list[Tensor], rate: Tensor) -> None:
+        """LoRA-Muon: half the step by each factor, of spectral norm `rate` × Muon's size."""
+        t = self.trained
+        for m, g in zip(t.m, gradients, strict=True):
+            m.mul_(t.mu).add_(g)
+        of_a, of_b = (g.add(m, alpha=t.mu) for g, m in zip(gradients, t.m, strict=True))
+        size = 0.2 * math.sqrt(max(self.w.shape[-2:])) * rate / 2
+        root_a = inverse_root(self.a @ self.a.mT)
+        root_b = inverse_root(self.b.mT @ self.b)
+        # Where B is still zero A has no step, and B takes the whole.
+        is_set = (self.b.square().sum((-2, -1), keepdim=True) > 1e-8).float()
+        step_b = orthogonalise(of_b @ root_a) @ root_a
+        step_a = root_b @ orthogonalise(root_b @ of_a)
+        self.b.sub_(size * (2 - is_set) * step_b)
+        self.a.sub_(size * is_set * step_a)
+
+    def restart(self, g: Tensor | None, at: Tensor) -> None:
+        self.merges += 1
+        old_a = self.a.clone()
+        new_a, new_b = self.rows(g), torch.zeros_like(self.b)
+        r = self.a.shape[-2]
+        if self.options.get("b") == "gradient" and g is not None:
+            u, _, v = svd(g)
+            size = self.w.shape[-2] ** 0.25 / 4
+            new_a, new_b = v[..., :r, :] * size, u[..., r : 2 * r] * size
+        elif self.options.get("b") == "rebalance":
+            u, s, v = svd(self.b @ self.a)
+            half, root = r // 2, s[..., : r // 2].sqrt()
+            new_a = torch.cat([root[..., None] * v[..., :half, :], new_a[..., half:, :]], -2)
+            new_b = torch.cat([u[..., :half] * root[..., None, :], new_b[..., half:]], -1)
+        chosen = at[:, None, None, None].expand_as(self.a[..., :1, :1]).clone()
+        if self.slots:
+            which = (torch.arange(self.slots) + self.next_slot) % r
+            self.next_slot = (self.next_slot + self.slots) % r
+            rows = torch.zeros(r, dtype=torch.bool)
+            rows[which] = True
+            chosen = chosen & rows.to(self.a.device)[:, None]
+        self.a.copy_(torch.where(chosen, new_a, self.a))
+        self.b.copy_(torch.where(chosen.mT, new_b, self.b))
+        self.moments(chosen, old_a)
+        self.match()
+
+    def moments(self, chosen: Tensor, old_a: Tensor) -> None:
+        """What the restart leaves of the moments of the rank-1 parts `chosen`."""
+        t, kind = self.trained, self.options.get("m", "zero")
+        if kind == "transport":
+            self.transport(at=chosen[:, 0, 0, 0], old_a=old_a)
+            return
+        for i, (m, v) in enumerate(zip(t.m, t.v, strict=True)):
+            where = chosen if i == 0 and not self.is_frozen else chosen.mT
+            if kind == "zero":
+                kept = torch.zeros((), device=m.device)
+                # SwitchLoRA's parts have no count of their own: v's bias is corrected by hand.
+                if not self.slots:
+                    t.steps[i].mul_(~where[:, :1, :1, :1])
+            elif kind == "magnitude":
+                size = m.abs().flatten(-2)
+                border = size.kthvalue(int(0.9 * size.shape[-1]), -1).values[..., None, None]
+                kept = (m.abs() > border).float()
+            elif kind == "random":
+                kept = (torch.rand_like(m) < 0.01).float()
+            else:
+                continue
+            m.copy_(torch.where(where, m * kept, m))
+            v.copy_(torch.where(where, v * kept, v))
+
+    def transport(self, at: Tensor, old_a: Tensor) -> None:
+        """LDAdam's rule for B, with the overlap's correction; A's moments and steps are zeroed."""
+        t = self.trained
+        m, v, n = t.m[-1], t.v[-1], t.steps[-1]
+        at = at[:, None, None, None]
+        c = old_a @ self.a.mT @ torch.linalg.inv(self.a @ self.a.mT)
+        first, second = 1 - 0.9**n, 1 - 0.95**n
+        mean, square = m / first, v / second
+        moved = ((square - mean**2) @ c**2 + (mean @ c) ** 2).abs() * second
+        overlap = (c**2).sum(-2, keepdim=True).clamp(max=1)
+        moved = moved + (1 - overlap) * v.mean(-1, keepdim=True)
+        m.copy_(torch.where(at, m @ c, m))
+        v.copy_(torch.where(at, moved, v))
+        for i in range(len(t.m) - 1):
+            t.m[i].mul_(~at)
+            t.v[i].mul_(~at)
+            t.steps[i].mul_(~at)
+
+
+class Block(Rule):
+    def build(self) -> None:
+        (j, runs, n, m), k = self.w.shape, int(self.options["k"])
+        self.k = k
+        self.shift = self.draw(lambda g: torch.randint(k, (1,), generator=g))  # (j, runs, 1)
+        self.shift = self.shift[:, :1].expand_as(self.shift)  # the same for all runs
+        self.d = self.w.new_zeros(j, runs, k, n // k, m // k)
+        self.trained = Tensors([self.d], self.options)
+        self.has_full_moment = self.options.get("m") == "full"
+        self.moment = torch.zeros_like(self.w) if self.has_full_moment else None
+        self.index = torch.zeros(j, runs, k, n // k, m // k, dtype=torch.long, device=self.w.device)
+        self.place()
+
+    def place(self) -> None:
+        """Where in W, as one row, the blocks' entries lie."""
+        m = self.w.shape[-1]
+        k, rows, columns = self.d.shape[-3:]
+        i = torch.arange(k, device=self.w.device)
+        band = (i + self.shift) % k  # (j, runs, k)
+        row = (i[:, None] * rows + torch.arange(rows, device=i.device)) * m
+        column = band[..., None] * columns + torch.arange(columns, device=i.device)
+        self.index.copy_(row[:, :, None] + column[..., None, :])
+
+    def of(self, w: Tensor) -> Tensor:
+        """The blocks of W's shape."""
+        return w.flatten(-2).gather(-1, self.index.flatten(2)).view_as(self.d)
+
+    def gradients(self, g: Tensor) -> list[Tensor]:
+        if self.moment is not None:
+            self.moment.mul_(self.trained.mu).add_(g)
+        return [self.of(g)]
+
+    def step(self, gradients: list[Tensor], rate: Tensor, since: Tensor) -> None:
+        t = self.trained
+        if self.moment is not None:  # as if it had been momentum of the blocks all along
+            t.m[0].copy_((self.of(self.moment) - gradients[0]) / t.mu)
+        self.d.zero_()
+        t.step(gradients, [rate.view(1, -1, 1, 1, 1)])
+        self.w.flatten(-2).scatter_add_(-1, self.index.flatten(2), self.d.flatten(2))
+
+    def restart(self, g: Tensor | None, at: Tensor) -> None:
+        self.merges += 1
+        self.shift = self.shift + at[:, None, None]
+        self.place()
+        t, at = self.trained, at[:, None, None, None, None]
+        if self.options.get("m", "zero") == "zero":
+            for x in (t.m[0], t.v[0], t.steps[0]):
+                x.mul_(~at)
+
+
+class Layer(Rule):
+    """W of every K-th layer."""
+
+    def build(self) -> None:
+        self.k = int(self.options["k"])
+        self.trained = Tensors([self.w], self.options)
+        count = self.w.shape[0]
+        self.layer = torch.arange(count, device=self.w.device) // (count // self.layers)
+        self.on = self.w.new_zeros(count, 1, 1, 1)
+        self.choose()
+
+    def choose(self) -> None:
+        self.on.copy_((self.layer % self.k == self.merges % self.k).float()[:, None, None, None])
+
+    def gradients(self, g: Tensor) -> list[Tensor]:
+        return [g * self.on]
+
+    def step(self, gradients: list[Tensor], rate: Tensor, since: Tensor) -> None:
+        self.trained.step(gradients, [rate.view(1, -1, 1, 1) * self.on])
+
+    def restart(self, g: Tensor | None, at: Tensor) -> None:
+        self.merges += 1
+        self.choose()
+        for x in (self.trained.m[0], self.trained.v[0], self.trained.steps[0]):
+            x.zero_()
+
+
+KINDS = {"full": Rule, "lora": Lora, "block": Block, "layer": Layer}
+
+
+# ── a batch of runs
 
 
 def parse(arm: str) -> tuple[list[tuple[str, dict[str, str]]], dict[str, str]]:
@@ -212,9 +474,132 @@ def parse(arm: str) -> tuple[list[tuple[str, dict[str, str]]], dict[str, str]]:
         name, equals, value = word.partition("=")
         if not equals:
             kinds.append((word, {}))
+        elif name in ("r", "k"):
+            kinds[-1][1][name] = settings[name] = value
         else:
-            (kinds[-1][1] if name in OF_A_KIND else settings)[name] = value
-    return kinds, settings
+            settings[name] = value
+    return [(kind, settings | options) for kind, options in kinds], settings
+
+
+def restarts_of(settings: dict[str, str], begin: int, total: int, layers: int) -> list[int]:
+    """The steps before which something restarts."""
+    cycle, grow = float(settings.get("C", 0)), float(settings.get("grow", 1))
+    if "slots" in settings:
+        cycle *= int(settings["slots"]) / int(settings["r"])
+    if "turns" in settings:
+        cycle /= layers
+    last = float(settings.get("until", 1)) * total
+    found, at = [], begin + cycle
+    while cycle and at < last:
+        found.append(round(at))
+        cycle *= grow
+        at += cycle
+    return found
+
+
+class Batches:
+    """Sequences of the training tokens for each seed, in an order of its own each epoch."""
+
+    def __init__(self, tokens: Tensor, seeds: list[int], batch: int) -> None:
+        self.batch = batch
+        self.rows = tokens[: len(tokens) // LENGTH * LENGTH].view(-1, LENGTH)
+        self.generators = {s: torch.Generator().manual_seed(s) for s in set(seeds)}
+        self.seeds, self.at = seeds, 0
+        self.orders: dict[int, Tensor] = {}
+
+    def next(self) -> Tensor:
+        """(runs, batch, LENGTH)"""
+        if not self.orders or self.at + self.batch > len(self.rows):
+            self.at = 0
+            for seed, generator in self.generators.items():
+                order = torch.randperm(len(self.rows), generator=generator)
+                self.orders[seed] = order.to(self.rows.device)
+        index = torch.stack([self.orders[s][self.at : self.at + self.batch] for s in self.seeds])
+        self.at += self.batch
+        return self.rows[index].long()
+
+
+class Stack:
+    """All runs of an arm: rates × seeds."""
+
+    def __init__(self, arm: str, args: argparse.Namespace, runs: list[tuple[str, int]]) -> None:
+        kinds, self.settings = parse(arm)
+        self.seeds = [seed for _, seed in runs]
+        device = args.device
+        self.model = Model(args.width, args.layers, args.vocabulary, self.seeds, device)
+        self.rates = torch.tensor([float(lr) for lr, _ in runs], device=device)
+        self.rate, self.rest_rate = torch.zeros_like(self.rates), torch.zeros(1, device=device)
+        self.since = torch.zeros(1, device=device)
+        self.rest = Tensors(self.model.rest, {})
+        self.warm = round(float(self.settings.get("warm", 0)) * args.steps)
+        stacks = [w.data for w in self.model.matrices.values()]
+        self.rules = [
+            KINDS[kind](w, options, self.seeds, args.layers)
+            for kind, options in kinds
+            for w in stacks
+        ]
+        self.first = [Rule(w, {}, self.seeds, args.layers) for w in stacks]
+        self.active = self.first if self.warm else self.rules
+        self.ids: Tensor | None = None
+        self.args = args
+
+    def share(self) -> float:
+        """Entries that train, of all of W's."""
+        total = sum(w.numel() for w in self.model.matrices.values())
+        held = sum(rule.share * rule.w.numel() for rule in self.rules)
+        for rule in self.rules:
+            if isinstance(rule, Layer):
+                held -= (1 - 1 / rule.k) * rule.w.numel()
+        return held / total
+
+    def backward(self, ids: Tensor) -> list[Tensor]:
+        """Gradients of each run's mean loss, by leaf."""
+        return list(torch.autograd.grad(self.model.losses(ids).mean(1).sum(), self.model.leaves()))
+
+    def step(self) -> None:
+        """One step on `self.ids` at `self.rate`."""
+        assert self.ids is not None
+        gradients = self.backward(self.ids)
+        with torch.no_grad():
+            count = len(self.model.matrices)
+            of_rules = [rule.gradients(gradients[i % count]) for i, rule in enumerate(self.active)]
+            rest = gradients[count:]
+            # Clipping at 1 of each run's own norm; dimension 0 is the run's but for stacks.
+            squares: Any = sum(
+                g.square().sum([i for i in range(g.dim()) if i != 1])
+                for group in of_rules
+                for g in group
+            )
+            squares = squares + sum(g.square().flatten(1).sum(1) for g in rest[:2])
+            squares = squares + rest[2].square().sum((0, 2, 3))
+            clip = (1 / (squares.sqrt() + 1e-6)).clamp(max=1)
+            for rule, group in zip(self.active, of_rules, strict=True):
+                for g in group:
+                    g.mul_(clip.view(1, -1, *[1] * (g.dim() - 2)))
+                rule.step(group, self.rate, self.since)
+            for g in rest[:2]:
+                g.mul_(clip[:, None, None])
+            rest[2].mul_(clip[None, :, None, None])
+            self.rest.step(
+                rest, [self.rest_rate.view(1, 1, 1)] * 2 + [self.rest_rate.view(1, 1, 1, 1)]
+            )
+
+    def restart(self, number: int) -> None:
+        """Merge, and begin the next cycle, of all layers or the next one."""
+        needs = {self.settings.get("a"), self.settings.get("b")}
+        gradients = (
+            self.backward(self.ids)
+            if needs & {"top", "sampled", "mixed", "gradient"} and self.ids is not None
+            else None
+        )
+        with torch.no_grad():
+            for i, rule in enumerate(self.rules):
+                count = rule.w.shape[0]
+                at = torch.ones(count, dtype=torch.bool, device=rule.w.device)
+                if "turns" in self.settings:
+                    per = count // rule.layers
+                    at = torch.arange(count, device=at.device) // per == number % rule.layers
+                rule.restart(gradients[i % len(self.model.matrices)] if gradients else None, at)
 
 
 def curve(step: int, total: int) -> float:
@@ -224,128 +609,148 @@ def curve(step: int, total: int) -> float:
     return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - WARMUP) / (total - WARMUP)))
 
 
-def build(width: int, layers: int, vocabulary: int, seed: int) -> tuple[Any, list[Matrix]]:
-    """A Llama whose matrices of attention and MLP are `Matrix`."""
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=width,
-        intermediate_size=int(width * 8 / 3 + 31) // 32 * 32,
-        num_hidden_layers=layers,
-        num_attention_heads=width // 32,
-        num_key_value_heads=width // 32,
-        max_position_embeddings=LENGTH,
-        use_cache=False,
-    )
-    model = LlamaForCausalLM(config)
-    matrices = []
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and "lm_head" not in name:
-            owner, _, last = name.rpartition(".")
-            matrices.append(Matrix(module.weight))
-            setattr(model.get_submodule(owner), last, matrices[-1])
-    return model, matrices
+class Replayed:
+    """A step as one CUDA graph; on a CPU the step itself."""
+
+    def __init__(self, stack: Stack) -> None:
+        self.stack, self.warmed = stack, 0
+        self.graph: Any = None
+
+    def __call__(self) -> None:
+        if self.stack.rate.device.type == "cpu":
+            self.stack.step()
+        elif self.graph is not None:
+            self.graph.replay()
+        else:
+            self.stack.step()
+            self.warmed += 1
+            if self.warmed == 3:  # capture runs nothing
+                self.graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream()):
+                    self.stack.step()
 
 
-def train(arm: str, seed: int, args: argparse.Namespace, shards: TokenShards) -> dict[str, Any]:
-    """One run; returns its line of the results."""
-    torch.set_num_threads(1)
-    kinds, settings = parse(arm)
-    model, matrices = build(args.width, args.layers, args.vocabulary, seed)
-    rest = [p for p in model.parameters() if p.requires_grad]
-    rate, ratio = float(settings["lr"]), float(settings.get("ratio", 1))
-    groups = []
-    for i, matrix in enumerate(matrices):
-        for j, (kind, options) in enumerate(kinds):
-            part = KINDS[kind](matrix.weight.shape, options, seed * 100 + i * 3 + j)
-            matrix.parts.append(part)
-            mu = float(settings.get("mu", 0.95))
-            optimizer = Optimizer([*part.params.values()], settings.get("opt", "adam"), mu)
-            optimizer.keep = float(settings.get("keep", 0))
-            rates = [rate * (ratio if name == "b" else 1) for name in part.params]
-            groups.append((matrix, part, optimizer, rates))
-    others = Optimizer(rest)
-    trained = [p for _, part, _, _ in groups for p in part.params.values()]
-    cycle, rewarm = int(settings.get("C", 0)), int(settings.get("w", 0))
-    last = float(settings.get("until", 1)) * args.steps
-    batches = train_batches(
-        shards.train,
-        sequence_length=LENGTH,
-        global_batch=BATCH,
-        micro_batch=BATCH,
-        rank=0,
-        world=1,
-        seed=seed,
-    )
+def train(
+    arm: str, runs: list[tuple[str, int]], args: argparse.Namespace
+) -> Iterator[list[dict[str, Any]]]:
+    """All runs (rate, seed) of an arm at once, a step at each turn; at last a line for each."""
     began = time.time()
+    stack = Stack(arm, args, runs)
+    settings = stack.settings
+    train_tokens, validation = args.tokens
+    batches = Batches(train_tokens, stack.seeds, args.batch)
+    restarts = restarts_of(settings, stack.warm, args.steps, args.layers)
+    rewarm, dead = int(settings.get("w", 0)), "dead" in settings
+    number, since = 0, 0
+    stack.ids = batches.next()
+    do_step = Replayed(stack)
     for step in range(args.steps):
-        (ids,) = next(batches)
-        model(input_ids=ids, labels=ids).loss.backward()
-        nn.utils.clip_grad_norm_(rest + trained, 1.0)
+        if step and step == stack.warm:
+            stack.active, since = stack.rules, 0
+            do_step = Replayed(stack)
+        if number < len(restarts) and step == restarts[number]:
+            stack.restart(number)
+            number, since = number + 1, 0
         factor = curve(step, args.steps)
-        others.step([factor * args.lr_rest] * len(rest))
-        since = step % cycle if cycle else step
-        up = min(1.0, (since + 1) / rewarm) if rewarm and cycle <= step else 1.0
-        restarts = cycle and (step + 1) % cycle == 0 and step + 1 < last
-        for matrix, part, optimizer, rates in groups:
-            optimizer.step([factor * up * x for x in rates])
-            if restarts:
-                part.merge(matrix.weight)
-                optimizer.reset()
-    losses = evaluate(model, shards, args.eval)
-    entries = sum(matrix.weight.numel() for matrix in matrices)
-    return {
-        "arm": arm,
-        "seed": seed,
-        "loss": round(losses.mean().item(), 4),
-        "error": round((losses.std() / len(losses) ** 0.5).item(), 4),
-        "share": round(sum(p.numel() for p in trained) / entries, 3),
-        "parameters": entries + sum(p.numel() for p in rest),
-        "steps": args.steps,
-        "width": args.width,
-        "layers": args.layers,
-        "source": args.source,
-        "seconds": round(time.time() - began),
-    }
+        up = min(1.0, (since + 1) / rewarm) if rewarm and (number or stack.warm) else 1.0
+        if dead and not number and step >= stack.warm:
+            up = 0.0
+        own = (
+            stack.rates
+            if step >= stack.warm
+            else torch.full_like(stack.rates, float(settings["wlr"]))
+        )
+        stack.rate.copy_(own * (factor * up))
+        stack.rest_rate.fill_(factor * args.lr_rest)
+        stack.since.fill_(since)
+        do_step()
+        since += 1
+        stack.ids.copy_(batches.next())
+        yield []
+    losses = evaluate(stack.model, validation, args.eval)
+    yield [
+        {
+            "arm": f"{arm} lr={rate}",
+            "seed": seed,
+            "loss": round(of_run.mean().item(), 4),
+            "error": round((of_run.std() / len(of_run) ** 0.5).item(), 4),
+            "share": round(stack.share(), 3),
+            "parameters": sum(p.numel() for p in stack.model.leaves()) // len(runs),
+            **{k: getattr(args, k) for k in RUN[1:]},
+            "seconds": round((time.time() - began) / len(runs), 1),
+            "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
+        }
+        for (rate, seed), of_run in zip(runs, losses, strict=True)
+    ]
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, shards: TokenShards, sequences: int) -> Tensor:
-    """The loss of each of so many validation sequences."""
-    losses = []
-    for ids, real in eval_batches(
-        shards.validation,
-        sequence_length=LENGTH,
-        micro_batch=32,
-        rank=0,
-        world=1,
-        max_sequences=sequences,
-    ):
-        logits = model.eval()(input_ids=ids[:real]).logits[:, :-1]
-        losses.append(F.cross_entropy(logits.mT, ids[:real, 1:], reduction="none").mean(1))
-    return torch.cat(losses)
+def evaluate(model: Model, tokens: Tensor, sequences: int) -> Tensor:
+    """The loss of each of so many validation sequences, evenly spread: (runs, sequences)."""
+    rows = tokens[: len(tokens) // LENGTH * LENGTH].view(-1, LENGTH)
+    rows = rows[torch.linspace(0, len(rows) - 1, min(sequences, len(rows))).long()].long()
+    runs = model.rest[0].shape[0]
+    return torch.cat(
+        [model.losses(ids.expand(runs, -1, -1).contiguous()) for ids in rows.split(32)], 1
+    )
+
+
+def tokens_of(args: argparse.Namespace) -> list[np.ndarray[Any, Any]]:
+    """Training and validation tokens: prepared by relora, or from a file where it is not."""
+    if args.tokens_from:
+        with np.load(args.tokens_from) as file:
+            return [file["train"].astype(np.int32), file["validation"].astype(np.int32)]
+    from relora.data.config import DataConfig
+    from relora.data.prepare import prepare_shards
+    from relora.data.shards import open_shards
+
+    data = DataConfig.model_validate(
+        {
+            "source": args.source,
+            "tokenizer": {"train": "bpe", "vocab_size": args.vocabulary, "training_megabytes": 10},
+            "sequence_length": LENGTH,
+            "validation_fraction": 0.05,
+        }
+    )
+    prepare_shards(data, quiet=True)
+    shards = open_shards(data)
+    return [np.asarray(x).astype(np.int32) for x in (shards.train, shards.validation)]
+
+
+# ── results
 
 
 def table(results: Path) -> list[str]:
-    """The results as Markdown: an arm a line, the best first, for each length and width."""
-    found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    """The results as Markdown: an arm a line at its best rate, the best first."""
+    found: dict[tuple[Any, ...], dict[str, list[dict[str, Any]]]] = {}
     for line in map(json.loads, results.read_text().splitlines()):
-        key = (line["source"], line["width"], line["steps"], line["arm"])
-        found.setdefault(key, []).append(line)
-    lines = ["| source, width, steps | arm | loss (seed) | mean | trains of W | state |"]
-    lines.append("|" + "---|" * 6)
-    means = {k: sum(x["loss"] for x in runs) / len(runs) for k, runs in found.items()}
-    for key in sorted(found, key=lambda k: (*k[:3], means[k])):
-        runs, (source, width, steps, arm) = found[key], key
-        losses = ", ".join(f"{x['loss']:.3f} ({x['seed']})" for x in runs)
-        # Values and moments, in bytes of fp32 an entry of W.
-        state = runs[0]["share"] * (8 if "opt=muon" in arm else 12)
-        if arm.startswith(("mask", "turn")):  # what is held is not all that trains
-            state /= float(arm.split("k=")[1].split()[0])
-        where = f"{source}, {width}, {steps:,}"
-        share = f"{state / (8 if 'opt=muon' in arm else 12):.3f}"
+        arm, _, rate = line["arm"].rpartition(" lr=")
+        key = (line["source"], line["width"], line["layers"], line["steps"], arm)
+        found.setdefault(key, {}).setdefault(rate, []).append(line)
+    lines = ["| source, width, layers, steps | arm | mean | by seed | rate | other rates | state |"]
+    lines.append("|" + "---|" * 7)
+
+    def mean(runs: list[dict[str, Any]]) -> float:
+        return sum(x["loss"] for x in runs) / len(runs)
+
+    best = {
+        key: min(rates, key=lambda r: (-len(rates[r]), mean(rates[r])))
+        for key, rates in found.items()
+    }
+    for key in sorted(found, key=lambda k: (*k[:4], mean(found[k][best[k]]))):
+        rates, (source, width, layers, steps, arm) = found[key], key
+        runs = rates[best[key]]
+        by_seed = " ".join(f"{x['loss']:.3f}" for x in sorted(runs, key=lambda x: x["seed"]))
+        others = ", ".join(
+            f"{r}: {mean(rates[r]):.3f}" for r in sorted(rates, key=float) if r != best[key]
+        )
+        one_moment = "opt=muon" in arm or "opt=spectral" in arm
+        state = runs[0]["share"] * (8 if one_moment else 12)
+        if "m=full" in arm:
+            state = 4 * runs[0]["share"] + 4
         lines.append(
-            f"| {where} | `{arm}` | {losses} | {means[key]:.3f} | {share} | {state:.1f} B |"
+            f"| {source}, {width}, {layers}, {steps:,} | `{arm}` | {mean(runs):.3f} | {by_seed} "
+            f"| {best[key]} | {others} | {state:.1f} B |"
         )
     return lines
 
@@ -354,45 +759,70 @@ def main() -> None:
     """Run what has not been run."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("arms", nargs="*")
+    parser.add_argument("--arms-from", type=Path, help="a file of arms, a line each")
     parser.add_argument("--table", action="store_true", help="print the results there are")
     parser.add_argument("--to", type=Path, default=Path(__file__).with_suffix(".jsonl"))
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", default="0", help="0,1,2")
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--vocabulary", type=int, default=512)
-    parser.add_argument("--steps", type=int, default=1600)
-    parser.add_argument("--eval", type=int, default=1024, help="validation sequences")
+    parser.add_argument("--steps", type=int, default=2560)
+    parser.add_argument("--batch", type=int, default=8, help="sequences a step")
+    parser.add_argument("--together", type=int, default=1, help="arms at a time, on a GPU")
+    parser.add_argument("--eval", type=int, default=2048, help="validation sequences")
     parser.add_argument("--source", default="python")
+    parser.add_argument("--tokens-from", type=Path, help="a .npz of train and validation")
+    parser.add_argument("--save-tokens", type=Path, help="make such a file, and train nothing")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--lr-rest", type=float, default=4e-3, help="of embeddings, head and norms")
     args = parser.parse_args()
     if args.table:
         print("\n".join(table(args.to)))
         return
-    data = DataConfig.model_validate(
-        {
-            "source": args.source,
-            "tokenizer": {
-                "train": "bpe",
-                "vocab_size": args.vocabulary,
-                "training_megabytes": 10,
-            },
-            "sequence_length": LENGTH,
-            "validation_fraction": 0.03,
-        }
-    )
-    prepare_shards(data, quiet=True)
-    shards = open_shards(data)
-    for arm in args.arms:
-        key = {"arm": arm} | {
-            k: getattr(args, k) for k in ("seed", "steps", "width", "layers", "source")
-        }
-        lines = args.to.read_text().splitlines() if args.to.exists() else []
-        if any(key.items() <= json.loads(line).items() for line in lines):
-            continue
-        found = train(arm, args.seed, args, shards)
+    args.tokens = tokens_of(args)
+    if args.save_tokens:
+        train_tokens, validation = (x.astype(np.uint16) for x in args.tokens)
+        np.savez_compressed(args.save_tokens, train=train_tokens, validation=validation)
+        return
+    args.tokens = [torch.from_numpy(x).to(args.device) for x in args.tokens]
+    torch.set_num_threads(1)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    arms = args.arms + (args.arms_from.read_text().splitlines() if args.arms_from else [])
+    todo = []
+    known = list(map(json.loads, args.to.read_text().splitlines())) if args.to.exists() else []
+    for line in filter(None, arms):
+        arm, _, rates = line.rpartition(" lr=")
+        runs = []
+        for rate in rates.split(","):
+            for seed in map(int, args.seeds.split(",")):
+                key = {"arm": f"{arm} lr={rate}", "seed": seed}
+                key |= {k: getattr(args, k) for k in RUN[1:]}
+                if not any(key.items() <= other.items() for other in known):
+                    runs.append((rate, seed))
+        if runs:
+            todo.append(train(arm, runs, args))
+    for found in together(todo, args):
         with args.to.open("a") as file:
             file.write(json.dumps(found) + "\n")
-        print(*(found[k] for k in ("arm", "seed", "loss", "error", "share", "seconds")), flush=True)
+        print(*(found[k] for k in ("arm", "seed", "loss", "share", "seconds")), flush=True)
+
+
+def together(
+    todo: list[Iterator[list[dict[str, Any]]]], args: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
+    """Results as they come, of so many arms at a time, each on a CUDA stream of its own."""
+    going: list[tuple[Iterator[list[dict[str, Any]]], Any]] = []
+    while todo or going:
+        while todo and len(going) < args.together:
+            stream = torch.cuda.Stream() if args.device == "cuda" else None
+            going.append((todo.pop(0), stream))
+        for arm, stream in list(going):
+            with torch.cuda.stream(stream):
+                lines = next(arm, None)
+            if lines is None:
+                going.remove((arm, stream))
+            else:
+                yield from lines
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from relora.config import Config
 from relora.engine.deepspeed import build_optimizer
 from relora.engine.precision import dtype_of, precision_of
+from relora.engine.muon import Muon
 from relora.engine.state import EngineState
 from relora.lora.inject import quantise_base
 from relora.lora.layers import constant_weights
@@ -167,6 +168,8 @@ class _Step:
         self.shape = config.batch.micro_batch_size, config.data.sequence_length
         self.tokens = self.shape[0] * self.shape[1]
         self.optimizer = build_optimizer(self.model, config.optimizer, config.decays_merged)
+        if isinstance(self.optimizer, Muon):
+            EngineState(self.model, self.optimizer, None)  # tells it where matrices lie
         self.half = dtype_of(formats.autocast) if formats.autocast else None
         self.device = device
         self.merges = variant.merges
