@@ -111,7 +111,7 @@ class Model:
                 torch.bmm(h, w.mT).view(runs * batch, length, self.heads, 32).transpose(1, 2)
                 for w in (q, k, v)
             )
-            q, k = self.rotate(q), self.rotate(k)
+            q, k = self.rotate(torch.stack([q, k])).unbind(0)
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
             x = x + torch.bmm(y.transpose(1, 2).reshape(x.shape), o.mT)
             h = rms_norm(x) * next(at)
@@ -130,7 +130,7 @@ class Model:
 
 
 def rms_norm(x: Tensor) -> Tensor:
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+    return F.rms_norm(x, x.shape[-1:], eps=1e-6)
 
 
 # ── what trains of a stack of matrices W (matrices, runs, n, m), given their gradients
@@ -497,26 +497,12 @@ def restarts_of(settings: dict[str, str], begin: int, total: int, layers: int) -
     return found
 
 
-class Batches:
-    """Sequences of the training tokens for each seed, in an order of its own each epoch."""
-
-    def __init__(self, tokens: Tensor, seeds: list[int], batch: int) -> None:
-        self.batch = batch
-        self.rows = tokens[: len(tokens) // LENGTH * LENGTH].view(-1, LENGTH)
-        self.generators = {s: torch.Generator().manual_seed(s) for s in set(seeds)}
-        self.seeds, self.at = seeds, 0
-        self.orders: dict[int, Tensor] = {}
-
-    def next(self) -> Tensor:
-        """(runs, batch, LENGTH)"""
-        if not self.orders or self.at + self.batch > len(self.rows):
-            self.at = 0
-            for seed, generator in self.generators.items():
-                order = torch.randperm(len(self.rows), generator=generator)
-                self.orders[seed] = order.to(self.rows.device)
-        index = torch.stack([self.orders[s][self.at : self.at + self.batch] for s in self.seeds])
-        self.at += self.batch
-        return self.rows[index].long()
+def order_of(seed: int, rows: int, steps: int, batch: int) -> Tensor:
+    """Which of so many sequences each step takes (steps, batch): all in turn, anew each epoch."""
+    generator = torch.Generator().manual_seed(seed)
+    epochs = -(-steps // (rows // batch))
+    order = [torch.randperm(rows, generator=generator) for _ in range(epochs)]
+    return torch.cat([x[: rows // batch * batch].view(-1, batch) for x in order])[:steps]
 
 
 class Stack:
@@ -527,11 +513,21 @@ class Stack:
         self.seeds = [seed for _, seed in runs]
         device = args.device
         self.model = Model(args.width, args.layers, args.vocabulary, self.seeds, device)
-        self.rates = torch.tensor([float(lr) for lr, _ in runs], device=device)
-        self.rate, self.rest_rate = torch.zeros_like(self.rates), torch.zeros(1, device=device)
-        self.since = torch.zeros(1, device=device)
-        self.rest = Tensors(self.model.rest, {})
+        rates = torch.tensor([float(lr) for lr, _ in runs])
         self.warm = round(float(self.settings.get("warm", 0)) * args.steps)
+        self.restarts = restarts_of(self.settings, self.warm, args.steps, args.layers)
+        # What each step takes lies on the device, and a counter says which step it is: a step
+        # asks nothing of the host, and can be replayed.
+        self.rows = args.tokens[0][: len(args.tokens[0]) // LENGTH * LENGTH].view(-1, LENGTH)
+        orders = {s: order_of(s, len(self.rows), args.steps, args.batch) for s in set(self.seeds)}
+        self.order = torch.stack([orders[seed] for seed in self.seeds], 1).to(device)
+        factors, rest, since = schedule(self.settings, self.warm, self.restarts, args.steps)
+        warm_rate = float(self.settings.get("wlr", 0))
+        own = torch.where(torch.arange(args.steps)[:, None] < self.warm, warm_rate, rates)
+        self.rates = (own * factors[:, None]).to(device)
+        self.rest_rates, self.since = (rest * args.lr_rest).to(device), since.to(device)
+        self.counter = torch.zeros(1, dtype=torch.long, device=device)
+        self.rest = Tensors(self.model.rest, {})
         stacks = [w.data for w in self.model.matrices.values()]
         self.rules = [
             KINDS[kind](w, options, self.seeds, args.layers)
@@ -540,8 +536,6 @@ class Stack:
         ]
         self.first = [Rule(w, {}, self.seeds, args.layers) for w in stacks]
         self.active = self.first if self.warm else self.rules
-        self.ids: Tensor | None = None
-        self.args = args
 
     def share(self) -> float:
         """Entries that train, of all of W's."""
@@ -557,10 +551,11 @@ class Stack:
         return list(torch.autograd.grad(self.model.losses(ids).mean(1).sum(), self.model.leaves()))
 
     def step(self) -> None:
-        """One step on `self.ids` at `self.rate`."""
-        assert self.ids is not None
-        gradients = self.backward(self.ids)
+        """The next step."""
+        gradients = self.backward(self.ids())
         with torch.no_grad():
+            rate, since = (x.index_select(0, self.counter) for x in (self.rates, self.since))
+            rest_rate = self.rest_rates.index_select(0, self.counter)
             count = len(self.model.matrices)
             of_rules = [rule.gradients(gradients[i % count]) for i, rule in enumerate(self.active)]
             rest = gradients[count:]
@@ -576,21 +571,22 @@ class Stack:
             for rule, group in zip(self.active, of_rules, strict=True):
                 for g in group:
                     g.mul_(clip.view(1, -1, *[1] * (g.dim() - 2)))
-                rule.step(group, self.rate, self.since)
+                rule.step(group, rate[0], since)
             for g in rest[:2]:
                 g.mul_(clip[:, None, None])
             rest[2].mul_(clip[None, :, None, None])
-            self.rest.step(
-                rest, [self.rest_rate.view(1, 1, 1)] * 2 + [self.rest_rate.view(1, 1, 1, 1)]
-            )
+            self.rest.step(rest, [rest_rate.view(1, 1, 1)] * 2 + [rest_rate.view(1, 1, 1, 1)])
+            self.counter += 1
+
+    def ids(self) -> Tensor:
+        """Token ids (runs, batch, LENGTH) of the next step."""
+        return self.rows[self.order.index_select(0, self.counter)[0]].long()
 
     def restart(self, number: int) -> None:
         """Merge, and begin the next cycle, of all layers or the next one."""
         needs = {self.settings.get("a"), self.settings.get("b")}
         gradients = (
-            self.backward(self.ids)
-            if needs & {"top", "sampled", "mixed", "gradient"} and self.ids is not None
-            else None
+            self.backward(self.ids()) if needs & {"top", "sampled", "mixed", "gradient"} else None
         )
         with torch.no_grad():
             for i, rule in enumerate(self.rules):
@@ -609,6 +605,26 @@ def curve(step: int, total: int) -> float:
     return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - WARMUP) / (total - WARMUP)))
 
 
+def schedule(
+    settings: dict[str, str], warm: int, restarts: list[int], total: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Factors of the matrices' rates, of the others, and steps since a restart, each (total,)."""
+    rewarm, first = int(settings.get("w", 0)), restarts[0] if restarts else total
+    begins = {warm, *restarts}
+    own, rest, counts = [], [], []
+    since = 0
+    for step in range(total):
+        since = 0 if step in begins else since
+        up = min(1.0, (since + 1) / rewarm) if rewarm and (warm or step >= first) else 1.0
+        if "dead" in settings and warm <= step < first:
+            up = 0.0
+        rest.append(curve(step, total))
+        own.append(rest[-1] * up)
+        counts.append(float(since))
+        since += 1
+    return torch.tensor(own), torch.tensor(rest), torch.tensor(counts)
+
+
 class Replayed:
     """A step as one CUDA graph; on a CPU the step itself."""
 
@@ -617,7 +633,7 @@ class Replayed:
         self.graph: Any = None
 
     def __call__(self) -> None:
-        if self.stack.rate.device.type == "cpu":
+        if self.stack.counter.device.type == "cpu":
             self.stack.step()
         elif self.graph is not None:
             self.graph.replay()
@@ -636,38 +652,18 @@ def train(
     """All runs (rate, seed) of an arm at once, a step at each turn; at last a line for each."""
     began = time.time()
     stack = Stack(arm, args, runs)
-    settings = stack.settings
-    train_tokens, validation = args.tokens
-    batches = Batches(train_tokens, stack.seeds, args.batch)
-    restarts = restarts_of(settings, stack.warm, args.steps, args.layers)
-    rewarm, dead = int(settings.get("w", 0)), "dead" in settings
-    number, since = 0, 0
-    stack.ids = batches.next()
     do_step = Replayed(stack)
+    number = 0
     for step in range(args.steps):
         if step and step == stack.warm:
-            stack.active, since = stack.rules, 0
+            stack.active = stack.rules
             do_step = Replayed(stack)
-        if number < len(restarts) and step == restarts[number]:
+        if number < len(stack.restarts) and step == stack.restarts[number]:
             stack.restart(number)
-            number, since = number + 1, 0
-        factor = curve(step, args.steps)
-        up = min(1.0, (since + 1) / rewarm) if rewarm and (number or stack.warm) else 1.0
-        if dead and not number and step >= stack.warm:
-            up = 0.0
-        own = (
-            stack.rates
-            if step >= stack.warm
-            else torch.full_like(stack.rates, float(settings["wlr"]))
-        )
-        stack.rate.copy_(own * (factor * up))
-        stack.rest_rate.fill_(factor * args.lr_rest)
-        stack.since.fill_(since)
+            number += 1
         do_step()
-        since += 1
-        stack.ids.copy_(batches.next())
         yield []
-    losses = evaluate(stack.model, validation, args.eval)
+    losses = evaluate(stack.model, args.tokens[1], args.eval)
     yield [
         {
             "arm": f"{arm} lr={rate}",
