@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # x ↦ ax + bx³ + cx⁵ takes what is in (0, 1] near one
 ITERATIONS = 5
 MATRIX_GROUPS = ("matrices", *ADAPTER_GROUPS)
-GATHERED_AT_ONCE = 2**24  # entries of cut matrices that are gathered together
+AT_ONCE = 2**24  # entries of matrices that are worked on together
 UPDATE = "update"  # under which `gather_each` finds what is to be made orthogonal
 
 
@@ -110,31 +110,40 @@ class Muon(torch.optim.AdamW):
         state["exp_avg"].mul_(momentum).add_(gradient)
         state[UPDATE] = gradient.add(state["exp_avg"], alpha=momentum)
         flat.mul_(1 - rate * group["weight_decay"])
-        for view in views:
-            if view.name not in self._cut and view.count:
-                whole = state[UPDATE].view(-1).narrow(0, view.offset, view.count).view(view.shape)
-                self._apply(flat, view, whole, rate)
-        cut = [view for view in views if view.name in self._cut]
-        for block in _blocks(cut):
-            for view, whole in zip(block, self._state.gather_each(block, UPDATE), strict=True):
-                if view.count:
-                    self._apply(flat, view, whole, rate)
+        for block in _blocks([v for v in views if v.name not in self._cut and v.count]):
+            update = state[UPDATE].view(-1)
+            whole = [update.narrow(0, v.offset, v.count).view(v.shape) for v in block]
+            self._apply(flat, block, whole, rate)
+        for block in _blocks([view for view in views if view.name in self._cut]):
+            self._apply(flat, block, list(self._state.gather_each(block, UPDATE)), rate)
         del state[UPDATE]
 
-    def _apply(self, flat: Tensor, view: ParameterView, whole: Tensor, rate: float) -> None:
-        own = orthogonalise(whole).flatten()[view.start : view.start + view.count]
-        target = flat.view(-1).narrow(0, view.offset, view.count)
-        target.add_(own.to(target.device), alpha=-rate * step_size(view.shape))
+    def _apply(
+        self, flat: Tensor, block: list[ParameterView], whole: list[Tensor], rate: float
+    ) -> None:
+        """Move what this rank has of matrices of one shape: made orthogonal in one batch, for a
+        product each is a launch each."""
+        here = [(view, x) for view, x in zip(block, whole, strict=True) if view.count]
+        if not here:
+            return
+        size = rate * step_size(block[0].shape)
+        for (view, _), made in zip(
+            here, orthogonalise(torch.stack([x for _, x in here])), strict=True
+        ):
+            own = made.flatten()[view.start : view.start + view.count]
+            target = flat.view(-1).narrow(0, view.offset, view.count)
+            target.add_(own.to(target.device), alpha=-size)
 
 
 def _blocks(views: Sequence[ParameterView]) -> list[list[ParameterView]]:
-    """Cut matrices that are gathered together: some at a time, the same ones on every rank."""
+    """Matrices of one shape that are worked on together: as many as there is room for, the same
+    ones on every rank where ZeRO has cut them."""
     blocks: list[list[ParameterView]] = []
-    room = 0
-    for view in views:
-        if view.numel > room:
+    room, shape = 0, None
+    for view in sorted(views, key=lambda view: tuple(view.shape)):
+        if view.numel > room or view.shape != shape:
             blocks.append([])
-            room = GATHERED_AT_ONCE
+            room, shape = AT_ONCE, view.shape
         blocks[-1].append(view)
         room -= view.numel
     return blocks

@@ -24,8 +24,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from relora.config import Config
 from relora.engine.deepspeed import build_optimizer
-from relora.engine.precision import dtype_of, precision_of
 from relora.engine.muon import Muon
+from relora.engine.precision import dtype_of, precision_of
 from relora.engine.state import EngineState
 from relora.lora.inject import quantise_base
 from relora.lora.layers import constant_weights
