@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from relora.engine.state import EngineState
     from relora.engine.views import ParameterView
 
+    Block = list[tuple[Tensor, ParameterView]]  # each in the tensor that the optimizer steps
+
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # x ↦ ax + bx³ + cx⁵ takes what is in (0, 1] near one
 ITERATIONS = 5
 MATRIX_GROUPS = ("matrices", *ADAPTER_GROUPS)
@@ -94,56 +96,68 @@ class Muon(torch.optim.AdamW):
         super().step(closure)
         for group, params in zip(spectral, held, strict=True):
             group["params"] = params
-            for flat in params:
-                if flat.grad is not None:
-                    self._move(flat, flat.grad, group)
+            self._move([flat for flat in params if flat.grad is not None], group)
 
-    def _move(self, flat: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
-        """Update what lies in one tensor of a group: a matrix, or ZeRO's part of many."""
+    def _move(self, flats: list[Tensor], group: dict[str, Any]) -> None:
+        """Update a group's tensors: a matrix each, or ZeRO's part of many."""
         assert self._state is not None, "attach() comes before the first step"
-        views = self._views[id(flat)]
-        momentum, rate = group["momentum"], group["lr"]
-        state: dict[str, Tensor] = self.state[flat]
-        if not state:
-            state |= {"step": torch.zeros(()), "exp_avg": torch.zeros_like(flat)}
-        state["step"] += 1
-        state["exp_avg"].mul_(momentum).add_(gradient)
-        state[UPDATE] = gradient.add(state["exp_avg"], alpha=momentum)
-        flat.mul_(1 - rate * group["weight_decay"])
-        for block in _blocks([v for v in views if v.name not in self._cut and v.count]):
-            update = state[UPDATE].view(-1)
-            whole = [update.narrow(0, v.offset, v.count).view(v.shape) for v in block]
-            self._apply(flat, block, whole, rate)
-        for block in _blocks([view for view in views if view.name in self._cut]):
-            self._apply(flat, block, list(self._state.gather_each(block, UPDATE)), rate)
-        del state[UPDATE]
-
-    def _apply(
-        self, flat: Tensor, block: list[ParameterView], whole: list[Tensor], rate: float
-    ) -> None:
-        """Move what this rank has of matrices of one shape: made orthogonal in one batch, for a
-        product each is a launch each."""
-        here = [(view, x) for view, x in zip(block, whole, strict=True) if view.count]
-        if not here:
+        if not flats:
             return
-        size = rate * step_size(block[0].shape)
-        for (view, _), made in zip(
-            here, orthogonalise(torch.stack([x for _, x in here])), strict=True
-        ):
-            own = made.flatten()[view.start : view.start + view.count]
-            target = flat.view(-1).narrow(0, view.offset, view.count)
-            target.add_(own.to(target.device), alpha=-size)
+        momentum, rate = group["momentum"], group["lr"]
+        for flat in flats:
+            if not self.state[flat]:
+                self.state[flat] |= {"step": torch.zeros(()), "exp_avg": torch.zeros_like(flat)}
+            self.state[flat]["step"] += 1
+        gradients = [flat.grad for flat in flats if flat.grad is not None]
+        moments = [self.state[flat]["exp_avg"] for flat in flats]
+        torch._foreach_mul_(moments, momentum)
+        torch._foreach_add_(moments, gradients)
+        if group["weight_decay"]:
+            torch._foreach_mul_(flats, 1 - rate * group["weight_decay"])
+        views = [(flat, view) for flat in flats for view in self._views[id(flat)]]
+        for block in _blocks([(f, v) for f, v in views if v.name not in self._cut and v.count]):
+            update = torch.stack([_part(flat.grad, view).view(view.shape) for flat, view in block])
+            moment = [_part(self.state[f]["exp_avg"], v).view(v.shape) for f, v in block]
+            self._apply(block, update.add_(torch.stack(moment), alpha=momentum), rate)
+        cut = [(flat, view) for flat, view in views if view.name in self._cut]
+        has_cut = {id(flat) for flat, _ in cut}
+        for flat, gradient, mean in zip(flats, gradients, moments, strict=True):
+            if id(flat) in has_cut:
+                self.state[flat][UPDATE] = gradient.add(mean, alpha=momentum)
+        for block in _blocks(cut):
+            whole = self._state.gather_each([view for _, view in block], UPDATE)
+            here = [(at, x) for at, x in zip(block, whole, strict=True) if at[1].count]
+            if here:
+                self._apply([at for at, _ in here], torch.stack([x for _, x in here]), rate)
+        for flat in flats:
+            self.state[flat].pop(UPDATE, None)
+
+    def _apply(self, block: Block, updates: Tensor, rate: float) -> None:
+        """Move what this rank has of matrices of one shape, whose updates (matrices, …) are made
+        orthogonal as one batch: on a GPU each product is a launch."""
+        targets = [_part(flat, view) for flat, view in block]
+        own = [
+            x.flatten()[view.start : view.start + view.count].to(target.device)
+            for (_, view), x, target in zip(block, orthogonalise(updates), targets, strict=True)
+        ]
+        torch._foreach_add_(targets, own, alpha=-rate * step_size(updates.shape))
 
 
-def _blocks(views: Sequence[ParameterView]) -> list[list[ParameterView]]:
+def _part(flat: Tensor | None, view: ParameterView) -> Tensor:
+    """What a tensor laid out as `flat` holds of a matrix."""
+    assert flat is not None
+    return flat.view(-1).narrow(0, view.offset, view.count)
+
+
+def _blocks(views: Block) -> list[Block]:
     """Matrices of one shape that are worked on together: as many as there is room for, the same
     ones on every rank where ZeRO has cut them."""
-    blocks: list[list[ParameterView]] = []
+    blocks: list[Block] = []
     room, shape = 0, None
-    for view in sorted(views, key=lambda view: tuple(view.shape)):
+    for flat, view in sorted(views, key=lambda at: tuple(at[1].shape)):
         if view.numel > room or view.shape != shape:
             blocks.append([])
             room, shape = AT_ONCE, view.shape
-        blocks[-1].append(view)
+        blocks[-1].append((flat, view))
         room -= view.numel
     return blocks
