@@ -104,33 +104,41 @@ class Muon(torch.optim.AdamW):
         if not flats:
             return
         momentum, rate = group["momentum"], group["lr"]
-        for flat in flats:
-            if not self.state[flat]:
-                self.state[flat] |= {"step": torch.zeros(()), "exp_avg": torch.zeros_like(flat)}
-            self.state[flat]["step"] += 1
         gradients = [flat.grad for flat in flats if flat.grad is not None]
-        moments = [self.state[flat]["exp_avg"] for flat in flats]
+        moments = self._moments(flats)
         torch._foreach_mul_(moments, momentum)
         torch._foreach_add_(moments, gradients)
-        if group["weight_decay"]:
-            torch._foreach_mul_(flats, 1 - rate * group["weight_decay"])
-        views = [(flat, view) for flat in flats for view in self._views[id(flat)]]
-        for block in _blocks([(f, v) for f, v in views if v.name not in self._cut and v.count]):
+        torch._foreach_mul_(flats, 1 - rate * group["weight_decay"])
+        whole, cut = self._by_holders(flats)
+        for block in _blocks(whole):
             update = torch.stack([_part(flat.grad, view).view(view.shape) for flat, view in block])
             moment = [_part(self.state[f]["exp_avg"], v).view(v.shape) for f, v in block]
             self._apply(block, update.add_(torch.stack(moment), alpha=momentum), rate)
-        cut = [(flat, view) for flat, view in views if view.name in self._cut]
         has_cut = {id(flat) for flat, _ in cut}
         for flat, gradient, mean in zip(flats, gradients, moments, strict=True):
             if id(flat) in has_cut:
                 self.state[flat][UPDATE] = gradient.add(mean, alpha=momentum)
         for block in _blocks(cut):
-            whole = self._state.gather_each([view for _, view in block], UPDATE)
-            here = [(at, x) for at, x in zip(block, whole, strict=True) if at[1].count]
+            gathered = self._state.gather_each([view for _, view in block], UPDATE)
+            here = [(at, x) for at, x in zip(block, gathered, strict=True) if at[1].count]
             if here:
                 self._apply([at for at, _ in here], torch.stack([x for _, x in here]), rate)
         for flat in flats:
             self.state[flat].pop(UPDATE, None)
+
+    def _moments(self, flats: list[Tensor]) -> list[Tensor]:
+        """Of a step that is now counted."""
+        for flat in flats:
+            if not self.state[flat]:
+                self.state[flat] |= {"step": torch.zeros(()), "exp_avg": torch.zeros_like(flat)}
+            self.state[flat]["step"] += 1
+        return [self.state[flat]["exp_avg"] for flat in flats]
+
+    def _by_holders(self, flats: list[Tensor]) -> tuple[Block, Block]:
+        """Matrices that are whole on this rank, and those of which several ranks have parts."""
+        views = [(flat, view) for flat in flats for view in self._views[id(flat)]]
+        whole = [(f, v) for f, v in views if v.name not in self._cut and v.count]
+        return whole, [(f, v) for f, v in views if v.name in self._cut]
 
     def _apply(self, block: Block, updates: Tensor, rate: float) -> None:
         """Move what this rank has of matrices of one shape, whose updates (matrices, …) are made
