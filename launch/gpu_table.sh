@@ -15,13 +15,14 @@ TO=${TO:-runs/gpu_table}
 ((GPUS > 0)) || echo "relora: no GPU here, so this is a rehearsal on the CPU" >&2
 set_up dev
 
-# table NAME CONFIG ARGUMENTS…: as it is and, on a GPU, with compiled blocks
+# table NAME CONFIG ARGUMENTS…: as it is and, on a GPU and where the config has a rank, with compiled
+# blocks
 table() {
     local name=$1 config=$2
     shift 2
     printf '\n── %s\n' "$name"
     relora bench "$config" --precision bf16 --to "$TO/$name" "$@"
-    if ((GPUS > 0)); then
+    if ((GPUS > 0)) && ! grep -q '^lora: {blocks' "$config"; then
         printf '\n── %s, compiled\n' "$name"
         relora bench "$config" train.compile=blocks --precision bf16 \
             --to "$TO/${name}_compiled" "$@"
@@ -36,8 +37,10 @@ if [[ ${CONFIGS-} ]]; then
     exit
 fi
 for size in 60m 130m 350m; do
-    table "llama_$size" "configs/llama_${size}_relora.yaml" "$@"
+    table "llama_${size}_relora" "configs/llama_${size}_relora.yaml" "$@"
+    table "published/llama_$size" "configs/published/llama_$size.yaml" "$@"
 done
+table llama_1b3_relora configs/llama_1b3_relora.yaml "$@"
 # All arms at once would not fit 80 GB.
-table llama_1b3 configs/llama_1b3_relora.yaml "$@" --arms full_lean relora frozen_a
-table llama_1b3_blocks configs/llama_1b3_relora.yaml "$@" --blocks 4
+table published/llama_1b3 configs/published/llama_1b3.yaml "$@" --arms full_lean relora frozen_a
+table published/llama_1b3_blocks configs/published/llama_1b3.yaml "$@" --blocks 4

@@ -65,7 +65,7 @@ def test_the_standard_arms_are_the_papers(model: str, tmp_path: Path) -> None:
 
 
 def test_the_control_of_a_real_model_is_as_large_as_what_relora_trains(tmp_path: Path) -> None:
-    config = Path("configs/llama_60m_relora.yaml")
+    config = Path("configs/published/llama_60m.yaml")
     control = next(a for a in standard_arms(load_config(config), tmp_path) if a.name == "control")
     size, _ = count_parameters(build_meta_model(settings(list(control.overrides), config).model))
     run = load_config(config)
@@ -73,6 +73,23 @@ def test_the_control_of_a_real_model_is_as_large_as_what_relora_trains(tmp_path:
     assert run.lora is not None
     add_adapters(model, run.lora)
     assert size == pytest.approx(count_parameters(model)[0], rel=0.02)
+
+
+def test_the_arms_of_blocks_are_full_rank_by_either_optimizer_and_blocks(tmp_path: Path) -> None:
+    config = Path("configs/llama_60m_relora.yaml")
+    arms = standard_arms(load_config(config), tmp_path)
+    found = {a.name: settings(list(a.overrides), config) for a in arms}
+    assert {
+        n: (c.lora is None, c.relora is None, c.optimizer.matrices) for n, c in found.items()
+    } == {
+        "full rank": (True, True, "adamw"),
+        "full rank, Muon": (True, True, "muon"),
+        "control": (True, True, "muon"),
+        "blocks, no restarts": (False, True, "muon"),
+        "blocks": (False, False, "muon"),
+    }
+    after_warm_up = {found[n].learning_rate(600) for n in ("blocks, no restarts", "blocks")}
+    assert len(after_warm_up) == 1
 
 
 @pytest.fixture

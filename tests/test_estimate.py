@@ -145,7 +145,7 @@ def test_the_ceiling_is_that_of_the_design(
     last for B alone and shared A."""
     monkeypatch.chdir(ROOT)
     overrides = ["data.sequence_length=512", "model.gradient_checkpointing=false"]
-    config_path = Path(f"configs/llama_{name}_relora.yaml")
+    config_path = Path(f"configs/published/llama_{name}.yaml")
     config = load_config(config_path, overrides)
     assert speedup_ceiling(config) == pytest.approx(ceiling, abs=0.015)
     assert 1 / break_even(config).step == pytest.approx(ours, abs=0.015)

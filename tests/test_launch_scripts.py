@@ -433,13 +433,20 @@ def test_the_gpu_table_tests_graphs_and_then_times_every_size(tree: Tree) -> Non
     log = [line for line in log if line.startswith(("pytest", "relora"))]
     assert log[0] == "pytest -q -m gpu tests/test_gpu.py -k graph"
     wanted = [
-        f"relora bench configs/llama_{size}_relora.yaml {compiled}--precision bf16 "
-        f"--to runs/gpu_table/llama_{size}{end} --rounds 5"
+        f"relora bench configs/{config}.yaml {compiled}--precision bf16 "
+        f"--to runs/gpu_table/{config}{end} --rounds 5"
         for size in ("60m", "130m", "350m")
-        for compiled, end in (("", ""), ("train.compile=blocks ", "_compiled"))
+        for config, compiled, end in (
+            (f"llama_{size}_relora", "", ""),
+            (f"published/llama_{size}", "", ""),
+            (f"published/llama_{size}", "train.compile=blocks ", "_compiled"),
+        )
     ]
-    assert log[1:7] == wanted
-    assert [line.split()[2] for line in log[7:]] == ["configs/llama_1b3_relora.yaml"] * 4
+    assert log[1:10] == wanted
+    assert [line.split()[2] for line in log[10:]] == [
+        "configs/llama_1b3_relora.yaml",
+        *["configs/published/llama_1b3.yaml"] * 4,
+    ]
     tree.fake("pytest", RECORD + "exit 1\n", ".venv/bin")  # nothing is timed that is wrong
     done, log = tree.run("launch/gpu_table.sh", CUDA_VISIBLE_DEVICES="0")
     assert done.returncode == 1

@@ -242,7 +242,7 @@ def test_the_size_of_checkpoints_is_that_of_the_paper_model(
 ) -> None:
     """1.3B: 12 × 251.1M + 4 × 1207.9M bytes; 12 and 14 for each of 1339.5M in full rank."""
     monkeypatch.chdir(ROOT)
-    page = page_of(capsys, "configs/llama_1b3_relora.yaml")
+    page = page_of(capsys, "configs/published/llama_1b3.yaml")
     assert "checkpoint   7.85GB (16.1GB in the warm start), 3 are kept\n" in page
     assert "full rank in bf16 as DeepSpeed saves it: 18.8GB\n" in page
     page = page_of(capsys, "configs/llama_1b3_full.yaml")

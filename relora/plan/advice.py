@@ -28,6 +28,7 @@ TOKENS_PER_PARAMETER = 20
 # Share of full rank's products that adapters must save to save time: what else they do (casts, an
 # optimizer of more tensors) took as much as 2 to 5 % of them, by `relora bench` on a CPU.
 WORTH_SAVING = 0.05
+MISMATCH = 3  # times too far or too short, of a step of adapters
 
 
 def in_a_word(config: Config, parameters: int, devices: int) -> str:
@@ -125,6 +126,7 @@ def doubts(
     """
     return [
         *_adapters(config, shapes),
+        *_mismatch(config, shapes),
         *_restarts(config),
         *_budget(config, parameters, corpus),
         *_ranks(config, devices),
@@ -218,22 +220,55 @@ def _adapters(config: Config, shapes: dict[str, tuple[int, ...]]) -> Iterator[st
         )
 
 
+def _mismatch(config: Config, shapes: dict[str, tuple[int, ...]]) -> Iterator[str]:
+    """Adapters' best rates in the screen (configs/experiments/screen.md) moved W by 0.6 to 1.2 of
+    full rank's at its own best."""
+    if not shapes or not _is_foreseen(config):
+        return
+    reach = _reach(config, median(shape[1] for shape in shapes.values()))
+    if not 1 / MISMATCH <= reach <= MISMATCH:
+        rate = adapters_rate(config)
+        yield (
+            f"adapters' rate {rate:.1e}: right after a restart an update moves W by {reach:.3g} of "
+            f"what full rank's does at {config.optimizer.lr:.1e}; {rate / reach:.1e} would match it"
+        )
+
+
+def adapters_rate(config: Config) -> float:
+    """The learning rate of adapters at its peak."""
+    assert config.lora is not None
+    return (config.relora and config.relora.lr) or config.lora.lr or config.optimizer.lr
+
+
+def _is_foreseen(config: Config) -> bool:
+    """How far an update of A and B by Muon moves W, or one of blocks, is not known ahead."""
+    lora = config.lora
+    return lora is not None and lora.rank is not None and config.optimizer.matrices == "adamw"
+
+
+def _reach(config: Config, inputs: float) -> float:
+    """RMS of what the first update after a restart moves W by, over full rank's at its rate.
+
+    Adam's first update of B is ± the rate in each entry, and A's entries have variance 1/(3·in).
+    """
+    assert config.lora is not None
+    assert config.lora.rank is not None
+    share = adapters_rate(config) / config.optimizer.lr
+    return share * config.lora.scale * (config.lora.rank / (3 * inputs)) ** 0.5
+
+
 def reach_of_updates(config: Config, model: nn.Module) -> str:
-    """How far an update moves W beside one of full rank, each at its own rate, in words; how far
-    one of A and B by Muon does is not known ahead.
+    """How far an update moves W beside one of full rank, each at its own rate, in words.
 
     Args:
         model: with adapters.
     """
-    lora, base = config.lora, config.optimizer.lr
-    assert lora is not None
-    rate = (config.relora and config.relora.lr) or lora.lr or base
+    rate, base = adapters_rate(config), config.optimizer.lr
     told = f"adapters {rate:.1e}, full rank {base:.1e}"
-    if lora.rank is None or config.optimizer.matrices == "muon":
+    if not _is_foreseen(config):
         return told
     inputs = median(layer.matrix(layer.weight).shape[1] for _, layer in adapted_layers(model))
-    # Adam's first update of B is ± the rate in each entry, and A's have variance 1/(3·in).
-    reach = rate / base * lora.scale * (lora.rank / (3 * inputs)) ** 0.5
+    reach = _reach(config, inputs)
     words = (
         f"{told}: right after a restart an update moves W by "
         f"{reach:.3g} of what full rank's does; {rate / reach:.1e} would match it"
@@ -255,7 +290,7 @@ def _restarts(config: Config) -> Iterator[str]:
         yield f"the last cycle has only {last:,} of {relora.cycle_steps:,} steps"
     if relora.reset.mode == "none":
         yield "relora.reset.mode none: old moments steer the new A and B (diverged in the paper)"
-    elif relora.rewarm_steps == 0:
+    elif relora.rewarm_steps == 0 and config.optimizer.matrices == "adamw":
         yield "relora.rewarm_steps 0: full learning rate on moments just reset"
     if relora.reset.masks == "independent":
         yield "relora.reset.masks independent: updates of first moment / eps, far too large"

@@ -118,7 +118,7 @@ def check_seeds(arms: ArmsConfig) -> None:
 
 
 def standard_arms(config: Config, directory: Path) -> list[Arm]:
-    """The paper's arms of a ReLoRA config.
+    """The paper's arms of a ReLoRA config; with blocks, those and full rank by either optimizer.
 
     Args:
         directory: where the model of the control, full rank with as many parameters as the adapted
@@ -139,14 +139,16 @@ def standard_arms(config: Config, directory: Path) -> list[Arm]:
     control = [f"model.config={_quoted(write_control(config, directory))}"]
     if config.model.pretrained:
         control.append("model.pretrained=null")
-    found = [
-        Arm("full rank", full),
-        Arm("control", (*full, *control)),
-        Arm("LoRA", (*lora, "warm_start=null")),
-        Arm("ReLoRA", ("warm_start=null",)),
-    ]
+    has_muon = config.optimizer.matrices == "muon"
+    found = [Arm("full rank", (*full, "optimizer.matrices=adamw") if has_muon else full)]
+    if has_muon:
+        found.append(Arm("full rank, Muon", full))
+    found.append(Arm("control", (*full, *control)))
+    names = ("blocks, no restarts", "blocks") if config.lora.blocks else ("LoRA", "ReLoRA")
+    for name, changes in zip(names, (lora, ()), strict=True):
+        found.append(Arm(name, (*changes, "warm_start=null")))
     if config.warm_start:
-        found += [Arm("LoRA + warm start", lora), Arm("ReLoRA + warm start", ())]
+        found += [Arm(f"{names[0]} + warm start", lora), Arm(f"{names[1]} + warm start", ())]
     return found
 
 

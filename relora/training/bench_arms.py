@@ -26,7 +26,7 @@ DESCRIPTIONS = {
     "published": "the paper's layer, x Wᵀ + s·(drop(x) Aᵀ) Bᵀ by plain operations, else full",
     "peft": "the peft library's layer, else full",
     "relora": "this config",
-    "frozen_a": "the same with lora.train: b",
+    "frozen_a": "the same with lora.train: b (as the two before, where the config has a rank)",
 }
 
 
@@ -47,6 +47,8 @@ def variants(config: Config) -> dict[str, Variant]:
     full = lean_full.model_copy(update={"model": plain})
     found = {"full": Variant(full, False), "full_lean": Variant(lean_full, False)}
     if config.lora is not None:
+        found["relora"] = Variant(config, True, merges=config.relora is not None)
+    if config.lora is not None and config.lora.blocks is None:
         as_it_was = {"graph": "low_rank", "keep_effective": None, "base": None}
         as_it_was |= {"train": "both", "share_a": None}
         low_rank = config.lora.model_copy(update=as_it_was)
@@ -54,7 +56,6 @@ def variants(config: Config) -> dict[str, Variant]:
         found["published"] = Variant(published, True, _as_published)
         if find_spec("peft"):
             found["peft"] = Variant(full, False, lambda model: _adapt_by_peft(model, config))
-        found["relora"] = Variant(config, True, merges=config.relora is not None)
         if config.lora.train == "both":
             only_b = config.lora.model_copy(update={"train": "b"})
             found["frozen_a"] = found["relora"]._replace(
