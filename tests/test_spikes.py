@@ -153,7 +153,10 @@ def test_one_jump_too_many_ends_the_run(tmp_path: Path, capsys: pytest.CaptureFi
 
 def test_a_run_may_train_on_through_a_jump(tmp_path: Path) -> None:
     for name, changes in (("on", {"train__spike": None}), ("off", {})):
-        assert train(tmp_path / name, update=JUMP, train__save_every=5, **changes) == 0
+        stopped = train(
+            tmp_path / name, "train.stop_after=18", update=JUMP, train__save_every=5, **changes
+        )
+        assert stopped == 75
         assert not (tmp_path / name / "rollbacks.json").exists()
         assert series(tmp_path / name, "train/loss")[17] > 30
 
@@ -203,7 +206,7 @@ def test_the_steps_after_them_do_and_all_losses_are_in_the_window(tmp_path: Path
 
 
 def test_a_real_curve_over_nine_merges_has_no_jump(tmp_path: Path) -> None:
-    changes = {"train__steps": 66, "train__eval_every": None}
+    changes = {"train__steps": 66, "train__eval_every": None, "batch__micro_batch_size": 8}
     spike = {"sigmas": 6.0, "window": 16}
     assert train(tmp_path / "watched", train__spike=spike, **changes) == 0
     assert len(series(tmp_path / "watched", "relora/merge")) == 9
