@@ -628,6 +628,7 @@ def test_options_equal_the_reference(stage: int, doubled: Outcomes, truth: Any) 
         assert deviations(run, truth(**others))[kind] > least, name
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("stage", "outcomes"),
     [pytest.param(0, "doubled_too", marks=pytest.mark.slow), (1, "doubled")],
@@ -670,6 +671,7 @@ def test_blocks_of_a_weight_equal_the_reference(stage: int, doubled: Outcomes, t
             np.testing.assert_array_equal(bands[step][name], (first + merge) % count)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("stage", "outcomes"),
     [

@@ -246,32 +246,24 @@ def move(ranks: Any, config: str) -> list[int]:
     return legs(ranks, config, 15) + legs(ranks, config, None, start=later(2))
 
 
-@pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs `jumped_S`, `moved_S` on stages S; on stage 3 it is killed while it goes back."""
-    directory = tmp_path_factory.mktemp("two_ranks")
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 3])
+def test_two_ranks_go_back_together(stage: int, tmp_path: Path) -> None:
+    """On stage 3 they are killed while they go back, too."""
     workshop()
-    scenarios = []
-    for stage in (1, 3):
-        jumped, moved = (
-            str(make_config(directory / f"{name}_{stage}", deepspeed__zero_stage=stage, **CHANGES))
-            for name in ("jumped", "moved")
-        )
-        scenarios += [
-            Scenario(f"jumped_{stage}", jump_on, (jumped, stage // 3, stage == 3)),
-            Scenario(f"moved_{stage}", move, (moved,)),
-        ]
+    jumped, moved = (
+        str(make_config(tmp_path / name, deepspeed__zero_stage=stage, **CHANGES))
+        for name in ("jumped", "moved")
+    )
+    scenarios = [
+        Scenario("jumped", jump_on, (jumped, stage // 3, stage == 3)),
+        Scenario("moved", move, (moved,)),
+    ]
     outcomes = run_ranks(2, scenarios, timeout=280)
-    for name, *_ in scenarios:
-        assert outcomes[name] == [[75, 0] if "moved" in name else [0]] * 2, name
-    return directory
-
-
-@pytest.mark.parametrize("stage", [1, 3])
-def test_two_ranks_go_back_together(stage: int, two_ranks: Path) -> None:
-    (line,) = rollback_lines(two_ranks / f"jumped_{stage}")
+    assert outcomes["jumped"] == [[0]] * 2
+    assert outcomes["moved"] == [[75, 0]] * 2
+    (line,) = rollback_lines(tmp_path / "jumped")
     assert line["train/spike_step"] == 17
-    assert_as_if_the_data_began_later(two_ranks / f"jumped_{stage}", two_ranks / f"moved_{stage}")
+    assert_as_if_the_data_began_later(tmp_path / "jumped", tmp_path / "moved")
 
 
 # --- the rule itself ------------------------------------------------------------------------------
