@@ -28,15 +28,18 @@ for _number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
 # What imports leave is half a million objects, and they stay: nobody need look through them.
 gc.disable()
 
-UNTRACED = {
-    "test_any_model",
-    "test_compare::test_a_million_lines_take_seconds",
-    "test_configs",
-    "test_data_tokenizer",
-    "test_matrix",
-    "test_method_reference",
-    "test_model_json::test_a_mutated_model_is_planned_or_refused_in_one_message",
-    "test_tokenizer_agreement",
+# What is traced for coverage beside the unit tests: a command or two of each, the run at work, what
+# is read of it. All others together run a twentieth of the lines more.
+TRACED = {
+    "test_arms",
+    "test_bench",
+    "test_blocks",
+    "test_data_damage",
+    "test_data_shards",
+    "test_export",
+    "test_hostile_runs",
+    "test_metrics",
+    "test_report",
 }
 
 # Sizes that nothing divides: shards of ZeRO are padded, and a group's last rank gets less.
@@ -69,18 +72,17 @@ TINY_GPT2: dict[str, Any] = {
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
-    """Each test gets the mark of its tier, and of its variants the first is traced for coverage.
+    """Each test gets the mark of its tier, and those that need not be traced for coverage theirs.
 
-    The others run the same lines, and traced they would take half as long again. So would the dear
-    computations of UNTRACED, on lines that others run too.
+    Traced, Python takes half as long again, libraries too. So of a test's variants, which run the
+    same lines, it is the first; of files that start processes or train, those of TRACED.
     """
     traced = set()
     for item in items:
         tier = tiers.tier_of(item)
         item.add_marker(tier)
         name = item.nodeid.partition("[")[0]
-        file = item.module.__name__
-        if name in traced or not UNTRACED.isdisjoint((file, f"{file}::{item.originalname}")):
+        if name in traced or (tier != "unit" and item.module.__name__ not in TRACED):
             item.add_marker("no_cover")
         elif tier not in ("slow", "gpu"):
             traced.add(name)

@@ -347,11 +347,14 @@ def stop(process: Process, run: Path, number: int) -> list[int]:
 def test_arms_that_are_ended_leave_nobody_training_and_go_on(
     tmp_path: Path, write_arms: Callable[..., Path]
 ) -> None:
-    """Killed outright, then stopped, then under nohup to the end."""
+    """Under nohup, whose hangup ends nothing, and then killed outright; then stopped."""
     config = make_config(tmp_path / "run", train__steps=60, train__eval_every=30)
     file, to = write_arms(seeds=[5], arms={"ReLoRA": []}), tmp_path / "to"
     run = to / "relora" / "seed_5"
-    process = start(config, file, to)
+    process = start(config, file, to, preexec=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    process.wait_for_step(run, 3)
+    for pid in (process.popen.pid, *process.descendants()):
+        os.kill(pid, signal.SIGHUP)
     stop(process, run, signal.SIGKILL)
     assert "the loss of" in run_state(run)["reason"]
 
@@ -362,14 +365,20 @@ def test_arms_that_are_ended_leave_nobody_training_and_go_on(
     assert process.text.count("relora: stopping after this step (") == 1, process.text
     assert "Traceback" not in process.text
     assert not (to / "runs.txt").exists()
-
-    process = start(config, file, to, preexec=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
-    process.wait_for_step(run, logged_step(run) + 3)
-    for pid in (process.popen.pid, *process.descendants()):
-        os.kill(pid, signal.SIGHUP)
-    assert process.wait() == 0, process.text
     environment = json.loads((run / "environment.json").read_text())
     assert environment["world_size"] == 2
+
+
+@pytest.mark.slow
+def test_arms_that_were_stopped_go_on_to_the_end(
+    tmp_path: Path, write_arms: Callable[..., Path]
+) -> None:
+    config = make_config(tmp_path / "run", train__steps=30, train__eval_every=30)
+    file, to = write_arms(seeds=[5], arms={"ReLoRA": []}), tmp_path / "to"
+    run = to / "relora" / "seed_5"
+    stop(start(config, file, to), run, signal.SIGTERM)
+    process = start(config, file, to)
+    assert process.wait() == 0, process.text
     assert (to / "runs.txt").read_text() == f"ReLoRA={run}\n"
 
 

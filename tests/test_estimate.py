@@ -96,7 +96,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("again", [False, True], ids=["", "checkpointing"])
 @pytest.mark.parametrize("adapters", [False, True], ids=["full rank", "adapters"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox"])  # dropout multiplies no matrices
 def test_flops_are_those_that_torch_counts(
     name: str, adapters: bool, again: bool, place: Path
 ) -> None:
@@ -126,10 +126,10 @@ def test_flops_are_those_that_torch_counts(
     ("name", "ceiling", "published", "ours", "frozen_a"),
     [
         ("60m", 1.04, 0.97, 1.04, 1.14),
-        ("130m", 1.13, 1.05, 1.12, 1.23),
+        pytest.param("130m", 1.13, 1.05, 1.12, 1.23, marks=pytest.mark.slow),
         pytest.param("250m", 1.16, 1.08, 1.15, 1.27, marks=pytest.mark.slow),
         pytest.param("350m", 1.21, 1.13, 1.20, 1.30, marks=pytest.mark.slow),
-        ("1b3", 1.33, 1.28, 1.29, 1.39),
+        pytest.param("1b3", 1.33, 1.28, 1.29, 1.39, marks=pytest.mark.slow),
         pytest.param("7b", 1.41, 1.38, 1.39, 1.44, marks=pytest.mark.slow),
     ],
 )
@@ -280,8 +280,11 @@ def measure(ranks: Any, config: Config) -> dict[str, float]:
     return found
 
 
+MATRIX = [*itertools.product((0, 1, 2, 3), ("fp32", "bf16"), (False, True))]
+# Each stage with each precision and each method, and not all three with each other.
+RARE = [(s, p, adapters) for s, p, adapters in MATRIX if adapters == (s % 2 == (p == "bf16"))]
 ENGINES = [
-    *itertools.product((0, 1, 2, 3), ("fp32", "bf16"), (False, True)),
+    *(cell for cell in MATRIX if cell not in RARE),
     (1, "deepspeed_bf16", True),
     (2, "deepspeed_bf16", True),
     (3, "deepspeed_bf16", True),
@@ -294,6 +297,7 @@ ENGINES = [
     (2, "bf16", "blocks"),
     (3, "fp32", "blocks"),
 ]
+CELLS = [*ENGINES, *(pytest.param(*cell, marks=pytest.mark.slow) for cell in RARE)]
 # ZeRO 3 as it is with a model of billions: little stays, weights go between forward and backward.
 LARGE = {"zero_optimization": {
     "stage3_param_persistence_threshold": 0,
@@ -324,13 +328,14 @@ def engine_config(
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """world → outcomes of `measure` for every engine."""
+    """(world, whether rare) → outcomes of `measure` for every engine."""
 
     @cache
-    def launch(world: int) -> Outcomes:
+    def launch(world: int, rare: bool = False) -> Outcomes:
         directory = tmp_path_factory.mktemp("engines")
-        cells = [(cell, engine_config(directory, *cell)) for cell in ENGINES]
-        if world > 1:
+        wanted = RARE if rare else ENGINES
+        cells = [(cell, engine_config(directory, *cell)) for cell in wanted]
+        if world > 1 and not rare:
             cells += [
                 ((3, "large", adapters), engine_config(directory, 3, "bf16", adapters, LARGE))
                 for adapters in (False, True)
@@ -342,14 +347,15 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 2])
-@pytest.mark.parametrize(("stage", "precision", "adapters"), ENGINES)
+@pytest.mark.parametrize(("stage", "precision", "adapters"), CELLS)
 def test_each_part_is_that_of_a_real_engine(
     stage: int, precision: str, adapters: bool | str, world: int, measured: Any, place: Path
 ) -> None:
     config = engine_config(place, stage, precision, adapters)
     parts = memory_by_part(config, world, bool(adapters))
     parts["remainder or host"] = parts["remainder"] + parts["host"]
-    ranks = measured(world)[str((stage, precision, adapters))]
+    cell = (stage, precision, adapters)
+    ranks = measured(world, cell in RARE)[str(cell)]
     names = ("weights", "masters", "moments", "gradients", "remainder or host")
     cells = [f"{parts[part]:,.0f} / {ranks[0][part]:,.0f}" for part in names]
     method = "adapters" if adapters else "full rank"
@@ -359,13 +365,14 @@ def test_each_part_is_that_of_a_real_engine(
             assert found[part] == pytest.approx(parts[part], rel=0.05), part
 
 
-@pytest.mark.parametrize(("stage", "precision", "adapters"), ENGINES)
+@pytest.mark.parametrize(("stage", "precision", "adapters"), CELLS)
 def test_traffic_is_that_of_two_ranks(
     stage: int, precision: str, adapters: bool | str, measured: Any, place: Path
 ) -> None:
     config = engine_config(place, stage, precision, adapters)
     expected = bytes_per_step(config, 2, bool(adapters))
-    for found in measured(2)[str((stage, precision, adapters))]:
+    cell = (stage, precision, adapters)
+    for found in measured(2, cell in RARE)[str(cell)]:
         assert found["received"] == pytest.approx(expected, rel=0.05)
     assert bytes_per_step(config, 1, bool(adapters)) == 0
 
@@ -376,7 +383,7 @@ def test_traffic_of_a_large_model_is_that_of_two_ranks(
 ) -> None:
     config = engine_config(place, 3, "bf16", adapters, LARGE)
     expected = bytes_per_step(config, 2, adapters)
-    for found in measured(2)[str((3, "large", adapters))]:
+    for found in measured(2, False)[str((3, "large", adapters))]:
         assert found["received"] == pytest.approx(expected, rel=0.05)
 
 

@@ -282,8 +282,17 @@ def first_losses(run_dir: Path, pretrained: Path, **changes: Any) -> tuple[float
     return series(run_dir, "eval/loss")[1], series(run_dir, "train/loss")[1]
 
 
-@pytest.mark.parametrize("start", ["run", "checkpoint", "export"])
-@pytest.mark.parametrize("method", ["ReLoRA", "full rank", "warm start"])
+STARTS, METHODS = ("run", "checkpoint", "export"), ("ReLoRA", "full rank", "warm start")
+
+
+@pytest.mark.parametrize(
+    ("start", "method"),
+    [  # each with one of the others by default
+        pytest.param(start, method, marks=[pytest.mark.slow] * (number != place))
+        for place, method in enumerate(METHODS)
+        for number, start in enumerate(STARTS)
+    ],
+)
 def test_a_run_starts_where_another_ended(
     start: str, method: str, finished: Path, tmp_path: Path
 ) -> None:
@@ -351,7 +360,14 @@ def test_a_start_that_is_none_is_refused(
 
 @pytest.mark.parametrize(
     ("stage", "model"),
-    [(0, "llama"), (1, "llama"), (2, "llama"), (3, "llama"), (1, "gpt2"), (2, "gpt_neox")],
+    [
+        (0, "llama"),
+        (1, "gpt2"),
+        (2, "gpt_neox"),
+        (3, "llama"),
+        pytest.param(1, "llama", marks=pytest.mark.slow),
+        pytest.param(2, "llama", marks=pytest.mark.slow),
+    ],
 )
 def test_adapters_are_born_without_a_jump(stage: int, model: str, tmp_path: Path) -> None:
     """The same run with and without adapters: nothing differs up to the first update with them."""

@@ -262,7 +262,7 @@ def _shell(script: str, cwd: Path, **values: object) -> subprocess.CompletedProc
 @pytest.mark.parametrize(
     ("redirection", "code", "told"),
     [
-        (">&- 2>&- <&-", 0, ""),
+        pytest.param(">&- 2>&- <&-", 0, "", marks=pytest.mark.slow),  # as below, and a run's
         ("> /dev/full", 4, "relora: standard output: cannot be written: No space left on device"),
         ("| head -c 10 > /dev/null", 0, ""),
     ],

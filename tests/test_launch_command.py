@@ -63,7 +63,7 @@ def assert_nothing_left(pids: list[int]) -> None:
 
 @pytest.fixture(scope="module")
 def story(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Two launches at the same time: one undisturbed, one stopped by SIGTERM on its way."""
+    """Two launches at the same time: one undisturbed, one stopped by SIGINT on its way."""
     directory = tmp_path_factory.mktemp("launches")
     workshop()
     whole = make_config(directory / "whole", **CHANGES)
@@ -74,16 +74,16 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     second.wait_for_step(directory / "cut", 14)
     pids = [second.popen.pid, *second.descendants()]
     asked = logged_step(directory / "cut")
-    os.kill(second.popen.pid, signal.SIGTERM)
+    os.kill(second.popen.pid, signal.SIGINT)
     assert second.wait() == 75, second.text
     assert_nothing_left(pids)
     assert first.wait() == 0, first.text
     assert len(set(ports)) == 2
     state = run_state(directory / "cut")
     assert state["status"] == "preempted"
-    assert state["reason"] == "stopped by SIGTERM"
+    assert state["reason"] == "stopped by SIGINT"
     assert state["code"] == 75
-    assert asked <= state["step"] < LAST
+    assert asked <= state["step"] < LAST - 10
     # At the next step boundary: what was under way, and one more at the most that had begun.
     assert checkpoints(directory / "cut")[-1] == f"step_{state['step']:08d}"
     assert "Traceback" not in second.text
@@ -117,20 +117,9 @@ def test_a_launched_run_is_a_run_on_two_ranks(story: dict[str, Path]) -> None:
 def test_ctrl_c_a_lost_rank_and_the_deepspeed_launcher_leave_no_trace(
     story: dict[str, Path], tmp_path: Path
 ) -> None:
-    """The run of the story is stopped by SIGINT, by kill -9 of a rank, and then finished."""
+    """The run that the story stopped by SIGINT loses a rank to kill -9, and is then finished."""
     run_dir, config = story["cut"], story["config"]
     step = run_state(run_dir)["step"]
-
-    process = launch(config, tmp_path / "sigint.txt")
-    process.wait_for_step(run_dir, step + 6)
-    pids = [process.popen.pid, *process.descendants()]
-    os.kill(process.popen.pid, signal.SIGINT)
-    assert process.wait() == 75, process.text
-    assert_nothing_left(pids)
-    assert run_state(run_dir)["reason"] == "stopped by SIGINT"
-    assert "Traceback" not in process.text
-    step = run_state(run_dir)["step"]
-    assert step < LAST - 10
 
     process = launch(config, tmp_path / "killed.txt")
     process.wait_for_step(run_dir, step + 4)
@@ -591,9 +580,9 @@ def test_a_closed_terminal_stops_a_run_and_loses_no_step(tmp_path: Path) -> None
     assert checkpoints(run_dir) == [f"step_{state['step']:08d}"]
 
 
-@pytest.mark.parametrize(
-    ("code", "word"), [pytest.param(2, "vocab", marks=pytest.mark.slow), (3, "train.bin")]
-)
+# Beside 75 and 6, which the launches above give.
+@pytest.mark.slow
+@pytest.mark.parametrize(("code", "word"), [(2, "vocab"), (3, "train.bin")])
 def test_exit_codes_and_messages_pass_through(code: int, word: str, tmp_path: Path) -> None:
     """What only the ranks can find out: a vocabulary too small, and a shard that was changed."""
     from test_run_directory import own_data

@@ -24,7 +24,6 @@ CELLS = [
     Cell(2, "fp16", True, 1, True, 2),
     Cell(1, "bf16", True, 1, False, 2, "kept"),
     Cell(1, "deepspeed_bf16", False, 2, False, 2),
-    Cell(3, "deepspeed_bf16", False, 2, False, 2),
 ]
 STAGES = (0, 1, 2, 3)
 STEPS, STOP = 6, 4  # of the runs that overflow; the stop is on their merge

@@ -386,6 +386,12 @@ def test_7b_is_planned_in_seconds_and_without_its_memory() -> None:
     processor_s, peak_kib = map(float, done.stderr.split()[-2:])
     assert processor_s < 120  # about 11 on a core of its own; a real model would take many minutes
     assert peak_kib < 3e6  # 7B parameters alone would be 28 GB
+    # The config says itself what comes out, as the smaller ones do (test_configs).
+    text = (ROOT / "configs/llama_7b_relora.yaml").read_text()
+    held = re.search(r"^# Each of 16 GPUs holds (\S+) at its peak, (\S+) after", text, re.MULTILINE)
+    assert held
+    assert all(size in done.stdout for size in held.groups()), held[0]
+    assert "no warnings" in done.stdout
 
 
 def test_the_plan_shows_which_engines_work(
@@ -612,7 +618,7 @@ def test_the_page_says_what_keeps_less(
 
 @pytest.mark.parametrize(
     "name",
-    ["60m", "130m", *(pytest.param(n, marks=pytest.mark.slow) for n in ("250m", "350m")), "1b3"],
+    ["60m", *(pytest.param(n, marks=pytest.mark.slow) for n in ("130m", "250m", "350m", "1b3"))],
 )
 def test_the_readmes_peaks_are_the_planners(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)

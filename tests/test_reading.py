@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from functools import partial
-from itertools import pairwise, product
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ from relora.training.phases import Phases, update
 from relora.training.start import start_run
 from test_method_reference import make_run_dir, settings, shards
 
-STAGES = (0, 1, 2, 3)
+# Stage and micro-batches of a step; one that reads once with four of them does so with one.
+OFTEN, RARE = [(0, 1), (0, 4), (1, 4), (2, 4), (3, 4)], [(1, 1), (2, 1), (3, 1)]
 STEPS = 6
 
 
@@ -138,11 +139,19 @@ def test_a_weight_is_cast_once_a_step(name: str, casts: Outcomes) -> None:
 @pytest.fixture(scope="module")
 def counts(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
     """Runs on 2 ranks, with adapters from the start, that log each step."""
-    root = tmp_path_factory.mktemp("reads")
+    cells = [(stage, accumulation, False) for stage, accumulation in OFTEN]
+    return run_counting([*cells, (2, 4, True)], tiny_llama, tmp_path_factory.mktemp("reads"))
+
+
+@pytest.fixture(scope="module")
+def counts_too(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+    cells = [(stage, accumulation, False) for stage, accumulation in RARE]
+    return run_counting(cells, tiny_llama, tmp_path_factory.mktemp("reads_too"))
+
+
+def run_counting(cells: list[tuple[int, int, bool]], model: Path, root: Path) -> Outcomes:
     wanted = []
-    for stage, accumulation, curious in product(STAGES, (1, 4), (False, True)):
-        if curious and (stage, accumulation) != (2, 4):
-            continue
+    for stage, accumulation, curious in cells:
         name = f"{stage} {accumulation}{' curious' * curious}"
         changes = {
             "deepspeed.zero_stage": stage,
@@ -152,15 +161,23 @@ def counts(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcom
             "relora": None,
             "train": {"steps": STEPS, "log_every": 1},
         }
-        args = (str(tiny_llama), str(root / name.replace(" ", "_")), changes, curious)
+        args = (str(model), str(root / name.replace(" ", "_")), changes, curious)
         wanted.append(Scenario(name, count_reads, args))
     return run_ranks(2, wanted, 300)
 
 
-@pytest.mark.parametrize("accumulation", [1, 4])
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_step_reads_the_device_once(stage: int, accumulation: int, counts: Outcomes) -> None:
-    for steps in counts[f"{stage} {accumulation}"]:
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("stage", "accumulation", "outcomes"),
+    [
+        *((*cell, "counts") for cell in OFTEN),
+        *(pytest.param(*cell, "counts_too", marks=pytest.mark.slow) for cell in RARE),
+    ],
+)
+def test_a_step_reads_the_device_once(
+    stage: int, accumulation: int, outcomes: str, request: pytest.FixtureRequest
+) -> None:
+    for steps in request.getfixturevalue(outcomes)[f"{stage} {accumulation}"]:
         assert len(steps) == STEPS - 1
         # Under ZeRO 3 DeepSpeed learns the order of the layers first.
         for places in steps[3:] if stage == 3 else steps:

@@ -353,7 +353,7 @@ def test_a_run_state_that_is_none_is_one_message_that_says_the_way_out(
         assert f"relora: {path}: " in (line := only_line(capsys))
         assert "remove it" in line
     path.unlink()
-    assert train(run_dir, train__save_every=5) == 0
+    assert train(run_dir, "train.stop_after=15", train__save_every=5) == 75
 
 
 @pytest.mark.parametrize("content", ["", "null", "[]", '{"earlier": 3}', '{"from_step": "x"}'])
@@ -363,7 +363,7 @@ def test_an_environment_that_cannot_be_read_is_made_anew(
     path = run_dir / "environment.json"
     path.write_text(content)
     assert any(str(path) in line for line in read_report([str(run_dir)]).warnings)
-    assert train(run_dir, train__save_every=5) == 0
+    assert train(run_dir, "train.stop_after=15", train__save_every=5) == 75
     assert f"{path}: " in capsys.readouterr().out
     assert json.loads(path.read_text())["from_step"] == 14
 

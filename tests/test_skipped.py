@@ -58,10 +58,11 @@ def spoilt(bad: Iterable[int], rank: int = 0, value: float = math.nan, good: Any
 @pytest.mark.parametrize(
     ("stage", "value"),
     [
-        (0, "nan"),
         (1, "nan"),
         (2, "inf"),
-        (3, "nan"),
+        # 0 and 3 are of `two_ranks`, whose runs are asked for the same
+        pytest.param(0, "nan", marks=pytest.mark.slow),
+        pytest.param(3, "nan", marks=pytest.mark.slow),
         pytest.param(2, "nan", marks=pytest.mark.slow),
         pytest.param(0, "inf", marks=pytest.mark.slow),
     ],
@@ -343,7 +344,7 @@ def test_a_stop_request_is_seen_while_updates_are_skipped(
     first: int, save_every: int, tmp_path: Path
 ) -> None:
     """And the run goes on from there as if nobody had asked."""
-    bad = spoilt(range(first, first + 30))
+    bad = spoilt(range(first, first + 10))
     changes: dict[str, Any] = {"train__save_every": save_every, "train__max_skipped": 100}
     changes["update"] = bad
     assert train(tmp_path / "whole", **changes) == 0

@@ -153,7 +153,10 @@ def test_one_jump_too_many_ends_the_run(tmp_path: Path, capsys: pytest.CaptureFi
 
 def test_a_run_may_train_on_through_a_jump(tmp_path: Path) -> None:
     for name, changes in (("on", {"train__spike": None}), ("off", {})):
-        assert train(tmp_path / name, update=JUMP, train__save_every=5, **changes) == 0
+        stopped = train(
+            tmp_path / name, "train.stop_after=18", update=JUMP, train__save_every=5, **changes
+        )
+        assert stopped == 75
         assert not (tmp_path / name / "rollbacks.json").exists()
         assert series(tmp_path / name, "train/loss")[17] > 30
 
@@ -203,7 +206,7 @@ def test_the_steps_after_them_do_and_all_losses_are_in_the_window(tmp_path: Path
 
 
 def test_a_real_curve_over_nine_merges_has_no_jump(tmp_path: Path) -> None:
-    changes = {"train__steps": 66, "train__eval_every": None}
+    changes = {"train__steps": 66, "train__eval_every": None, "batch__micro_batch_size": 8}
     spike = {"sigmas": 6.0, "window": 16}
     assert train(tmp_path / "watched", train__spike=spike, **changes) == 0
     assert len(series(tmp_path / "watched", "relora/merge")) == 9
@@ -243,32 +246,24 @@ def move(ranks: Any, config: str) -> list[int]:
     return legs(ranks, config, 15) + legs(ranks, config, None, start=later(2))
 
 
-@pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs `jumped_S`, `moved_S` on stages S; on stage 3 it is killed while it goes back."""
-    directory = tmp_path_factory.mktemp("two_ranks")
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 3])
+def test_two_ranks_go_back_together(stage: int, tmp_path: Path) -> None:
+    """On stage 3 they are killed while they go back, too."""
     workshop()
-    scenarios = []
-    for stage in (1, 3):
-        jumped, moved = (
-            str(make_config(directory / f"{name}_{stage}", deepspeed__zero_stage=stage, **CHANGES))
-            for name in ("jumped", "moved")
-        )
-        scenarios += [
-            Scenario(f"jumped_{stage}", jump_on, (jumped, stage // 3, stage == 3)),
-            Scenario(f"moved_{stage}", move, (moved,)),
-        ]
+    jumped, moved = (
+        str(make_config(tmp_path / name, deepspeed__zero_stage=stage, **CHANGES))
+        for name in ("jumped", "moved")
+    )
+    scenarios = [
+        Scenario("jumped", jump_on, (jumped, stage // 3, stage == 3)),
+        Scenario("moved", move, (moved,)),
+    ]
     outcomes = run_ranks(2, scenarios, timeout=280)
-    for name, *_ in scenarios:
-        assert outcomes[name] == [[75, 0] if "moved" in name else [0]] * 2, name
-    return directory
-
-
-@pytest.mark.parametrize("stage", [1, 3])
-def test_two_ranks_go_back_together(stage: int, two_ranks: Path) -> None:
-    (line,) = rollback_lines(two_ranks / f"jumped_{stage}")
+    assert outcomes["jumped"] == [[0]] * 2
+    assert outcomes["moved"] == [[75, 0]] * 2
+    (line,) = rollback_lines(tmp_path / "jumped")
     assert line["train/spike_step"] == 17
-    assert_as_if_the_data_began_later(two_ranks / f"jumped_{stage}", two_ranks / f"moved_{stage}")
+    assert_as_if_the_data_began_later(tmp_path / "jumped", tmp_path / "moved")
 
 
 # --- the rule itself ------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # x ↦ ax + bx³ + cx⁵ takes what is in (0, 1] near one
 ITERATIONS = 5
 MATRIX_GROUPS = ("matrices", *ADAPTER_GROUPS)
-AT_ONCE = 2**24  # entries of matrices that are worked on together
+MATRICES_AT_ONCE = 2**24  # entries of matrices that are worked on together
 UPDATE = "update"  # under which `gather_each` finds what is to be made orthogonal
 
 
@@ -165,7 +165,7 @@ def _blocks(views: Block) -> list[Block]:
     for flat, view in sorted(views, key=lambda at: tuple(at[1].shape)):
         if view.numel > room or view.shape != shape:
             blocks.append([])
-            room, shape = AT_ONCE, view.shape
+            room, shape = MATRICES_AT_ONCE, view.shape
         blocks[-1].append((flat, view))
         room -= view.numel
     return blocks
