@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from relora.lora.config import ADAPTER_GROUPS
+from relora.errors import ConfigError
+from relora.lora.config import ADAPTER_GROUPS, GROUPS
 
 if TYPE_CHECKING:
     from relora.engine.state import EngineState
@@ -52,6 +53,9 @@ class Muon(torch.optim.AdamW):
 
         m ← μ·m + g,   W ← (1 − ηλ)·W − η · 0.2·√max(m, n) · orthogonalise(g + μ·m)
 
+        optimizer = relora.Muon(relora.parameter_groups(model), lr=1e-3)
+        state = relora.EngineState(model, optimizer)  # says where each matrix lies; before any step
+
     Attributes:
         matrices: ids of the parameters that Muon moves. Their state is `step` and `exp_avg`.
     """
@@ -59,8 +63,19 @@ class Muon(torch.optim.AdamW):
     def __init__(
         self, groups: Iterable[dict[str, Any]], momentum: float = 0.95, **defaults: Any
     ) -> None:
-        """Groups as `parameter_groups` makes them; defaults as AdamW's."""
+        """Groups as `parameter_groups` makes them; defaults as AdamW's.
+
+        Raises:
+            ConfigError: no group has a name of theirs, so nothing says what is a matrix.
+        """
         super().__init__(groups, **defaults)
+        # Of a GradScaler fused steps would take scaled gradients, which it else unscales before.
+        self._step_supports_amp_scaling = False
+        if not any(group.get("name") in GROUPS for group in self.param_groups):
+            raise ConfigError(
+                "Muon: its groups say by their names which parameters are matrices; take "
+                "relora.parameter_groups(model)"
+            )
         for group in self.param_groups:
             if group.get("name") in MATRIX_GROUPS:
                 group["momentum"] = momentum
@@ -87,20 +102,34 @@ class Muon(torch.optim.AdamW):
             self._cut = {v.name for v, n in zip(views, holders.tolist(), strict=True) if n > 1}
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One update. Collective where ZeRO has cut a matrix."""
+    def step(self, closure: Any = None) -> Any:
+        """One update; returns what the closure does. Collective where ZeRO has cut a matrix.
+
+        Raises:
+            ConfigError: no EngineState has been made of the model and this optimizer.
+        """
+        if self._state is None:
+            raise ConfigError(
+                "Muon: make relora.EngineState(model, optimizer), or of the engine, before the "
+                "first step: it says where each matrix lies"
+            )
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         spectral = [group for group in self.param_groups if group.get("momentum") is not None]
         held = [group["params"] for group in spectral]
         for group in spectral:
             group["params"] = []
-        super().step(closure)
+        super().step()
         for group, params in zip(spectral, held, strict=True):
             group["params"] = params
             self._move([flat for flat in params if flat.grad is not None], group)
+        return loss
 
     def _move(self, flats: list[Tensor], group: dict[str, Any]) -> None:
         """Update a group's tensors: a matrix each, or ZeRO's part of many."""
-        assert self._state is not None, "attach() comes before the first step"
+        assert self._state is not None
         if not flats:
             return
         momentum, rate = group["momentum"], group["lr"]
