@@ -8,6 +8,7 @@ that lie in one part are worked on there; of others every rank that has a part g
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -39,8 +40,18 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     a, b, c = NEWTON_SCHULZ
     for _ in range(ITERATIONS):
         square = wide @ wide.mT
-        wide = a * wide + (b * square + c * square @ square) @ wide
-    return wide if wide.shape == x.shape else wide.mT
+        product = (b * square + c * square @ square) @ wide
+        wide.mul_(a).add_(product)  # that is x, in place
+        del product  # or the next one would lie beside it
+    return x
+
+
+def work_entries(shape: Sequence[int]) -> int:
+    """How many entries, of what it gives among them, `orthogonalise` holds at most for a shape."""
+    small, large = sorted(shape[-2:])
+    whole = math.prod(shape)
+    square = whole // large * small
+    return max(2 * whole + 2 * square, whole + 4 * square)
 
 
 def step_size(shape: Sequence[int]) -> float:
@@ -146,7 +157,8 @@ class Muon(torch.optim.AdamW):
         has_cut = {id(flat) for flat, _ in cut}
         for flat, gradient, mean in zip(flats, gradients, moments, strict=True):
             if id(flat) in has_cut:
-                self.state[flat][UPDATE] = gradient.add(mean, alpha=momentum)
+                # ZeRO's own copy, which nobody reads again.
+                self.state[flat][UPDATE] = gradient.add_(mean, alpha=momentum)
         for block in _blocks(cut):
             gathered = self._state.gather_each([view for _, view in block], UPDATE)
             here = [(at, x) for at, x in zip(block, gathered, strict=True) if at[1].count]
@@ -187,14 +199,20 @@ def _part(flat: Tensor | None, view: ParameterView) -> Tensor:
 
 
 def _blocks(views: Block) -> list[Block]:
-    """Matrices of one shape that are worked on together: as many as there is room for, the same
-    ones on every rank where ZeRO has cut them."""
-    blocks: list[Block] = []
-    room, shape = 0, None
-    for flat, view in sorted(views, key=lambda at: tuple(at[1].shape)):
-        if view.numel > room or view.shape != shape:
+    together = worked_together([view.shape for _, view in views])
+    return [[views[number] for number in block] for block in together]
+
+
+def worked_together(shapes: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Matrices of one shape, by number, that are worked on together: as many as there is room for,
+    the same ones on every rank where ZeRO has cut them."""
+    blocks: list[list[int]] = []
+    room, last = 0, None
+    for number in sorted(range(len(shapes)), key=lambda number: tuple(shapes[number])):
+        shape = shapes[number]
+        if math.prod(shape) > room or shape != last:
             blocks.append([])
-            room, shape = AT_ONCE, view.shape
-        blocks[-1].append((flat, view))
-        room -= view.numel
+            room, last = AT_ONCE, shape
+        blocks[-1].append(number)
+        room -= math.prod(shape)
     return blocks
