@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # x ↦ ax + bx³ + cx⁵ takes what is in (0, 1] near one
 ITERATIONS = 5
 MATRIX_GROUPS = ("matrices", *ADAPTER_GROUPS)
-AT_ONCE = 2**24  # entries of matrices that are worked on together
+WORKED_AT_ONCE = 2**24  # entries of matrices that are worked on together
 UPDATE = "update"  # under which `gather_each` finds what is to be made orthogonal
 
 
@@ -212,7 +212,7 @@ def worked_together(shapes: Sequence[Sequence[int]]) -> list[list[int]]:
         shape = shapes[number]
         if math.prod(shape) > room or shape != last:
             blocks.append([])
-            room, last = AT_ONCE, shape
+            room, last = WORKED_AT_ONCE, shape
         blocks[-1].append(number)
         room -= math.prod(shape)
     return blocks
