@@ -161,7 +161,7 @@ AT_EQUAL: dict[str, Cell] = {
 }
 BY_SEQUENCE: dict[str, Cell] = {
     "arm": _of("arm"),
-    "loss less the baseline's": _of("difference", "{:+,.4f}"),
+    "loss less the baseline's": _of("difference", "{:,.4f}"),
     "its paired standard error": _of("error", "{:,.4f}"),
     "sequences": _of("sequences", "{:,}"),
 }
