@@ -23,6 +23,7 @@ from relora.version import __version__
 if TYPE_CHECKING:
     from relora.commands.train import train
     from relora.config import Config
+    from relora.engine.muon import Muon
     from relora.engine.state import EngineState
     from relora.lean import make_lean
     from relora.load import load_config
@@ -46,6 +47,7 @@ __all__ = [
     "Config",
     "EngineState",
     "LoRAConfig",
+    "Muon",
     "ReLoRAConfig",
     "ResetConfig",
     "__version__",
@@ -67,6 +69,7 @@ _HOMES = {
     "Config": "config",
     "EngineState": "engine.state",
     "LoRAConfig": "lora.config",
+    "Muon": "engine.muon",
     "ReLoRAConfig": "restart.config",
     "ResetConfig": "restart.config",
     "adapted_layers": "lora.layers",

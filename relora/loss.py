@@ -22,6 +22,7 @@ class ChunkedHead(nn.Module):
     """Mixed into an output head: within `measuring` it gives the loss in place of logits."""
 
     loss_labels: Tensor | None = None
+    loss_of_rows: list[Tensor] | None = None  # takes each row's loss too, where there is a list
     loss_chunk: int
 
     @contextmanager
@@ -41,9 +42,11 @@ class ChunkedHead(nn.Module):
         if self.loss_labels is None:
             return super().forward(states)
         following = F.pad(self.loss_labels, (0, 1), value=IGNORED)[..., 1:]
-        return next_token_loss(
-            states, following, super().forward, list(self.parameters()), self.loss_chunk
-        )
+        head, params, chunk = super().forward, list(self.parameters()), self.loss_chunk
+        if self.loss_of_rows is not None:
+            pairs = zip(states.split(1), following.split(1), strict=True)
+            self.loss_of_rows += [next_token_loss(*pair, head, params, chunk) for pair in pairs]
+        return next_token_loss(states, following, head, params, chunk)
 
 
 class ChunkedModel(nn.Module):

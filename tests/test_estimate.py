@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -22,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ranks import Outcomes, Scenario, on_ranks, run_ranks
 from relora.config import Config
 from relora.engine.codec import store_base_
+from relora.engine.muon import orthogonalise, work_entries
 from relora.engine.precision import precision_of
 from relora.load import build_config, load_config
 from relora.lora.config import GROUPS
@@ -41,6 +43,8 @@ from relora.plan.estimate import (
     speedup_ceiling,
     training_flops,
 )
+from relora.plan.muon_step import muon_step_bytes
+from relora.plan.shape import shape_of
 from relora.training.start import equip
 
 ROOT = Path(__file__).parent.parent
@@ -216,6 +220,32 @@ class Ring(TorchDispatchMode):
         return result
 
 
+class Live(TorchDispatchMode):
+    """Bytes of the storages that are made under it, for as long as they live."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    @property
+    def size(self) -> int:
+        """Of those that live now."""
+        self.made = {at: pair for at, pair in self.made.items() if not pair[0].expired()}
+        return sum(size for _, size in self.made.values())
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = [t.untyped_storage() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in {of._cdata for of in given}:
+                    self.made[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.peak = max(self.peak, self.size)
+        return result
+
+
 def bytes_of(tensors: Iterable[Tensor], seen: set[int]) -> int:
     """Bytes of the storages behind some tensors, those seen before not again."""
     size = 0
@@ -234,10 +264,8 @@ def gradients_of(engine: Any) -> list[Tensor]:
     return [g for group in engine.optimizer.averaged_gradients.values() for g in group]
 
 
-def measure(ranks: Any, config: Config) -> dict[str, float]:
-    """Each part of a real engine on this rank, in bytes, and what a step of it receives."""
-    from relora.engine import deepspeed
-    from relora.engine.evaluation import loss_of
+def start_engine(ranks: Any, config: Config) -> tuple[Any, list[Tensor]]:
+    """A run on made-up tokens, and this rank's micro-batches of a step."""
     from relora.training.start import start_run
 
     config.run_dir.mkdir(parents=True, exist_ok=True)
@@ -246,8 +274,42 @@ def measure(ranks: Any, config: Config) -> dict[str, float]:
         train=tokens, validation=tokens, vocab_size=500, fingerprint="", directory=Path()
     )
     run = start_run(config, shards, ranks)
-    accumulation = 8 // (2 * ranks.world)
-    batches = [torch.from_numpy(tokens[:64].astype("int64")).view(2, 32)] * accumulation
+    accumulation = config.batch.global_batch_size // (2 * ranks.world)
+    return run, [torch.from_numpy(tokens[:64].astype("int64")).view(2, 32)] * accumulation
+
+
+def measure_muon(ranks: Any, config: Config) -> dict[str, float]:
+    """Bytes that an update makes, at most and while Muon moves matrices; what stays is older."""
+    from relora.engine import deepspeed
+    from relora.engine.evaluation import loss_of
+
+    run, batches = start_engine(ranks, config)
+    rates = dict.fromkeys(GROUPS, 1e-4)
+    for _ in range(3):
+        deepspeed.train_step(run.engine, batches, loss_of, rates, 1.0)
+    muon, live, found = run.state.adam, Live(), {"step": 0.0, "work": 0.0}
+
+    def watched_step(closure: Any = None) -> None:
+        others, live.peak, before = live.peak, 0, live.size
+        type(muon).step(muon, closure)
+        if live.peak - before > found["work"]:
+            found.update(step=live.peak, work=live.peak - before)
+        live.peak = max(live.peak, others)
+
+    muon.step = watched_step
+    with live:
+        deepspeed.train_step(run.engine, batches, loss_of, rates, 1.0)
+    run.state.release_()
+    deepspeed.destroy(run.engine)
+    return {**found, "update": live.peak}
+
+
+def measure(ranks: Any, config: Config) -> dict[str, float]:
+    """Each part of a real engine on this rank, in bytes, and what a step of it receives."""
+    from relora.engine import deepspeed
+    from relora.engine.evaluation import loss_of
+
+    run, batches = start_engine(ranks, config)
     stage = config.deepspeed.zero_stage
     for _ in range(3 if stage == 3 else 0):  # it learns the order of the layers
         deepspeed.train_step(run.engine, batches, loss_of, dict.fromkeys(GROUPS, 1e-4), 1.0)
@@ -341,6 +403,9 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Any:
                 for adapters in (False, True)
             ]
         scenarios = [Scenario(str(cell), measure, (config,)) for cell, config in cells]
+        if world > 1:
+            stepping = [(cell, muon_config(directory, *cell)) for cell in MUON_STEPS]
+            scenarios += [Scenario(f"muon {c}", measure_muon, (config,)) for c, config in stepping]
         return run_ranks(world, scenarios, 280)
 
     return launch
@@ -385,6 +450,61 @@ def test_traffic_of_a_large_model_is_that_of_two_ranks(
     expected = bytes_per_step(config, 2, adapters)
     for found in measured(2, False)[str((3, "large", adapters))]:
         assert found["received"] == pytest.approx(expected, rel=0.05)
+
+
+MUON_STEPS = [(0, False), (0, True), (2, False), (3, False), (3, True)]
+
+
+def muon_config(directory: Path, stage: int, adapters: bool, **changes: Any) -> Config:
+    """A run in one phase whose matrices Muon moves."""
+    changes |= {"warm_start": None, "optimizer": {"lr": 1e-3, "matrices": "muon"}}
+    if not adapters:
+        changes |= {"lora": None, "relora": None}
+    section = {"zero_stage": stage, "precision": "fp32", **changes.pop("deepspeed", {})}
+    return config_of(directory, changes.pop("model", LLAMA), deepspeed=section, **changes)
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (8, 300), (300, 8), (77, 129), (3, 40, 20)], ids=str)
+def test_muons_work_on_a_matrix_is_what_torch_allocates(shape: tuple[int, ...]) -> None:
+    matrices = torch.randn(shape)
+    with Live() as live:
+        orthogonalise(matrices)
+    assert live.peak == pytest.approx(4 * work_entries(shape), rel=0.005)
+
+
+@pytest.mark.parametrize(("stage", "adapters"), MUON_STEPS)
+def test_muons_step_is_that_of_a_real_engine(
+    stage: int, adapters: bool, measured: Any, place: Path
+) -> None:
+    """Those of one shape together; what ranks share is gathered: one under ZeRO 2, all under 3."""
+    config = muon_config(place, stage, adapters)
+    beside = muon_step_bytes(config, 2, adapters)
+    # ZeRO copies gradients of matrices first; under ZeRO 3 those that wait lie there all the time.
+    copied = 4 * shape_of(config).of_one_moment(config, adapters) / 2 if stage else 0
+    waiting = memory_by_part(config, 2, adapters)["gradients"] if stage < 3 else 0
+    found = measured(2)[f"muon {(stage, adapters)}"]  # a rank may have fewer of one shape
+    assert max(rank["work"] for rank in found) == pytest.approx(beside - copied, rel=0.01)
+    assert max(rank["step"] for rank in found) == pytest.approx(waiting + beside, rel=0.05)
+
+
+def test_where_muons_step_is_the_peak_it_is_the_planners(place: Path) -> None:
+    """With one micro-batch of few tokens and a small bucket nothing before it takes as much."""
+    config = muon_config(
+        place,
+        2,
+        adapters=False,
+        batch={"global_batch_size": 2, "micro_batch_size": 2},
+        model={**LLAMA, "hidden_size": 128, "intermediate_size": 128},
+        deepspeed={"extra": {"zero_optimization": {"reduce_bucket_size": 1000}}},
+    )
+    parts = memory_by_part(config, 1, False)
+    stays = sum(parts[part] for part in ("weights", "masters", "moments"))
+    (found,) = on_ranks(1, measure_muon, config)
+    assert (
+        found["step"] == found["update"] == pytest.approx(peak_memory(config, 1) - stays, rel=0.01)
+    )
+    usual = config.model_copy(update={"optimizer": type(config.optimizer)(lr=1e-3)})
+    assert muon_step_bytes(usual, 1, False) == 0
 
 
 class Saved:

@@ -19,6 +19,7 @@ from runs import (
     adam_steps,
     checkpoint,
     make_config,
+    metric_lines,
     relora,
     same_bits,
     series,
@@ -145,6 +146,70 @@ def test_a_loss_has_a_standard_error_of_its_own_on_any_number_of_ranks() -> None
     assert np.isnan(evaluate_rows(lone_rank(), 7, 8)[2])  # one batch
     both = run_ranks(2, [Scenario("rows", evaluate_rows, (7, 3))], timeout=500)["rows"]
     assert both[0] == both[1] == pytest.approx(alone, rel=1e-12)
+
+
+def losses_by_sequence(
+    ranks: Any, rows: int, micro_batch: int, chunk: int | None
+) -> tuple[float, list[float]]:
+    """The loss of a small Llama on `rows` sequences of 6 tokens, and that of each."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from relora.lean import make_lean
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=97, num_hidden_layers=1, **sizes))
+    if chunk is not None:
+        assert make_lean(model, chunk).loss
+    tokens = np.arange(rows * 6, dtype=np.uint16) ** 2 % 97
+    batches = eval_batches(
+        tokens, sequence_length=6, micro_batch=micro_batch, rank=ranks.rank, world=ranks.world
+    )
+    each: list[float] = []
+    loss = evaluate_loss(model, batches, ranks, each).loss
+    return loss, each
+
+
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_the_loss_of_each_sequence_is_that_of_the_sequence_alone(chunk: int | None) -> None:
+    """In the order of the split, also where the last batch is not full; as many as rows."""
+    from relora.engine.distributed import lone_rank
+
+    loss, each = losses_by_sequence(lone_rank(), 7, 3, chunk)
+    alone = losses_by_sequence(lone_rank(), 7, 1, None)
+    assert len(set(each)) == len(each) == 7
+    assert each == pytest.approx(alone[1], rel=1e-6)
+    assert loss == pytest.approx(np.mean(each), rel=1e-6)
+
+
+def test_two_ranks_have_the_losses_of_sequences_in_the_order_of_one() -> None:
+    from relora.engine.distributed import lone_rank
+
+    # Of five the second rank has two in the first round and none in the second.
+    both = run_ranks(
+        2,
+        [Scenario(f"{chunk}", losses_by_sequence, (5, 2, chunk)) for chunk in (None, 4)],
+        timeout=500,
+    )
+    for chunk in (None, 4):
+        one = losses_by_sequence(lone_rank(), 5, 2, chunk)
+        for found in both[f"{chunk}"]:
+            assert found[1] == pytest.approx(one[1], rel=1e-6)
+
+
+def test_a_run_keeps_the_losses_of_its_end_and_no_others(finished: Path, tmp_path: Path) -> None:
+    """Also one that was stopped right before, and one that is finished and started again."""
+    (kept,) = [line for line in metric_lines(finished) if "eval/sequence_losses" in line]
+    assert kept["step"] == 24
+    each = kept["eval/sequence_losses"]
+    assert np.mean(each) == pytest.approx(series(finished, "eval/loss")[24], rel=1e-5)
+    assert len(each) * (SEQUENCE - 1) == series(finished, "eval/tokens")[24]
+    assert train(tmp_path / "run", "train.stop_after=23", **WHOLE) == 75
+    assert not [line for line in metric_lines(tmp_path / "run") if "eval/sequence_losses" in line]
+    for _ in range(2):
+        assert train(tmp_path / "run", **WHOLE) == 0
+        (line,) = [x for x in metric_lines(tmp_path / "run") if "eval/sequence_losses" in x]
+        assert line["eval/sequence_losses"] == each
 
 
 def test_evaluate_says_how_sure_its_loss_is(

@@ -72,14 +72,16 @@ def example() -> tuple[str, str]:
     return before, after
 
 
+@pytest.mark.parametrize("matrices", ["adamw", "muon"])
 def test_the_readmes_loop_is_relora_train_bit_for_bit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    matrices: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """As it stands, and with `relora.Muon` in place of torch's optimizer, as the README says."""
     monkeypatch.chdir(tmp_path)
     changes = {
         "batch": {"global_batch_size": 4, "micro_batch_size": 4},
         "train": {"steps": 60, "log_every": 1},
-        "optimizer": {"lr": 1e-3},
+        "optimizer": {"lr": 1e-3, "matrices": matrices},
         "schedule": {"warmup_steps": 5},
         "lora": {"rank": 4, "alpha": 8},
         "relora": {"cycle_steps": 20, "rewarm_steps": 5},
@@ -107,9 +109,13 @@ def test_the_readmes_loop_is_relora_train_bit_for_bit(
         "lora": config.lora,
         "clock": config.clock,
     }
+    loop = example()[1]
+    if matrices == "muon":
+        assert "torch.optim.AdamW(" in loop
+        loop = loop.replace("torch.optim.AdamW(", "relora.Muon(")
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        exec(example()[1], names)
+        exec(loop, names)
     losses = dict(line.split() for line in printed.getvalue().splitlines())
     assert {int(step): float(loss) for step, loss in losses.items()} == series(
         tmp_path / "run", "train/loss"
@@ -156,20 +162,21 @@ def test_a_run_is_loaded_and_merged_in_python(tmp_path: Path) -> None:
 # --- against the reference in float64 -------------------------------------------------------------
 
 CHANGES: dict[str, Any] = {"warm_start": None}
+MUON = {"optimizer.matrices": "muon", "optimizer.momentum": 0.9}
 
 
-def own_loop(ranks: Any, kind: str, model_json: str, run_dir: str) -> dict[str, Any]:
+def own_loop(
+    ranks: Any, kind: str, model_json: str, run_dir: str, muon: bool = False
+) -> dict[str, Any]:
     """Seventeen updates with merges after 4, 8, 12 and 16: losses, and the weights at the end."""
-    config = settings(model_json, run_dir, CHANGES)
+    config = settings(model_json, run_dir, CHANGES | (MUON if muon else {}))
     assert config.lora is not None
     assert config.relora is not None
     model: Any = build_model(config.model, config.seed)
     relora.add_adapters(model, config.lora, config.seed)
-    optimizer = torch.optim.AdamW(
-        relora.parameter_groups(model, config.optimizer.weight_decay),
-        betas=config.optimizer.betas,
-        eps=config.optimizer.eps,
-    )
+    groups = relora.parameter_groups(model, config.optimizer.weight_decay)
+    usual: dict[str, Any] = {"betas": config.optimizer.betas, "eps": config.optimizer.eps}
+    optimizer = relora.Muon(groups, 0.9, **usual) if muon else torch.optim.AdamW(groups, **usual)
     engine, state = wrap(kind, model, optimizer, ranks)
     rows = config.batch.global_batch_size // ranks.world
     stream = train_batches(
@@ -220,6 +227,7 @@ def wrap(kind: str, model: Any, optimizer: Any, ranks: Any) -> tuple[Any, relora
             "train_micro_batch_size_per_gpu": 4,
             "gradient_clipping": 1.0,
             "zero_force_ds_cpu_optimizer": False,
+            "zero_allow_untested_optimizer": True,
             "zero_optimization": {"stage": int(kind)},
         },
         dist_init_required=False,
@@ -236,17 +244,21 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Out
         [
             Scenario(kind, own_loop, (kind, str(tiny_llama), str(directory / kind)))
             for kind in ("ddp", "1", "2", "3")
+        ]
+        + [
+            Scenario(f"{kind} muon", own_loop, (kind, str(tiny_llama), str(directory), True))
+            for kind in ("ddp", "2")
         ],
         timeout=300,
     )
 
 
-@pytest.mark.parametrize("kind", ["ddp", "1", "2", "3"])
+@pytest.mark.parametrize("kind", ["ddp", "1", "2", "3", "ddp muon", "2 muon"])
 def test_loops_of_others_on_two_ranks_are_the_reference(
     kind: str, two_ranks: Outcomes, tiny_llama: Path
 ) -> None:
     for found in two_ranks[kind]:
-        compare_with_reference(found, tiny_llama)
+        compare_with_reference(found, tiny_llama, MUON if "muon" in kind else {})
 
 
 def test_a_plain_loop_is_the_reference(tiny_llama: Path) -> None:
@@ -255,9 +267,11 @@ def test_a_plain_loop_is_the_reference(tiny_llama: Path) -> None:
     compare_with_reference(own_loop(lone_rank(), "plain", str(tiny_llama), "unused"), tiny_llama)
 
 
-def compare_with_reference(found: dict[str, Any], tiny_llama: Path) -> None:
+def compare_with_reference(
+    found: dict[str, Any], tiny_llama: Path, changes: dict[str, Any] | None = None
+) -> None:
     """Losses and every parameter: also those of the updates that follow a merge."""
-    truth = run_reference(str(tiny_llama), CHANGES)
+    truth = run_reference(str(tiny_llama), CHANGES | (changes or {}))
     assert found["losses"] == pytest.approx(truth.losses, rel=2e-6)
     end = truth.states[-1].values
     assert found["values"].keys() == end.keys()
@@ -307,6 +321,59 @@ def test_an_optimizer_that_restarts_would_not_reach_is_refused(make: Any, messag
     relora.add_adapters(model, relora.LoRAConfig(rank=2))
     with pytest.raises(ConfigError, match=message):
         relora.EngineState(model, make(model))
+
+
+def test_muon_says_what_it_lacks_and_steps_with_a_closure() -> None:
+    model = Net()
+    relora.add_adapters(model, relora.LoRAConfig(rank=2))
+    with pytest.raises(ConfigError, match=r"take relora\.parameter_groups"):
+        relora.Muon([{"params": list(model.parameters())}])
+    groups = relora.parameter_groups(model)
+    optimizer = relora.Muon(groups, lr=1e-2)
+    x = torch.arange(11)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), x.flip(0))
+        loss.backward()
+        return loss
+
+    with pytest.raises(ConfigError, match=r"make relora\.EngineState"):
+        optimizer.step(closure)
+    relora.EngineState(model, optimizer)
+    losses = [float(optimizer.step(closure)) for _ in range(2)]
+    by_closure = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model = Net()
+    relora.add_adapters(model, relora.LoRAConfig(rank=2))
+    optimizer = relora.Muon(relora.parameter_groups(model), lr=1e-2)
+    relora.EngineState(model, optimizer)
+    for loss in losses:
+        assert float(closure()) == loss
+        optimizer.step()
+    assert all(torch.equal(by_closure[name], p) for name, p in model.named_parameters())
+    assert {k for p in optimizer.param_groups[-1]["params"] for k in optimizer.state[p]} == {
+        "step",
+        "exp_avg",
+    }
+
+
+def test_a_scaler_of_gradients_unscales_them_before_muon_steps() -> None:
+    """Fused Adam alone would unscale its own, and take matrices' with the scale in them."""
+    ends = []
+    for scale in (1.0, 2.0**10):
+        model, x = Net(), torch.arange(11)
+        optimizer = relora.Muon(relora.parameter_groups(model), lr=1e-2, fused=True)
+        relora.EngineState(model, optimizer)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        for _ in range(3):
+            scaler.scale(nn.functional.cross_entropy(model(x), x.flip(0))).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        ends.append([p.detach() for p in model.parameters()])
+        moments = [optimizer.state[p]["exp_avg"] for p in (model.first.weight,)]
+        ends[-1] += [moment.clone() for moment in moments]
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
 
 
 def test_moments_are_reset_alone_and_before_the_first_step() -> None:

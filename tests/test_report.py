@@ -112,6 +112,77 @@ def test_seeds_are_one_arm_and_the_baseline_is_their_mean(run: RunFiles) -> None
     assert "seeds" in tables(report)
 
 
+def with_losses(run: RunFiles, each: list[float], path: str, **changes: Any) -> RunFiles:
+    """A run whose last evaluation says each sequence's loss; `changes` of its optimizer."""
+    new = like(run, [4.0, float(np.mean(each))], changes.pop("seed", 1), path)
+    optimizer = run.config.optimizer.model_copy(update=changes)
+    config = new.config.model_copy(update={"optimizer": optimizer})
+    return replace(
+        new, config=config, evaluations=replace(new.evaluations, by_sequence=np.array(each))
+    )
+
+
+def test_arms_are_compared_sequence_by_sequence(run: RunFiles) -> None:
+    """What makes sequences hard for both has no part in the error of their difference."""
+    hard, gain = np.array([1.0, 3.0, 5.0, 7.0]), np.array([0.09, 0.11, 0.1, 0.1])
+    runs = [
+        with_losses(run, [*hard], "/r/full/seed_1"),
+        with_losses(run, [*(hard + 1)], "/r/full/seed_2", seed=2),
+        with_losses(run, [*(hard - gain)], "/r/good/seed_1", lr=0.5),
+        with_losses(run, [*(hard + 1 - 3 * gain)], "/r/good/seed_2", lr=0.5, seed=2),
+        with_losses(run, [*(hard[::-1] - gain)], "/r/other", lr=0.6),
+        replace(with_losses(run, [3.0], "/r/before", lr=0.7), evaluations=run.evaluations),
+    ]
+    report = build_report(group_runs(runs, [None] * len(runs)))
+    good, other = report.paired
+    assert (good.arm, good.sequences) == ("good", 4)
+    assert good.difference.values == pytest.approx([-0.1, -0.3])
+    assert good.difference.sd == pytest.approx(np.std([-0.1, -0.3], ddof=1))
+    assert good.error == pytest.approx(3 * np.std(gain, ddof=1) / 2)
+    apart = hard[::-1] - gain - hard
+    assert other.error == pytest.approx(np.std(apart, ddof=1) / 2)
+    (note,) = [line for line in report.notes if "own error" in line]
+    error = f"{np.std(apart, ddof=1) / 2:.4f}"
+    assert note.startswith(f"other: the evaluation's own error ({error}) is more than a tenth of")
+    assert note.endswith("difference from full (-0.1000): raise train.eval_sequences")
+    rows = tables(report)["paired"].rows
+    assert [row[0] for row in rows] == ["good", "other"]
+    assert rows[0][1:] == ["-0.2000 ± 0.1414", "0.0122", "4"]
+
+
+@pytest.mark.parametrize("what", ["sequence length", "tokens", "number", "seed", "before"])
+def test_what_was_evaluated_on_other_text_is_not_paired(run: RunFiles, what: str) -> None:
+    base = with_losses(run, [1.0, 2.0], "/r/full")
+    other = with_losses(run, [1.0, 2.5], "/r/other", lr=0.5)
+    assert build_report(group_runs([base, other], [None, None])).paired
+    if what == "sequence length":
+        data = other.config.data.model_copy(update={"sequence_length": 16})
+        other = replace(other, config=other.config.model_copy(update={"data": data}))
+    elif what == "tokens":
+        other = replace(other, data="others")
+    elif what == "seed":
+        other = with_losses(run, [1.0, 2.5], "/r/other", lr=0.5, seed=2)
+    else:
+        each = np.array([1.0, 2.5, 3.0]) if what == "number" else None
+        other = replace(other, evaluations=replace(other.evaluations, by_sequence=each))
+    report = build_report(group_runs([base, other], [None, None]))
+    assert report.paired == []
+    assert "paired" not in tables(report)
+
+
+def test_an_earlier_end_says_nothing_of_a_run_that_was_made_longer(
+    run: RunFiles, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(run.path, tmp_path / "run")
+    read = read_run(copy).evaluations.by_sequence
+    assert read is not None
+    assert read.mean() == pytest.approx(run.evaluations.loss[-1], rel=1e-5)
+    lines = (copy / "metrics.jsonl").read_text()
+    more = {"step": 8, "eval/loss": 3.0, "train/tokens": 9e9, "time/elapsed_s": 9.0}
+    (copy / "metrics.jsonl").write_text(lines + json.dumps(more) + "\n")
+    assert read_run(copy).evaluations.by_sequence is None
+
+
 def gave_up(run: RunFiles) -> RunFiles:
     return replace(run, status="failed", reason="not finite")
 

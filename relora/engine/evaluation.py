@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ from torch import Tensor
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from relora.engine.distributed import Ranks
+from relora.loss import ChunkedHead
 
 
 class Loss(NamedTuple):
@@ -49,7 +51,12 @@ class Evaluation(NamedTuple):
 
 
 @torch.no_grad()
-def evaluate_loss(model: Any, batches: Iterable[tuple[Tensor, int]], ranks: Ranks) -> Evaluation:
+def evaluate_loss(
+    model: Any,
+    batches: Iterable[tuple[Tensor, int]],
+    ranks: Ranks,
+    by_sequence: list[float] | None = None,
+) -> Evaluation:
     """The loss of a split, or of some sequences of it.
 
     Auxiliary losses that a model is trained on are no part of it.
@@ -57,7 +64,10 @@ def evaluate_loss(model: Any, batches: Iterable[tuple[Tensor, int]], ranks: Rank
     Args:
         model: a model, or an engine (then this is collective).
         batches: (rows, tokens) with the number of real rows; as many batches on every rank.
+        by_sequence: a list that gets the loss of each sequence, in their order in the split, the
+            same on every rank. Nothing of a model that gives neither logits nor such losses.
     """
+    rows_of = _RowLosses(model) if by_sequence is not None else None
     was_training = model.training
     model.eval()
     total = tokens = 0.0
@@ -67,6 +77,8 @@ def evaluate_loss(model: Any, batches: Iterable[tuple[Tensor, int]], ranks: Rank
         rows = batch[: max(real, 1)].to(ranks.device)
         predicted = real * (rows.shape[1] - 1)
         output = model(input_ids=rows, labels=rows)
+        if rows_of:
+            rows_of.take(output.logits, rows, real)
         whole = output.logits is not None  # a model that chunks its loss has no other
         loss = cross_entropy(output.logits, rows) if whole else output.loss
         mean = loss.item()
@@ -75,8 +87,40 @@ def evaluate_loss(model: Any, batches: Iterable[tuple[Tensor, int]], ranks: Rank
         if real:
             parts.append((mean, predicted))
     model.train(was_training)
+    if by_sequence is not None and rows_of:
+        # Each batch lies over the ranks, in their order.
+        for at_once in zip(*ranks.gather(rows_of.close()), strict=True):
+            by_sequence += itertools.chain(*at_once)
     total, tokens = ranks.sum([total, tokens])
     return Evaluation(total / tokens, int(tokens), _error(parts, total / tokens, tokens, ranks))
+
+
+class _RowLosses:
+    """The loss of each real row, batch by batch: from logits, or from a head that chunks them."""
+
+    def __init__(self, model: Any) -> None:
+        module = getattr(model, "module", model)
+        head = module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
+        self.head = head if isinstance(head, ChunkedHead) else None
+        self.found: list[list[float]] = []
+        if self.head is not None:
+            self.head.loss_of_rows = []
+
+    def take(self, logits: Tensor | None, rows: Tensor, real: int) -> None:
+        """Those of the batch that the model has just been given."""
+        losses: Iterable[Tensor] = []
+        if logits is not None:
+            losses = map(cross_entropy, logits.split(1), rows.split(1))
+        elif self.head is not None and self.head.loss_of_rows is not None:
+            losses, self.head.loss_of_rows = self.head.loss_of_rows, []
+        made = list(losses)[:real]
+        self.found.append(torch.stack(made).tolist() if made else [])
+
+    def close(self) -> list[list[float]]:
+        """All of them; the head gives no more."""
+        if self.head is not None:
+            self.head.loss_of_rows = None
+        return self.found
 
 
 def _error(parts: list[tuple[float, int]], mean: float, tokens: float, ranks: Ranks) -> float:

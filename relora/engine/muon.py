@@ -8,6 +8,7 @@ that lie in one part are worked on there; of others every rank that has a part g
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from relora.lora.config import ADAPTER_GROUPS
+from relora.errors import ConfigError
+from relora.lora.config import ADAPTER_GROUPS, GROUPS
 
 if TYPE_CHECKING:
     from relora.engine.state import EngineState
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # x ↦ ax + bx³ + cx⁵ takes what is in (0, 1] near one
 ITERATIONS = 5
 MATRIX_GROUPS = ("matrices", *ADAPTER_GROUPS)
-MATRICES_AT_ONCE = 2**24  # entries of matrices that are worked on together
+WORKED_AT_ONCE = 2**24  # entries of matrices that are worked on together
 UPDATE = "update"  # under which `gather_each` finds what is to be made orthogonal
 
 
@@ -38,8 +40,18 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     a, b, c = NEWTON_SCHULZ
     for _ in range(ITERATIONS):
         square = wide @ wide.mT
-        wide = a * wide + (b * square + c * square @ square) @ wide
-    return wide if wide.shape == x.shape else wide.mT
+        product = (b * square + c * square @ square) @ wide
+        wide.mul_(a).add_(product)  # that is x, in place
+        del product  # or the next one would lie beside it
+    return x
+
+
+def work_entries(shape: Sequence[int]) -> int:
+    """How many entries, of what it gives among them, `orthogonalise` holds at most for a shape."""
+    small, large = sorted(shape[-2:])
+    whole = math.prod(shape)
+    square = whole // large * small
+    return max(2 * whole + 2 * square, whole + 4 * square)
 
 
 def step_size(shape: Sequence[int]) -> float:
@@ -52,6 +64,9 @@ class Muon(torch.optim.AdamW):
 
         m ← μ·m + g,   W ← (1 − ηλ)·W − η · 0.2·√max(m, n) · orthogonalise(g + μ·m)
 
+        optimizer = relora.Muon(relora.parameter_groups(model), lr=1e-3)
+        state = relora.EngineState(model, optimizer)  # says where each matrix lies; before any step
+
     Attributes:
         matrices: ids of the parameters that Muon moves. Their state is `step` and `exp_avg`.
     """
@@ -59,8 +74,19 @@ class Muon(torch.optim.AdamW):
     def __init__(
         self, groups: Iterable[dict[str, Any]], momentum: float = 0.95, **defaults: Any
     ) -> None:
-        """Groups as `parameter_groups` makes them; defaults as AdamW's."""
+        """Groups as `parameter_groups` makes them; defaults as AdamW's.
+
+        Raises:
+            ConfigError: no group has a name of theirs, so nothing says what is a matrix.
+        """
         super().__init__(groups, **defaults)
+        # Of a GradScaler fused steps would take scaled gradients, which it else unscales before.
+        self._step_supports_amp_scaling = False
+        if not any(group.get("name") in GROUPS for group in self.param_groups):
+            raise ConfigError(
+                "Muon: its groups say by their names which parameters are matrices; take "
+                "relora.parameter_groups(model)"
+            )
         for group in self.param_groups:
             if group.get("name") in MATRIX_GROUPS:
                 group["momentum"] = momentum
@@ -87,20 +113,34 @@ class Muon(torch.optim.AdamW):
             self._cut = {v.name for v, n in zip(views, holders.tolist(), strict=True) if n > 1}
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One update. Collective where ZeRO has cut a matrix."""
+    def step(self, closure: Any = None) -> Any:
+        """One update; returns what the closure does. Collective where ZeRO has cut a matrix.
+
+        Raises:
+            ConfigError: no EngineState has been made of the model and this optimizer.
+        """
+        if self._state is None:
+            raise ConfigError(
+                "Muon: make relora.EngineState(model, optimizer), or of the engine, before the "
+                "first step: it says where each matrix lies"
+            )
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         spectral = [group for group in self.param_groups if group.get("momentum") is not None]
         held = [group["params"] for group in spectral]
         for group in spectral:
             group["params"] = []
-        super().step(closure)
+        super().step()
         for group, params in zip(spectral, held, strict=True):
             group["params"] = params
             self._move([flat for flat in params if flat.grad is not None], group)
+        return loss
 
     def _move(self, flats: list[Tensor], group: dict[str, Any]) -> None:
         """Update a group's tensors: a matrix each, or ZeRO's part of many."""
-        assert self._state is not None, "attach() comes before the first step"
+        assert self._state is not None
         if not flats:
             return
         momentum, rate = group["momentum"], group["lr"]
@@ -117,7 +157,8 @@ class Muon(torch.optim.AdamW):
         has_cut = {id(flat) for flat, _ in cut}
         for flat, gradient, mean in zip(flats, gradients, moments, strict=True):
             if id(flat) in has_cut:
-                self.state[flat][UPDATE] = gradient.add(mean, alpha=momentum)
+                # ZeRO's own copy, which nobody reads again.
+                self.state[flat][UPDATE] = gradient.add_(mean, alpha=momentum)
         for block in _blocks(cut):
             gathered = self._state.gather_each([view for _, view in block], UPDATE)
             here = [(at, x) for at, x in zip(block, gathered, strict=True) if at[1].count]
@@ -158,14 +199,20 @@ def _part(flat: Tensor | None, view: ParameterView) -> Tensor:
 
 
 def _blocks(views: Block) -> list[Block]:
-    """Matrices of one shape that are worked on together: as many as there is room for, the same
-    ones on every rank where ZeRO has cut them."""
-    blocks: list[Block] = []
-    room, shape = 0, None
-    for flat, view in sorted(views, key=lambda at: tuple(at[1].shape)):
-        if view.numel > room or view.shape != shape:
+    together = worked_together([view.shape for _, view in views])
+    return [[views[number] for number in block] for block in together]
+
+
+def worked_together(shapes: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Matrices of one shape, by number, that are worked on together: as many as there is room for,
+    the same ones on every rank where ZeRO has cut them."""
+    blocks: list[list[int]] = []
+    room, last = 0, None
+    for number in sorted(range(len(shapes)), key=lambda number: tuple(shapes[number])):
+        shape = shapes[number]
+        if math.prod(shape) > room or shape != last:
             blocks.append([])
-            room, shape = MATRICES_AT_ONCE, view.shape
-        blocks[-1].append((flat, view))
-        room -= view.numel
+            room, last = WORKED_AT_ONCE, shape
+        blocks[-1].append(number)
+        room -= math.prod(shape)
     return blocks

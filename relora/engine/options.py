@@ -52,6 +52,7 @@ class ZeroSizes(NamedTuple):
     kept_whole: float  # ZeRO 3: parameters up to this size are whole on every rank
     reuse_distance: float  # ZeRO 3: weights stay if no more lies between their two uses
     prefetched: float  # ZeRO 3: gathered ahead of their use
+    stepped: float  # entries that ZeRO 3 updates at a time, on a rank
 
 
 def deepspeed_json(
@@ -103,6 +104,7 @@ def zero_sizes(section: DeepSpeedConfig, trained: int) -> ZeroSizes:
         kept_whole=float(zero.get("stage3_param_persistence_threshold", 1e5)),
         reuse_distance=float(zero.get("stage3_max_reuse_distance", 1e9)),
         prefetched=float(zero.get("stage3_prefetch_bucket_size", 5e7)),
+        stepped=float(zero.get("sub_group_size", 1e9)),
     )
 
 

@@ -277,7 +277,7 @@ def _all_gather(views: Sequence[ParameterView], pieces: Sequence[Tensor]) -> Ite
         part[: piece.numel()] = piece
     everything = mine.new_empty(world * mine.numel())
     dist.all_gather_into_tensor(everything, mine)
-    del mine
+    del mine, part  # which is a view of it
     for view, column in zip(views, everything.view(world, -1).split(padded, dim=1), strict=True):
         yield column.flatten()[: view.numel]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -88,12 +89,17 @@ class LoRAConfig(Section):
         """How large the adapters are, in words."""
         return f"rank {self.rank}" if self.blocks is None else f"{self.blocks} blocks"
 
-    def entries(self, outputs: int, inputs: int) -> tuple[int, int]:
+    def shapes(self, outputs: int, inputs: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Those of A and B of a matrix (out, in)."""
         if self.blocks is not None:
-            return self.blocks, outputs * inputs // self.blocks
+            return (self.blocks,), (self.blocks, outputs // self.blocks, inputs // self.blocks)
         assert self.rank is not None
-        return self.rank * inputs, outputs * self.rank
+        return (self.rank, inputs), (outputs, self.rank)
+
+    def entries(self, outputs: int, inputs: int) -> tuple[int, int]:
+        """How many A and B of a matrix (out, in) have."""
+        a, b = self.shapes(outputs, inputs)
+        return math.prod(a), math.prod(b)
 
     @property
     def scale(self) -> float:

@@ -16,6 +16,7 @@ from relora.engine.precision import precision_of
 from relora.lora.config import LoRAConfig
 from relora.lora.quantised import quantised_bytes
 from relora.plan.dryrun import Kept, dry_run
+from relora.plan.muon_step import muon_step_bytes
 from relora.plan.shape import shape_of
 
 # At the peak of the loss, in bytes a logit: log-probabilities, their gradient, that of the logits,
@@ -191,7 +192,7 @@ def memory_by_part(config: Config, world: int, adapters: bool | None = None) -> 
     """Bytes on a rank's device by part, each at its largest, and on the host under `host`.
 
     `gradients` are those that wait for the optimizer; those not yet reduced are in `buffers`, with
-    DeepSpeed's buckets, weights gathered by ZeRO 3 and autocast's copies of weights.
+    DeepSpeed's buckets, weights gathered by ZeRO 3, autocast's copies of weights and Muon's work.
 
     Args:
         adapters: the phase; None = the one with the higher peak.
@@ -289,7 +290,7 @@ def _held(config: Config, world: int, adapters: bool) -> dict[str, float]:
 
 
 def _beside(config: Config, world: int, adapters: bool) -> dict[str, float]:
-    """What is in `buffers` at three moments: the loss, the backward pass's start, its end."""
+    """What is in `buffers` at the loss, the backward pass's start, its end, and Muon's step."""
     section, width = config.deepspeed, _widths(config)[0]
     sizes = shape_of(config).sizes(_lora(config, adapters))
     trained = float(width * sum(size for size, trainable in sizes if trainable))
@@ -301,16 +302,18 @@ def _beside(config: Config, world: int, adapters: bool) -> dict[str, float]:
     copies = dry_run(config, adapters).weight_copies
     micro_batches = config.batch.global_batch_size // (config.batch.micro_batch_size * world)
     carried = trained if micro_batches > 1 else 0.0
+    step = muon_step_bytes(config, world, adapters)
     if section.zero_stage == 3:
         gathered = _gathered(config, sizes) if world > 1 else 0.0
         always = bucket + gathered + carried
-        return {"loss": always + copies, "backward": always + copies, "end": always}
+        loss = always + copies
+        return {"loss": loss, "backward": loss, "end": always, "step": bucket + step}
     if section.zero_stage == 0:
-        return {"loss": carried + copies, "backward": carried + copies, "end": flat}
+        return {"loss": carried + copies, "backward": carried + copies, "end": flat, "step": step}
     backward = carried if micro_batches > 1 else zero.buckets * bucket
     local = trained if micro_batches > 1 or section.zero_stage == 1 else 0.0
     end = zero.buckets * bucket + max(local, flat if world > 1 else 0.0)
-    return {"loss": carried + copies, "backward": backward + copies, "end": end}
+    return {"loss": carried + copies, "backward": backward + copies, "end": end, "step": step}
 
 
 def _logits(config: Config, kept: Kept) -> float:
@@ -340,4 +343,5 @@ def _peaks(config: Config, world: int, adapters: bool) -> dict[str, float]:
         "loss": stays + flat + beside["loss"] + kept.activations + _logits(config, kept),
         "backward": stays + flat + beside["backward"] + kept.activations + width * kept.logits,
         "end": stays + waiting + beside["end"],
+        "step": stays + waiting + beside["step"],
     }

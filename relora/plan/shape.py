@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -47,7 +49,7 @@ class Shape(NamedTuple):
 
     matrices: tuple[Matrix, ...]  # of linear layers, the output head among them
     parameters: tuple[tuple[int, bool], ...]  # (entries, whether adapters freeze it)
-    are_matrices: tuple[bool, ...]  # of each, whether Muon would move it
+    moved: tuple[tuple[int, ...] | None, ...]  # the shape of each that Muon would move
 
     def adapted(self) -> list[Matrix]:
         """The matrices with adapters."""
@@ -67,14 +69,21 @@ class Shape(NamedTuple):
 
     def of_one_moment(self, config: Config, adapters: bool) -> int:
         """Entries of which the optimizer keeps one moment and not two."""
+        return sum(map(math.prod, self.moved_by_muon(config, adapters)))
+
+    def moved_by_muon(self, config: Config, adapters: bool) -> list[tuple[int, ...]]:
+        """Shapes of what takes its steps; none where all is AdamW's."""
         if config.optimizer.matrices == "adamw":
-            return 0
-        sizes = self.sizes(config.lora if adapters else None)
-        factors = [True] * (len(sizes) - len(self.parameters))
-        flags = [*self.are_matrices, *factors]
-        return sum(
-            size for (size, trains), is_one in zip(sizes, flags, strict=True) if trains and is_one
-        )
+            return []
+        lora = config.lora if adapters else None
+        pairs = zip(self.moved, self.parameters, strict=True)
+        shapes = [shape for shape, (_, freezes) in pairs if shape and not (lora and freezes)]
+        if lora:
+            for matrix in self.adapted():
+                trains = [trains for _, trains in matrix.entries(lora)]
+                both = lora.shapes(matrix.outputs, matrix.inputs)
+                shapes += itertools.compress(both, trains)
+        return shapes
 
 
 def shape_of(config: Config) -> Shape:
@@ -113,7 +122,10 @@ def _shape(model_config: ModelConfig, content: str, lora: str) -> Shape:
     return Shape(
         tuple(matrices),
         tuple((p.numel(), id(p) in frozen) for p in model.parameters()),
-        tuple(p.dim() > 1 and id(p) not in tables for p in model.parameters()),
+        tuple(
+            tuple(p.shape) if p.dim() > 1 and id(p) not in tables else None
+            for p in model.parameters()
+        ),
     )
 
 

@@ -22,6 +22,7 @@ EVAL_LOSS = "eval/loss"
 EVAL_ERROR = "eval/standard_error"  # of the loss
 PERPLEXITY = "eval/perplexity"
 SAMPLE = "eval/sample"
+SEQUENCE_LOSSES = "eval/sequence_losses"  # of a run's end: one for each sequence, in their order
 EVAL_TOKENS = "eval/tokens"
 
 BIRTH = "relora/birth"

@@ -82,8 +82,8 @@ class Metrics:
                 f"{self.run_dir} are intact; make room, and run the same command again"
             )
 
-    def write(self, step: int, values: Mapping[str, float | int | str]) -> None:
-        """Add a line to metrics.jsonl and its numbers to TensorBoard."""
+    def write(self, step: int, values: Mapping[str, float | int | str | list[float]]) -> None:
+        """Add a line to metrics.jsonl and its numbers, but not lists of them, to TensorBoard."""
         if not self.active or self.problem:
             return
         # Strict JSON has no NaN or Infinity; a reader gets null.
@@ -100,7 +100,7 @@ class Metrics:
                 self._drawn[1].add(key)
                 if isinstance(value, str):
                     self._board.add_text(key, value, step)
-                elif not isinstance(value, bool):
+                elif not isinstance(value, bool | list):
                     self._board.add_scalar(key, value, step)
 
     def text(self, step: int, key: str, text: str) -> None:

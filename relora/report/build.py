@@ -14,6 +14,7 @@ from relora.report import questions
 from relora.report.arms import ArmRuns, perplexity_of, spread
 from relora.report.curves import curves_of, place_of
 from relora.report.fair import differences_between, searches_of, warnings_about
+from relora.report.paired import beside_baseline, unsure
 from relora.report.predict import Prediction, predict
 from relora.report.read import AT_WORK, RunFiles
 from relora.report.records import ArmReport, Figures, Questions, Report, SeedReport, Spread
@@ -46,6 +47,7 @@ def build_report(arms: Sequence[ArmRuns], baseline: str | None = None) -> Report
     complaints += [f"{name}: {line}" for name, p in predictions.items() for line in p.left]
     unpredicted = {p.complaint for p in predictions.values() if p.complaint}
     complaints += [f"not predicted: {complaint}" for complaint in sorted(unpredicted)]
+    paired = beside_baseline(evaluated, base)
     figures = [_arm(arm, predictions[arm.name]) for arm in arms]
     return Report(
         relora=__version__,
@@ -53,9 +55,10 @@ def build_report(arms: Sequence[ArmRuns], baseline: str | None = None) -> Report
         unfinished=any(run.status in AT_WORK for arm in arms for run in arm.runs),
         baseline=base.name,
         warnings=[*warnings_about(arms, base), *complaints],
-        notes=searches_of(arms),
+        notes=[*unsure(paired, base), *searches_of(arms)],
         arms=figures,
         questions=_answers(evaluated, base, predictions, figures),
+        paired=paired,
         differences=differences_between(arms),
         spectra=spectra,
         similarity=similarity,

@@ -111,7 +111,7 @@ def to_markdown(report: Report, pictures: Mapping[str, str]) -> str:
     if report.warnings:
         parts += ["Read this first:", _md_list(map(_md, report.warnings))]
     if report.notes:
-        parts += ["How tuned:", _md_list(map(_md, report.notes))]
+        parts += ["How sure, and how tuned:", _md_list(map(_md, report.notes))]
     for key, table in tables(report).items():
         parts += [f"## {table.title}", _md_table(table), *filter(None, [table.note])]
         there = [name for name, p in PICTURES.items() if p.table == key and name in pictures]

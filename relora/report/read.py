@@ -61,6 +61,7 @@ class Evaluations:
     loss: np.ndarray
     lost: int = 0  # evaluations after the last finite one
     error: float | None = None  # standard error of the last loss
+    by_sequence: np.ndarray | None = None  # of the run's end: the loss of each sequence
 
     def at(self, steps: np.ndarray) -> Evaluations:
         """Those of some steps, all of which there must be."""
@@ -223,11 +224,14 @@ def _read_metrics(
     evaluated: list[dict[str, Any]] = []
     events: list[dict[str, Any]] = []
     last = None
+    sequences: dict[str, Any] | None = None
     for line in iter_metrics(run_dir) if exists(RunDirectory(run_dir).metrics) else ():
         last = line.get("time_s", last)
         if keys.TRAIN_LOSS in line:
             for key, values in columns.items():
                 values.append(line.get(key))
+        elif isinstance(line.get(keys.SEQUENCE_LOSSES), list):
+            sequences = line
         elif keys.EVAL_LOSS not in line:
             events.append(line)
         if keys.EVAL_LOSS in line:
@@ -246,7 +250,10 @@ def _read_metrics(
     lost = len(evaluated) - (finite[-1] + 1 if finite else 0)
     error: Any = evaluated[finite[-1]].get(keys.EVAL_ERROR) if finite else None
     error = float(error) if is_number(error) else None
-    evaluations = Evaluations(step, tokens, seconds, loss, lost, error)
+    # A run that was made longer has gone on from its earlier end.
+    ended = sequences is not None and finite and sequences["step"] == evaluated[-1]["step"]
+    each = numbers(sequences[keys.SEQUENCE_LOSSES]) if ended and sequences else None
+    evaluations = Evaluations(step, tokens, seconds, loss, lost, error, each)
     return log, evaluations, events, last if is_number(last) else None
 
 

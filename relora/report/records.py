@@ -192,6 +192,17 @@ class Questions(StrictModel):
     target: Target
 
 
+class PairedRow(StrictModel):
+    """An arm's last losses less the baseline's of the same seeds, on the same sequences."""
+
+    arm: str
+    difference: Spread  # nats, over seeds that both have
+    # Largest standard error of a seed's difference: of the mean over sequences of how far the two
+    # losses of each lie apart.
+    error: Figure
+    sequences: int
+
+
 class Difference(StrictModel):
     """A leaf of config, model or environment that is not the same in all arms."""
 
@@ -263,6 +274,7 @@ class Report(StrictModel):
     notes: list[str] = []  # which differences mean nothing, which rates were tried
     arms: list[ArmReport]
     questions: Questions
+    paired: list[PairedRow] = []  # of arms whose runs, and the baseline's, say each sequence's loss
     differences: dict[str, list[Difference]]  # config, environment
     spectra: list[ArmSpectra]  # of those that have any
     similarity: list[Similarity]

@@ -56,6 +56,7 @@ def tables(report: Report) -> dict[str, Table]:
     found = {
         "arms": _build("Arms", arms, ARMS),
         "tokens": _build(tokens, answers.tokens.rows, AT_EQUAL),
+        "paired": _build("Sequence by sequence", report.paired, BY_SEQUENCE),
         "seconds": _build(seconds, answers.seconds.rows, AT_EQUAL),
         "memory": _build(memory, fitting, MEMORY),
         "target": _build(target, answers.target.rows, TARGET),
@@ -158,6 +159,12 @@ AT_EQUAL: dict[str, Cell] = {
     "validation loss": _of("loss", "{:,.4f}"),
     "tokens": _of("tokens", format_count),
 }
+BY_SEQUENCE: dict[str, Cell] = {
+    "arm": _of("arm"),
+    "loss less the baseline's": _of("difference", "{:,.4f}"),
+    "its paired standard error": _of("error", "{:,.4f}"),
+    "sequences": _of("sequences", "{:,}"),
+}
 MEMORY: dict[str, Cell] = {
     "arm": _of("arm.name"),
     "training state per rank": _of("arm.predicted.state", format_bytes),
@@ -242,6 +249,11 @@ NOTES = {
     "one seed, or all are equal.",
     "tokens": "At the smallest number of tokens at which every run has an evaluation, but for runs "
     f"that failed or diverged; each run's last evaluation at or before it. {_WARM}",
+    "paired": "Last losses of finished runs beside those of the baseline's run of the same seed, "
+    "on the same validation sequences; mean ± sample standard deviation over seeds. The error is "
+    "the largest of a seed's: the standard error of the mean over sequences of the two losses' "
+    "difference, which is how far another choice of sequences might move it. Runs of before it was "
+    "stored, and those that read other sequences, have none.",
     "seconds": "At the smallest last elapsed time of these runs; the loss is interpolated linearly "
     "in time between evaluations. Time includes evaluating, merging and saving, and not what was "
     "lost to a stop or a rollback and done again. A run that went on with other ranks, settings or "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -167,7 +168,9 @@ def evaluate_run(run: Run) -> None:
         world=run.ranks.world,
         max_sequences=run.config.train.eval_sequences,
     )
-    loss, tokens, error = evaluate_loss(run.engine, batches, run.ranks)
+    last = run.step == run.config.clock.total
+    sequences: list[float] = []  # by which arms are compared pair by pair
+    loss, tokens, error = evaluate_loss(run.engine, batches, run.ranks, sequences if last else None)
     values = {
         keys.EVAL_LOSS: loss,
         keys.PERPLEXITY: perplexity(loss),
@@ -181,7 +184,9 @@ def evaluate_run(run: Run) -> None:
     run.metrics.say(log_lines.eval_line(run.step, values))
     if run.config.train.sample_prompt is not None:
         run.metrics.text(run.step, keys.SAMPLE, _sample(run, run.config.train.sample_prompt))
-    if run.step == run.config.clock.total:
+    if sequences and all(map(math.isfinite, sequences)):
+        run.metrics.write(run.step, {keys.SEQUENCE_LOSSES: [round(x, 6) for x in sequences]})
+    if last:
         run.metrics.conclude(log_lines.hyperparameters(run.config), values)
 
 
