@@ -15,8 +15,7 @@ TO=${TO:-runs/gpu_table}
 ((GPUS > 0)) || echo "relora: no GPU here, so this is a rehearsal on the CPU" >&2
 set_up dev
 
-# table NAME CONFIG ARGUMENTS…: as it is and, on a GPU and where the config has a rank, with compiled
-# blocks
+# table NAME CONFIG ARGUMENTS…: as it is and, on a GPU and with a rank, with compiled blocks
 table() {
     local name=$1 config=$2
     shift 2

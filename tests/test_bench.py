@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from relora.engine.muon import Muon
+from relora.engine.state import EngineState
 from relora.load import load_config
 from relora.plan.estimate import flops_per_token
 from relora.training import bench, bench_arms
@@ -208,6 +210,36 @@ def test_what_there_is_not_is_refused_before_any_work(
     assert "none runs here; take another --precision" in capsys.readouterr().err
     assert relora("bench", path, "model.half_residual=true", "--precision", "fp32") == 2
     assert "model.half_residual: would do nothing" in capsys.readouterr().err
+
+
+def test_blocks_by_muon_are_timed_beside_full_rank(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    blocks = {"lora": {"blocks": 2}, "relora__reset": {"mode": "zero"}}
+    path = make_config(tmp_path / "run", optimizer__matrices="muon", **blocks)
+    assert list(variants(load_config(path))) == ["full", "full_lean", "relora"]
+    assert relora("bench", path, "--rounds", "1") == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [row[0] for row in rows if row and row[0] in DESCRIPTIONS] == [
+        "full",
+        "full_lean",
+        "relora",
+    ]
+
+
+def test_muon_launches_as_often_for_twice_the_layers(config: Any) -> None:
+    """Matrices of one shape are one batch; what grows is to take them there and back."""
+    counts = []
+    for layers in (2, 4):
+        model = torch.nn.Sequential(*(torch.nn.Linear(8, 8, bias=False) for _ in range(layers)))
+        optimizer = Muon([{"name": "matrices", "params": list(model.parameters())}], lr=1e-3)
+        EngineState(model, optimizer)
+        model(torch.ones(1, 8)).sum().backward()
+        with profile(activities=[ProfilerActivity.CPU]) as profiled:
+            optimizer.step()
+        products = [event for event in profiled.events() if event.name == "aten::bmm"]
+        counts.append(len(products))
+    assert counts == [15, 15]
 
 
 def test_full_rank_has_its_two_arms(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -667,6 +667,18 @@ def test_the_readmes_quickstart_holds_and_saves_what_the_planner_says(
     assert said in " ".join(readme.split())
 
 
+def test_a_rate_that_moves_w_far_from_full_ranks_is_doubted(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rank 4 of 32, s = 1: an update reaches √(4/96) of the ratio of rates."""
+    said = "! adapters' rate"
+    for ratio, is_said in ((1, True), (4, False), (30, True)):
+        overrides = [f"relora.lr={1e-3 * ratio}", "lora.rank=4", "lora.alpha=4"]
+        page = page_of(capsys, str(config), "optimizer.lr=1e-3", *overrides)
+        assert (said in page) == is_said, ratio
+    assert f"moves W by {30 * (4 / 96) ** 0.5:.3g} of" in " ".join(page.split())
+
+
 def test_the_reach_of_an_update_is_that_of_adams_first_one(config: Path) -> None:
     """After a restart B is zero: W moves by s·B·A, where full rank's entries move by the rate."""
     run = load_config(config, ["lora.rank=16", "lora.alpha=8"])

@@ -64,7 +64,7 @@ def bench(
     if to is not None:
         to.mkdir(parents=True, exist_ok=True)
     print(_title(config, rounds, blocks))
-    if "peft" not in chosen and names is None and config.lora is not None:
+    if "peft" not in chosen and names is None and config.lora and config.lora.rank:
         print("peft is not installed, so its layer is left out: pip install peft")
     tables: dict[str, list[Timing]] = {}
     with tempfile.TemporaryDirectory() as directory:
@@ -83,7 +83,7 @@ def bench(
 def _checked(config: Config, names: Sequence[str] | None) -> list[str]:
     known = list(variants(config))
     for name in names or ():
-        if name == "peft" and name not in known and config.lora is not None:
+        if name == "peft" and name not in known and config.lora and config.lora.rank:
             raise ConfigError("--arms: peft: is not installed; pip install peft")
         if name not in known:
             raise ConfigError(f"--arms: {name}: this config has {', '.join(known)}")

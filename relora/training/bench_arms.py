@@ -46,21 +46,23 @@ def variants(config: Config) -> dict[str, Variant]:
     lean_full = full_rank_twin(config)
     full = lean_full.model_copy(update={"model": plain})
     found = {"full": Variant(full, False), "full_lean": Variant(lean_full, False)}
-    if config.lora is not None:
-        found["relora"] = Variant(config, True, merges=config.relora is not None)
-    if config.lora is not None and config.lora.blocks is None:
+    if config.lora is None:
+        return found
+    has_rank = config.lora.blocks is None
+    if has_rank:
         as_it_was = {"graph": "low_rank", "keep_effective": None, "base": None}
         as_it_was |= {"train": "both", "share_a": None}
         low_rank = config.lora.model_copy(update=as_it_was)
         published = config.model_copy(update={"model": plain, "lora": low_rank})
         found["published"] = Variant(published, True, _as_published)
-        if find_spec("peft"):
-            found["peft"] = Variant(full, False, lambda model: _adapt_by_peft(model, config))
-        if config.lora.train == "both":
-            only_b = config.lora.model_copy(update={"train": "b"})
-            found["frozen_a"] = found["relora"]._replace(
-                config=config.model_copy(update={"lora": only_b})
-            )
+    if has_rank and find_spec("peft"):
+        found["peft"] = Variant(full, False, lambda model: _adapt_by_peft(model, config))
+    found["relora"] = Variant(config, True, merges=config.relora is not None)
+    if has_rank and config.lora.train == "both":
+        only_b = config.lora.model_copy(update={"train": "b"})
+        found["frozen_a"] = found["relora"]._replace(
+            config=config.model_copy(update={"lora": only_b})
+        )
     return found
 
 
