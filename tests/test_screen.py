@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "configs/experiments"))
 
+import relora
 import screen
+from relora.lora.config import ADAPTER_GROUPS
 
 VOCABULARY = 64
 RULES = (
@@ -42,8 +43,8 @@ def stack_of(arm: str, runs: list[tuple[str, int]], steps: int = 8) -> screen.St
     return screen.Stack(arm, args, runs)
 
 
-def transformers_loss(stack: screen.Stack, run: int, ids: Tensor) -> float:
-    """Of the same weights in transformers' own model."""
+def transformers_twin(stack: screen.Stack, run: int) -> Any:
+    """transformers' own model with the same weights."""
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=32, intermediate_size=96, num_hidden_layers=2,
         num_attention_heads=1, num_key_value_heads=1, max_position_embeddings=screen.LENGTH,
@@ -60,7 +61,22 @@ def transformers_loss(stack: screen.Stack, run: int, ids: Tensor) -> float:
             weights[f"model.layers.{i}.{name}.weight"].copy_(value)
     weights["model.embed_tokens.weight"].copy_(stack.model.rest[0][run])
     weights["lm_head.weight"].copy_(stack.model.rest[1][run])
-    return model(input_ids=ids, labels=ids).loss.item()
+    return model
+
+
+def start_at_bands_of(model: Any, stack: screen.Stack) -> None:
+    """Have the screen's blocks begin where those of relora do, which are drawn by name."""
+    parameters = dict(model.named_parameters())
+    names = {
+        "attention": [f"self_attn.{x}_proj" for x in "qkvo"],
+        "up": ["mlp.gate_proj", "mlp.up_proj"],
+        "down": ["mlp.down_proj"],
+    }
+    for rule, found in zip(stack.rules, names.values(), strict=True):
+        assert isinstance(rule, screen.Block)
+        bands = [parameters[f"model.layers.{i}.{name}.lora_A"] for i in range(2) for name in found]
+        rule.shift = torch.stack([band[:1].long() for band in bands])[:, None].clone()
+        rule.place()
 
 
 def test_its_model_is_transformers_llama_for_each_run_of_a_batch() -> None:
@@ -68,9 +84,39 @@ def test_its_model_is_transformers_llama_for_each_run_of_a_batch() -> None:
     ids = torch.randint(VOCABULARY, (2, 3, screen.LENGTH))
     losses = stack.model.losses(ids).mean(1)
     for run in range(2):
-        assert losses[run].item() == pytest.approx(
-            transformers_loss(stack, run, ids[run]), abs=2e-6
-        )
+        model = transformers_twin(stack, run)
+        expected = model(input_ids=ids[run], labels=ids[run]).loss.item()
+        assert losses[run].item() == pytest.approx(expected, abs=2e-6)
+
+
+@pytest.mark.parametrize("arm", ["full", "full opt=muon", "block k=2 C=4 opt=muon"])
+def test_it_trains_as_relora_does(arm: str) -> None:
+    """From the same weights on the same batches, over two merges of blocks."""
+    stack, rate = stack_of(arm, [("4e-3", 0)], steps=10), 4e-3
+    model = transformers_twin(stack, 0)
+    if "block" in arm:
+        relora.add_adapters(model, relora.LoRAConfig(blocks=2))
+        start_at_bands_of(model, stack)
+    groups = relora.parameter_groups(model)
+    make: Any = relora.Muon if "muon" in arm else torch.optim.AdamW
+    optimizer = make(groups, lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
+    state = relora.EngineState(model, optimizer)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for step in range(10):
+        if step in stack.restarts:
+            relora.merge_and_restart(state, step // 4, 0, relora.ResetConfig(mode="zero"))
+            stack.restart(step // 4)
+        for group in optimizer.param_groups:
+            own = rate if group["name"] in ("matrices", *ADAPTER_GROUPS) else 1e-3
+            group["lr"] = own * screen.curve(step, 10)
+        ids = stack.ids()
+        loss = model(input_ids=ids[0], labels=ids[0]).loss
+        assert loss.item() == pytest.approx(stack.model.losses(ids).mean().item(), abs=1e-5), step
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        stack.step()
 
 
 @pytest.mark.parametrize("arm", RULES)
