@@ -109,6 +109,27 @@ def test_arms_after_a_warm_start_share_it_and_the_rate() -> None:
     assert full.spectra_start == lora.spectra_start == relora.spectra_start == 400
 
 
+def test_the_confirming_arms_have_one_rate_of_embeddings_and_own_ones_of_matrices() -> None:
+    arms = read_arms(ROOT / "configs" / "arms" / "confirm.yaml").arms
+    assert arms is not None
+    runs = {n: load_config(ROOT / "configs/confirm.yaml", changes) for n, changes in arms.items()}
+    assert {run.optimizer.lr_embeddings for run in runs.values()} == {4e-3}
+    assert {name: run.rates(100)["embeddings"] for name, run in runs.items()} == dict.fromkeys(
+        runs, runs["LoRA"].rates(100)["embeddings"]
+    )
+    assert {
+        name: (run.lora and run.lora.blocks, run.optimizer.matrices) for name, run in runs.items()
+    } == {
+        "full rank, AdamW": (None, "adamw"),
+        "full rank, Muon": (None, "muon"),
+        "blocks 2, Muon": (2, "muon"),
+        "blocks 4, Muon": (4, "muon"),
+        "LoRA": (None, "adamw"),
+        "ReLoRA": (None, "adamw"),
+        "ReLoRA, warm start": (None, "adamw"),
+    }
+
+
 @pytest.mark.parametrize("name", COMPARED)
 def test_a_compared_run_is_as_long_as_it_says(name: str) -> None:
     config = load_config(ROOT / "configs" / f"{name}.yaml")
