@@ -32,6 +32,11 @@ from runs import (
 LAST = 24
 # The warm start ends after 6, merges are after 12 and 18: before, on and after each. In three
 # chains, so that a resume from one kind of stop ends where none of its neighbours was met.
+BLOCKS = {
+    "lora": {"blocks": 2},
+    "relora__reset": {"mode": "zero"},
+    "optimizer__matrices": "muon",
+}
 STOPS = [(3, 6, 11, 13, 23), (2, 7, 12, 14), (5, 18)]
 
 
@@ -90,6 +95,7 @@ def test_a_stop_leaves_no_trace(stops: tuple[int, ...], undisturbed: Path, tmp_p
         ),
         # 15 is inside a cycle: the frozen weights have decayed
         (2, {"batch__micro_batch_size": 8, "lora__decay": "merged"}),
+        (2, BLOCKS),
         (
             3,
             {
@@ -106,6 +112,7 @@ def test_a_stop_leaves_no_trace(stops: tuple[int, ...], undisturbed: Path, tmp_p
                 (3, {"deepspeed__precision": "bf16", "model__gradient_checkpointing": True}),
                 (3, {"deepspeed__precision": "bf16", "lora__train": "b"}),
                 (3, {"optimizer__matrices": "muon"}),
+                (3, BLOCKS),
             )
         ),
     ],
