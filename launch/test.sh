@@ -19,9 +19,7 @@ if [[ $CONSTRAINTS == launch/constraints.txt ]]; then # not what other versions 
     shellcheck launch/*.sh launch/slurm.sbatch
 fi
 # Each test keeps to one thread; those of a file share what they make, so a file stays together.
-# One worker more than cores: many tests wait for a process that they started.
-workers=$(($(nproc) + 1))
-parallel=(-n $((workers < 4 ? workers : 4)) --dist=loadfile --no-loadscope-reorder)
+parallel=(-n auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder)
 case ${1-} in
     "") ;;
     unit | process | launch | slow) exec pytest "${parallel[@]}" -m "$@" ;;
