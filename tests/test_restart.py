@@ -22,10 +22,8 @@ from relora.errors import NumericsError
 from relora.lora.draws import draw_a
 from relora.restart.config import ResetConfig
 from relora.restart.invariants import check_copies, check_function
-from relora.restart.moments import Moments, beyond, find_edges, kept, random_keep
-from relora.restart.reinit import Context, kaiming
+from relora.restart.moments import beyond, find_edges, kept, random_keep
 from relora.restart.restart import merge_and_restart
-from relora.restart.schedule import Clock
 from test_method_reference import make_run_dir, shards
 from test_method_reference import settings as config_of
 
@@ -345,37 +343,6 @@ def restart_every_way(ranks: Any, model: Path, root: Path, stage: int) -> dict[s
 # Two rules of somebody's own: A follows directions that were measured, and moments go along.
 
 
-def along(context: Context) -> tuple[Tensor, Tensor]:
-    assert context.directions is not None
-    rows = context.directions[: len(context.a)]
-    return rows * context.merge, torch.zeros_like(context.b)
-
-
-def carried(moments: Moments, context: Context, new_a: Tensor) -> Moments:
-    turn = context.a @ new_a.t()
-    first_b = moments.first_b @ turn
-    return Moments(moments.first_a.flip(0), moments.second_a * 2, first_b, moments.second_b + 1)
-
-
-CHOSEN = ["model.layers.0.mlp.down_proj", "model.layers.1.self_attn.q_proj"]
-
-
-def follow_rules(ranks: Any, model: Path, root: Path, stage: int) -> tuple[Any, Any, Any]:
-    """State before and after a restart of two layers by these rules, and the directions."""
-    run = start(ranks, model, root / f"rules_{stage}", stage)
-    before, generator = state_of(run), torch.Generator().manual_seed(0)
-    directions = {
-        name: torch.randn(4, before[f"{name}.lora_A", "value"].shape[1], generator=generator)
-        for name in CHOSEN
-    }
-    report = merge_and_restart(
-        run.state, 2, layers=CHOSEN, reinit=along, transport=carried, directions=directions
-    )
-    assert (report.layers, report.zeroed_share) == (2, 0)
-    check_copies(run.state, 2)
-    return before, state_of(run), {name: rows.numpy() for name, rows in directions.items()}
-
-
 def tamper(ranks: Any, model: Path, root: Path, stage: int) -> dict[str, str]:
     """What the invariants say when something has been tampered with, by what it was."""
     run = start(ranks, model, root / f"tamper_{stage}", stage)
@@ -457,7 +424,6 @@ def two(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
     wanted = [
         Scenario(f"restart {s}", restart_every_way, (tiny_llama, root, s)) for s in (0, 1, 2, 3)
     ]
-    wanted += [Scenario(f"rules {s}", follow_rules, (tiny_llama, root, s)) for s in (0, 1, 2, 3)]
     wanted += [Scenario(f"tamper {s}", tamper, (tiny_llama, root, s)) for s in (1, 2, 3)]
     wanted += [Scenario(f"bf16 {s}", merged_exactly, (tiny_llama, root, s)) for s in (0, 1, 2, 3)]
     wanted += [
@@ -506,44 +472,6 @@ def test_a_restart_zeroes_its_share_and_touches_no_other_moment(
                 assert kept.min() >= np.abs(old)[new == 0].max()
     assert report.zeroed_share == pytest.approx(zeroed / total, abs=1e-12)
     assert report.layers == 14
-
-
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_rules_of_ones_own_get_whole_tensors_and_are_done_on_every_stage(
-    stage: int, two: Outcomes
-) -> None:
-    before, after, directions = two[f"rules {stage}"][0]
-    for name in CHOSEN:
-        a, b = f"{name}.lora_A", f"{name}.lora_B"
-        old_a, old_b = before[a, "value"], before[b, "value"]
-        new_a = directions[name][:3] * 2
-        np.testing.assert_array_equal(after[a, "value"], new_a)
-        assert not after[b, "value"].any()
-        merged = before[f"{name}.weight", "value"] + 1.5 * old_b @ old_a
-        np.testing.assert_allclose(after[f"{name}.weight", "value"], merged, rtol=1e-5, atol=1e-6)
-        np.testing.assert_array_equal(after[a, "exp_avg"], before[a, "exp_avg"][::-1])
-        np.testing.assert_array_equal(after[a, "exp_avg_sq"], before[a, "exp_avg_sq"] * 2)
-        first_b = before[b, "exp_avg"] @ (old_a @ new_a.T)
-        np.testing.assert_allclose(after[b, "exp_avg"], first_b, rtol=1e-4, atol=1e-7)
-        np.testing.assert_array_equal(after[b, "exp_avg_sq"], before[b, "exp_avg_sq"] + 1)
-    for (name, kind), old in before.items():
-        if name.rpartition(".")[0] not in CHOSEN:
-            np.testing.assert_array_equal(after[name, kind], old, name)
-
-
-def test_the_published_rule_draws_a_and_zeroes_b() -> None:
-    a, b = torch.ones(3, 5), torch.ones(7, 3)
-    new_a, new_b = kaiming(Context("x.lora_A", seed=4, merge=2, scale=2.0, a=a, b=b))
-    assert torch.equal(new_a, draw_a(torch.Size((3, 5)), 4, 2, "x.lora_A"))
-    assert torch.equal(new_b, torch.zeros(7, 3))
-
-
-def test_the_clock_says_which_layers_restart() -> None:
-    clock = Clock(total=20, birth=4, cycle=6)
-    names = ["one", "two"]
-    found = {step: clock.restarting(step, names) for step in range(21)}
-    assert {step for step, layers in found.items() if layers} == {10, 16}
-    assert found[10] == found[16] == names
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

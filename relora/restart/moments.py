@@ -1,4 +1,4 @@
-"""What becomes of Adam's moments of A and B at a merge: a partial reset, or a transport.
+"""What becomes of Adam's moments of A and B at a merge: a partial reset.
 
 A reset keeps or zeroes entries where they lie. Those that survive are chosen among the whole
 tensor's, so they are the same on every ZeRO stage and world size; ranks agree on them by counts and
@@ -24,18 +24,6 @@ DEFAULT_RESET = ResetConfig()
 Reduce = Callable[[Tensor], Tensor]
 
 
-class Moments(NamedTuple):
-    """Adam's moments of one layer's A (r, in) and B (out, r), whole and fp32.
-
-    Those of an A that does not train are zero.
-    """
-
-    first_a: Tensor
-    second_a: Tensor
-    first_b: Tensor
-    second_b: Tensor
-
-
 class Edge(NamedTuple):
     """Where a tensor's surviving entries begin."""
 
@@ -49,7 +37,6 @@ def reset_moments(
     merge: int,
     seed: int = 0,
     reset: ResetConfig = DEFAULT_RESET,
-    names: Sequence[str] | None = None,
 ) -> float:
     """Zero the moments of adapters' A and B where the masks say so, on this rank's parts.
 
@@ -59,16 +46,12 @@ def reset_moments(
     Args:
         merge, seed: key the masks of `random`.
         reset: which entries, and whether the bias correction starts anew.
-        names: of the parameters; None for A and B of every adapter. Those that do not train have no
-            moments.
 
     Returns:
         The share of these entries, over all ranks, that are zero now because a mask says so.
     """
-    if names is None:
-        roles = parameter_roles(state.model)
-        names = [name for name, role in roles.items() if role in ("A", "B")]
-    chosen = [state[name] for name in names if state[name].flat is not None]
+    adapters = [name for name, role in parameter_roles(state.model).items() if role in ("A", "B")]
+    chosen = [state[name] for name in adapters if state[name].flat is not None]  # those that train
     zeroed = _reset(state, chosen, reset, seed, merge) if reset.mode != "none" else 0
     if reset.adam_step:
         for view in chosen:

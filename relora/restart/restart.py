@@ -1,13 +1,12 @@
-"""A restart: W += s·B·A on any ZeRO stage, new A and B, moments partly reset or transported.
+"""A restart: W += s·B·A on any ZeRO stage, A drawn anew and B = 0, moments partly reset.
 
-For each layer: gather A and B → merge → reinit → write → transport of the moments, if a rule says
-so; at the end the reset of those that were not transported. Each rank adds the rows of B·A that
-overlap its own part of W: that is its shard under ZeRO 3. Where all ranks hold W whole and it is
-bf16, each holds the remainder of a part, merges that part, and gathers the others' new bf16 values,
-2 bytes an entry, the only time that a base weight is sent; W in fp32 has no remainder, and each
-rank merges all of it. Under ZeRO 3 A and B are gathered, many layers at a time; moments are reset
-where they lie. Everything is written to what the forward pass reads *and* to what the optimizer
-updates.
+For each layer: gather A and B → merge → reinit → write; at the end the reset of the moments. Each
+rank adds the rows of B·A that overlap its own part of W: that is its shard under ZeRO 3. Where all
+ranks hold W whole and it is bf16, each holds the remainder of a part, merges that part, and gathers
+the others' new bf16 values, 2 bytes an entry, the only time that a base weight is sent; W in fp32
+has no remainder, and each rank merges all of it. Under ZeRO 3 A and B are gathered, many layers at
+a time; moments are reset where they lie. Everything is written to what the forward pass reads *and*
+to what the optimizer updates.
 
 Memory beyond what training holds: less than ΔW of the largest adapted layer in fp32. Gathered
 factors take a third of it, what a rank sends for them less; W is worked on, and gathered, in
@@ -16,21 +15,18 @@ slices.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from relora.engine.state import EngineState
-from relora.engine.views import MOMENTS, ParameterView
+from relora.engine.views import ParameterView
+from relora.lora.draws import draw_a
 from relora.lora.layers import AdaptedLayer, adapted_layers, names_of
 from relora.restart.config import ResetConfig
-from relora.restart.moments import DEFAULT_RESET, Moments, reset_moments
-from relora.restart.reinit import Context, Reinit, kaiming
-
-# From whole moments in the old basis, the layer as it was merged and its new A: those in the new.
-Transport = Callable[[Moments, Context, Tensor], Moments]
+from relora.restart.moments import DEFAULT_RESET, reset_moments
 
 
 class RestartReport(NamedTuple):
@@ -57,10 +53,6 @@ def merge_and_restart(
     merge: int,
     seed: int = 0,
     reset: ResetConfig = DEFAULT_RESET,
-    layers: Sequence[str] | None = None,
-    reinit: Reinit = kaiming,
-    transport: Transport | None = None,
-    directions: Mapping[str, Tensor] | None = None,
 ) -> RestartReport:
     """Merge, reinit and reset adapters. Collective; call right after an applied step.
 
@@ -69,43 +61,25 @@ def merge_and_restart(
         merge: number of this merge, from 1.
         seed: with the merge's number and a parameter's name it keys A's draw and random masks.
         reset: of the moments of A and B.
-        layers: names of those that restart now, such as `clock.restarting` gives; None for all.
-        reinit: the new A and B of a layer.
-        transport: the moments of a layer in its new basis; None for `reset` of them.
-        directions: of the gradient of W, by layer, for rules that follow it.
     """
-    chosen = dict(adapted_layers(state.model))
-    chosen = {name: chosen[name] for name in (chosen if layers is None else layers)}
-    adapters = [Adapter(chosen[n], *(state[p] for p in names_of(n))) for n in chosen]
+    adapters = [
+        Adapter(layer, *(state[p] for p in names_of(name)))
+        for name, layer in adapted_layers(state.model)
+    ]
     largest = max(adapter.weight.numel for adapter in adapters)
     squares = torch.zeros(2, 3, dtype=torch.float64)  # of weights in parts, and of whole ones
-    shared: dict[str, Tensor] = {}  # new A of those that share it, by what keys its draw
     for part in gather_blocks([x.a.numel + x.b.numel for x in adapters], largest):
         block = adapters[part]
         factors = state.gather_each([p for x in block for p in (x.a, x.b)], "value")
-        for name, adapter in zip(list(chosen)[part], block, strict=True):
+        for adapter in block:
             a, b = next(factors), next(factors)
             squares[int(state.shares(adapter.weight))] += merge_(adapter, a, b, largest // 32)
             state.spread_(adapter.weight, largest // 4)
+            # Layers that share A have one key, and so one draw.
             key = adapter.layer.shared_a or adapter.a.name
-            context = Context(
-                key, seed, merge, adapter.layer.scale, a, b, (directions or {}).get(name)
-            )
-            new_a, new_b = reinit(context)
-            is_shared = adapter.layer.shared_a is not None
-            if is_shared and not torch.equal(shared.setdefault(key, new_a), new_a):
-                raise ValueError(
-                    f"{name}: its new A is not that of the layers that it shares A with "
-                    "(lora.share_a); take a rule that follows the context's name alone"
-                )
-            adapter.a.write_(new_a)
-            adapter.b.write_(new_b)
-            if transport is not None:
-                _transport(state, adapter, context, new_a, transport)
-    share = 0.0
-    if transport is None:
-        factors_of = [view.name for adapter in adapters for view in (adapter.a, adapter.b)]
-        share = reset_moments(state, merge, seed, reset, factors_of)
+            adapter.a.write_(draw_a(a.shape, seed, merge, key))
+            adapter.b.write_(torch.zeros_like(b))
+    share = reset_moments(state, merge, seed, reset)
     whole = all(state.shares(adapter.weight) for adapter in adapters)
     update, weight, lost = (state.total(squares[0], whole) + squares[1]).sqrt().tolist()
     loss = lost / max(update, 1e-30)
@@ -145,26 +119,6 @@ def merge_(adapter: Adapter, a: Tensor, b: Tensor, slice_size: int) -> Tensor:
 def _sums_of_squares(*tensors: Tensor) -> Tensor:
     norms = [torch.linalg.vector_norm(tensor, dtype=torch.float64) for tensor in tensors]
     return torch.stack(norms) ** 2
-
-
-def _transport(
-    state: EngineState, adapter: Adapter, context: Context, new_a: Tensor, rule: Transport
-) -> None:
-    """Move a layer's moments to its new basis. Collective."""
-    views = (adapter.a, adapter.b)
-    old = [
-        state.gather([view], kind)[0]
-        if view.flat is not None and kind in view.moments
-        else torch.zeros(view.shape, device=state.device)
-        for view in views
-        for kind in MOMENTS
-    ]
-    new = iter(rule(Moments(*old), context, new_a))
-    for view in views:
-        for kind in MOMENTS:
-            whole = next(new).flatten()
-            if view.flat is not None and kind in view.moments:
-                state.moment(view, kind).copy_(whole[view.start : view.start + view.count])
 
 
 @torch.no_grad()

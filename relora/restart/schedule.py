@@ -13,7 +13,6 @@ published ReLoRA code with adjust_step = 0.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from pydantic import Field
@@ -64,10 +63,6 @@ class Clock(NamedTuple):
         if self.birth is None or self.cycle is None:
             return False
         return self.birth < step < self.total and (step - self.birth) % self.cycle == 0
-
-    def restarting(self, step: int, layers: Sequence[str]) -> list[str]:
-        """Which of the adapted layers restart after update `step`: all at a merge, else none."""
-        return list(layers) if self.is_merge(step) else []
 
     def merges_before(self, step: int) -> int:
         """How many merges are done once `step` updates are (the one at `step` counts)."""

@@ -17,7 +17,6 @@ from relora.engine import deepspeed
 from relora.engine.distributed import memory_gib, seed_dropout
 from relora.engine.evaluation import continue_greedily, evaluate_loss, loss_of, perplexity
 from relora.engine.precision import precision_of
-from relora.lora.layers import adapted_layers
 from relora.record import keys
 from relora.record.rollbacks import Rollback, record_rollbacks
 from relora.restart import invariants
@@ -81,8 +80,7 @@ def restart_adapters(run: Run, batch: Tensor, merge: Merge = merge_and_restart) 
     began = time.perf_counter()
     rows = batch[:1, :PROBE_TOKENS]
     before = invariants.probe(run.engine, rows)
-    layers = config.clock.restarting(run.step, [n for n, _ in adapted_layers(run.engine.module)])
-    report = merge(run.state, number, config.seed, config.relora.reset, layers)
+    report = merge(run.state, number, config.seed, config.relora.reset)
     after = invariants.probe(run.engine, rows)
     tolerance = config.relora.tolerance or precision_of(config.deepspeed.precision).tolerance
     deviation = invariants.check_function(before, after, tolerance, number)
