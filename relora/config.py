@@ -103,11 +103,15 @@ class Config(Section):
 
     def learning_rate(self, step: int) -> float:
         """The rate of the update that follows `step` finished ones: adapters', or full rank's."""
-        base = self.optimizer.lr
-        if self.clock.has_adapters(step):
-            assert self.lora is not None
-            base = (self.relora and self.relora.lr) or self.lora.lr or base
+        base = self.adapters_lr if self.clock.has_adapters(step) else self.optimizer.lr
         return base * self.clock.lr_factor(step)
+
+    @property
+    def adapters_lr(self) -> float:
+        """The learning rate of adapters before the schedule's factor: the first of `relora.lr`,
+        `lora.lr` and `optimizer.lr` that is set."""
+        own = (self.relora and self.relora.lr) or (self.lora and self.lora.lr)
+        return own or self.optimizer.lr
 
     def rates(self, step: int) -> dict[str, float]:
         """The same for each of `parameter_groups`, by its name.

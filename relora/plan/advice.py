@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from statistics import median
 
-from torch import nn
-
 from relora.config import Config
-from relora.lora.layers import adapted_layers
 from relora.plan.dryrun import dry_run
 from relora.plan.estimate import (
     PARTS,
@@ -120,7 +117,7 @@ def doubts(
 
     Args:
         parameters: of the model in full rank.
-        shapes: of the adapted weights, by layer.
+        shapes: (out, in) of the adapted weights, by layer.
         corpus: training tokens; None = not prepared yet.
         devices: ranks.
     """
@@ -225,19 +222,13 @@ def _mismatch(config: Config, shapes: dict[str, tuple[int, ...]]) -> Iterator[st
     full rank's at its own best."""
     if not shapes or not _is_foreseen(config):
         return
-    reach = _reach(config, median(shape[1] for shape in shapes.values()))
+    reach = _reach(config, shapes)
     if not 1 / MISMATCH <= reach <= MISMATCH:
-        rate = adapters_rate(config)
+        rate = config.adapters_lr
         yield (
             f"adapters' rate {rate:.1e}: right after a restart an update moves W by {reach:.3g} of "
             f"what full rank's does at {config.optimizer.lr:.1e}; {rate / reach:.1e} would match it"
         )
-
-
-def adapters_rate(config: Config) -> float:
-    """The learning rate of adapters at its peak."""
-    assert config.lora is not None
-    return (config.relora and config.relora.lr) or config.lora.lr or config.optimizer.lr
 
 
 def _is_foreseen(config: Config) -> bool:
@@ -246,29 +237,29 @@ def _is_foreseen(config: Config) -> bool:
     return lora is not None and lora.rank is not None and config.optimizer.matrices == "adamw"
 
 
-def _reach(config: Config, inputs: float) -> float:
+def _reach(config: Config, shapes: dict[str, tuple[int, ...]]) -> float:
     """RMS of what the first update after a restart moves W by, over full rank's at its rate.
 
     Adam's first update of B is ± the rate in each entry, and A's entries have variance 1/(3·in).
     """
     assert config.lora is not None
     assert config.lora.rank is not None
-    share = adapters_rate(config) / config.optimizer.lr
+    share = config.adapters_lr / config.optimizer.lr
+    inputs = median(shape[1] for shape in shapes.values())
     return share * config.lora.scale * (config.lora.rank / (3 * inputs)) ** 0.5
 
 
-def reach_of_updates(config: Config, model: nn.Module) -> str:
+def reach_of_updates(config: Config, shapes: dict[str, tuple[int, ...]]) -> str:
     """How far an update moves W beside one of full rank, each at its own rate, in words.
 
     Args:
-        model: with adapters.
+        shapes: (out, in) of the adapted weights, by layer; one at least.
     """
-    rate, base = adapters_rate(config), config.optimizer.lr
+    rate, base = config.adapters_lr, config.optimizer.lr
     told = f"adapters {rate:.1e}, full rank {base:.1e}"
     if not _is_foreseen(config):
         return told
-    inputs = median(layer.matrix(layer.weight).shape[1] for _, layer in adapted_layers(model))
-    reach = _reach(config, inputs)
+    reach = _reach(config, shapes)
     words = (
         f"{told}: right after a restart an update moves W by "
         f"{reach:.3g} of what full rank's does; {rate / reach:.1e} would match it"

@@ -55,7 +55,7 @@ class Facts:
     model: Any  # on the meta device, with its adapters
     lean: Lean
     parameters: int  # of it in full rank
-    shapes: dict[str, tuple[int, ...]]  # of the adapted weights, by layer
+    shapes: dict[str, tuple[int, ...]]  # (out, in) of the adapted weights, by layer
     corpus: int | None  # training tokens; None before they are prepared
 
 
@@ -95,7 +95,7 @@ def _gather(config: Config, devices: int, tokens_per_s: float | None) -> Facts:
     lean = make_lean(model, config.model.lean, config.model.loss_chunk)
     if config.lora is not None:
         add_adapters(model, config.lora, seed=None)
-    shapes = {name: tuple(layer.weight.shape) for name, layer in adapted_layers(model)}
+    shapes = {n: tuple(layer.matrix(layer.weight).shape) for n, layer in adapted_layers(model)}
     corpus = _corpus_tokens(config)
     return Facts(config, devices, tokens_per_s, model, lean, parameters, shapes, corpus)
 
@@ -139,7 +139,7 @@ def _header(facts: Facts, path: str) -> list[str]:
             f"             a merge every {relora.cycle_steps:,} steps, reset {reset.mode}{share}, "
             f"rewarm {relora.rewarm_steps:,} steps"
         )
-    return [*lines, _wrapped("rates", reach_of_updates(config, facts.model))]
+    return [*lines, _wrapped("rates", reach_of_updates(config, facts.shapes))]
 
 
 def _size_of(structure: Any) -> str:

@@ -134,8 +134,7 @@ def standard_arms(config: Config, directory: Path) -> list[Arm]:
         )
     start = f"spectra.start={config.clock.birth}" if config.spectra else ""
     full = tuple(filter(None, (*FULL_RANK, start)))
-    rate = config.relora.lr or config.lora.lr or config.optimizer.lr
-    lora = ("relora=null", f"lora.lr={rate}")
+    lora = ("relora=null", f"lora.lr={config.adapters_lr}")
     control = [f"model.config={_quoted(write_control(config, directory))}"]
     if config.model.pretrained:
         control.append("model.pretrained=null")
@@ -173,7 +172,7 @@ def rate_of(config: Config) -> tuple[str, float]:
         return "optimizer.lr", config.optimizer.lr
     if config.relora and config.relora.lr:
         return "relora.lr", config.relora.lr
-    return "lora.lr", config.lora.lr or config.optimizer.lr
+    return "lora.lr", config.adapters_lr
 
 
 def _quoted(path: Path) -> str:
