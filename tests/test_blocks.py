@@ -172,3 +172,16 @@ def test_a_run_resumes_evaluates_and_exports(
     assert differing(checkpoint(cut, 24), checkpoint(whole, 24)) == []
     assert command("evaluate", tmp_path / "whole") == 0
     assert command("export", tmp_path / "whole", "--to", tmp_path / "export") == 0
+
+
+@pytest.mark.process
+def test_a_run_of_blocks_by_muon_says_nothing_that_is_no_news(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """DeepSpeed warns of optimizers that it does not know."""
+    blocks = {"lora": {"blocks": 2}, "relora__reset": {"mode": "zero"}}
+    changes = {"optimizer__matrices": "muon", "deepspeed__zero_stage": 2, "train__steps": 14}
+    assert train(tmp_path / "run", **blocks, **changes) == 0
+    said = "".join(capfd.readouterr())
+    assert "MERGE 1" in said
+    assert "untested" not in said

@@ -147,7 +147,7 @@ def test_arms_are_compared_sequence_by_sequence(run: RunFiles) -> None:
     assert note.endswith("difference from full (-0.1000): raise train.eval_sequences")
     rows = tables(report)["paired"].rows
     assert [row[0] for row in rows] == ["good", "other"]
-    assert rows[0][1:] == ["-0.2000 ± 0.1414", "0.0122", "4"]
+    assert rows[0][1:] == ["−0.2000 ± 0.1414", "0.0122", "4"]
 
 
 @pytest.mark.parametrize("what", ["sequence length", "tokens", "number", "seed", "before"])

@@ -22,6 +22,11 @@ def shown(value: Any, form: Format = str) -> str:
     return form.format(value) if isinstance(form, str) else form(value)
 
 
+def loss_difference(value: float) -> str:
+    """Of two losses."""
+    return f"{value:,.4f}".replace("-", "−")
+
+
 def signed(value: float) -> str:
     """Two digits and a sign; no −0."""
     return f"{value:+,.2f}".replace("-", "−") if abs(value) >= 0.005 else "0"

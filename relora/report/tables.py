@@ -8,7 +8,17 @@ from operator import attrgetter
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-from relora.report.cells import Format, flops, gib, percent, seconds_text, share, shown, signed
+from relora.report.cells import (
+    Format,
+    flops,
+    gib,
+    loss_difference,
+    percent,
+    seconds_text,
+    share,
+    shown,
+    signed,
+)
 from relora.report.records import ArmReport, Report
 from relora.report.verdict import no_evaluation
 from relora.words import format_bytes, format_count, format_duration
@@ -161,7 +171,7 @@ AT_EQUAL: dict[str, Cell] = {
 }
 BY_SEQUENCE: dict[str, Cell] = {
     "arm": _of("arm"),
-    "loss less the baseline's": _of("difference", "{:,.4f}"),
+    "loss less the baseline's": _of("difference", loss_difference),
     "its paired standard error": _of("error", "{:,.4f}"),
     "sequences": _of("sequences", "{:,}"),
 }
