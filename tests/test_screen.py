@@ -26,6 +26,7 @@ RULES = (
     "lora r=4 C=3 b=rebalance",
     "lora r=4 C=3 b=gradient",
     "lora r=4 C=4 turns=1",
+    "lora r=4 C=3 share=0.2",
     "lora r=4 C=4 slots=1",
     "lora r=4 C=3 opt=spectral",
     "lora r=4 layer k=2 C=3",

@@ -20,6 +20,8 @@ Restarts, every C= steps (grow=G: cycles G times longer each time):
               transport (as LDAdam, with the overlap's correction) · full (blocks: all W has one)
     train=b   A does not train
     turns=1   a layer at a time, evenly over the cycle · slots=Q: Q of the R rank-1 parts each time
+    share=S   an adaptive clock: of the matrices those whose A spans less than S of the energy of
+              W's gradient; the others go on
     until=    share of the run after which no restart comes · w= steps of rewarm
     matched=1 rates of A and B such that W moves as at full rank's rate `lr` (static: at restarts)
     ratio=    of B's rate to A's · hold=N: A holds still for the first N steps of a cycle
@@ -175,8 +177,8 @@ class Tensors:
         self.mu = float(options.get("mu", 0.95))
         self.m = [torch.zeros_like(p) for p in values]
         self.v = [torch.zeros_like(p) for p in values]
-        # Steps since a moment was zero, of each matrix.
-        self.steps = [torch.zeros(len(p), *[1] * (p.dim() - 1), device=p.device) for p in values]
+        # Steps since a moment was zero, of each matrix and run.
+        self.steps = [torch.zeros(*p.shape[:-2], 1, 1, device=p.device) for p in values]
 
     def step(self, gradients: list[Tensor], rates: list[Tensor]) -> None:
         """An update of each at its rate, which has the tensor's dimensions or is 1 there."""
@@ -219,7 +221,7 @@ class Rule:
         self.trained.step(gradients, [rate.view(1, -1, 1, 1)] * len(gradients))
 
     def restart(self, g: Tensor | None, at: Tensor) -> None:
-        """Begin a cycle, for matrices where `at` (matrices,); W holds all sums already."""
+        """Begin a cycle where `at` (matrices, runs); W holds all sums already."""
 
     def draw(self, make: Callable[[torch.Generator], Tensor]) -> Tensor:
         """(matrices, runs, …) of draws keyed by seed, merge and matrix."""
@@ -298,6 +300,11 @@ class Lora(Rule):
             self.trained.step(gradients, [of_b] if self.is_frozen else [of_a, of_b])
         self.w.add_(self.b @ self.a - before)
 
+    def captured(self, g: Tensor) -> Tensor:
+        """The share of the energy of W's gradient that A's rows span (matrices, runs)."""
+        basis = torch.linalg.qr(self.a.mT.cpu())[0].to(g.device)
+        return (g @ basis).square().sum((-2, -1)) / g.square().sum((-2, -1))
+
     def spectral_step(self, gradients: list[Tensor], rate: Tensor) -> None:
         """LoRA-Muon: half the step by each factor, of spectral norm `rate` × Muon's size."""
         t = self.trained
@@ -328,7 +335,7 @@ class Lora(Rule):
             half, root = r // 2, s[..., : r // 2].sqrt()
             new_a = torch.cat([root[..., None] * v[..., :half, :], new_a[..., half:, :]], -2)
             new_b = torch.cat([u[..., :half] * root[..., None, :], new_b[..., half:]], -1)
-        chosen = at[:, None, None, None].expand_as(self.a[..., :1, :1]).clone()
+        chosen = at[..., None, None]
         if self.slots:
             which = (torch.arange(self.slots) + self.next_slot) % r
             self.next_slot = (self.next_slot + self.slots) % r
@@ -344,7 +351,7 @@ class Lora(Rule):
         """What the restart leaves of the moments of the rank-1 parts `chosen`."""
         t, kind = self.trained, self.options.get("m", "zero")
         if kind == "transport":
-            self.transport(at=chosen[:, 0, 0, 0], old_a=old_a)
+            self.transport(at=chosen, old_a=old_a)
             return
         for i, (m, v) in enumerate(zip(t.m, t.v, strict=True)):
             where = chosen if i == 0 and not self.is_frozen else chosen.mT
@@ -352,7 +359,7 @@ class Lora(Rule):
                 kept = torch.zeros((), device=m.device)
                 # SwitchLoRA's parts have no count of their own: v's bias is corrected by hand.
                 if not self.slots:
-                    t.steps[i].mul_(~where[:, :1, :1, :1])
+                    t.steps[i].mul_(~where)
             elif kind == "magnitude":
                 size = m.abs().flatten(-2)
                 border = size.kthvalue(int(0.9 * size.shape[-1]), -1).values[..., None, None]
@@ -368,7 +375,6 @@ class Lora(Rule):
         """LDAdam's rule for B, with the overlap's correction; A's moments and steps are zeroed."""
         t = self.trained
         m, v, n = t.m[-1], t.v[-1], t.steps[-1]
-        at = at[:, None, None, None]
         c = old_a @ self.a.mT @ torch.linalg.inv(self.a @ self.a.mT)
         first, second = 1 - 0.9**n, 1 - 0.95**n
         mean, square = m / first, v / second
@@ -425,9 +431,9 @@ class Block(Rule):
 
     def restart(self, g: Tensor | None, at: Tensor) -> None:
         self.merges += 1
-        self.shift = self.shift + at[:, None, None]
+        self.shift = self.shift + at[..., None]
         self.place()
-        t, at = self.trained, at[:, None, None, None, None]
+        t, at = self.trained, at[..., None, None, None]
         if self.options.get("m", "zero") == "zero":
             for x in (t.m[0], t.v[0], t.steps[0]):
                 x.mul_(~at)
@@ -516,6 +522,7 @@ class Stack:
         rates = torch.tensor([float(lr) for lr, _ in runs])
         self.warm = round(float(self.settings.get("warm", 0)) * args.steps)
         self.restarts = restarts_of(self.settings, self.warm, args.steps, args.layers)
+        self.restarted = 0.0  # restarts of a matrix, on average
         # What each step takes lies on the device, and a counter says which step it is: a step
         # asks nothing of the host, and can be replayed.
         self.rows = args.tokens[0][: len(args.tokens[0]) // LENGTH * LENGTH].view(-1, LENGTH)
@@ -585,17 +592,20 @@ class Stack:
     def restart(self, number: int) -> None:
         """Merge, and begin the next cycle, of all layers or the next one."""
         needs = {self.settings.get("a"), self.settings.get("b")}
-        gradients = (
-            self.backward(self.ids()) if needs & {"top", "sampled", "mixed", "gradient"} else None
-        )
+        asks = "share" in self.settings or needs & {"top", "sampled", "mixed", "gradient"}
+        gradients = self.backward(self.ids()) if asks else None
         with torch.no_grad():
             for i, rule in enumerate(self.rules):
+                g = gradients[i % len(self.model.matrices)] if gradients else None
                 count = rule.w.shape[0]
-                at = torch.ones(count, dtype=torch.bool, device=rule.w.device)
+                at = torch.ones(rule.w.shape[:2], dtype=torch.bool, device=rule.w.device)
                 if "turns" in self.settings:
-                    per = count // rule.layers
-                    at = torch.arange(count, device=at.device) // per == number % rule.layers
-                rule.restart(gradients[i % len(self.model.matrices)] if gradients else None, at)
+                    layer = torch.arange(count, device=at.device) // (count // rule.layers)
+                    at = at & (layer == number % rule.layers)[:, None]
+                if "share" in self.settings and isinstance(rule, Lora) and g is not None:
+                    at = rule.captured(g) < float(self.settings["share"])
+                self.restarted += at.float().mean().item() / len(self.rules)
+                rule.restart(g, at)
 
 
 def curve(step: int, total: int) -> float:
@@ -671,6 +681,7 @@ def train(
             "loss": round(of_run.mean().item(), 4),
             "error": round((of_run.std() / len(of_run) ** 0.5).item(), 4),
             "share": round(stack.share(), 3),
+            "restarts": round(stack.restarted, 1),
             "parameters": sum(p.numel() for p in stack.model.leaves()) // len(runs),
             **{k: getattr(args, k) for k in RUN[1:]},
             "seconds": round((time.time() - began) / len(runs), 1),
