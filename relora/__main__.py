@@ -24,9 +24,9 @@ def end_process(code: int) -> NoReturn:
     finished and saved was seen to abort there, which made a lost rank of it. And the interpreter
     would look through a million objects once more.
     """
-    for thread in threading.enumerate():
-        if thread is not threading.main_thread() and not thread.daemon:
-            thread.join()
+    # Joins threads, once idle ones of a pool have been told that no more work comes: a pool that an
+    # error left open would wait for ever.
+    threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):  # closed by whoever read them

@@ -15,6 +15,9 @@ def late():
     print("thread")
 threading.Thread(target=late).start()
 threading.Thread(target=time.sleep, args=(1000,), daemon=True).start()
+from concurrent.futures import ThreadPoolExecutor
+left_open = ThreadPoolExecutor(1)
+left_open.submit(int).result()
 atexit.register(print, "atexit")
 class Aborts:
     def __del__(self):
