@@ -42,6 +42,7 @@ import argparse
 import json
 import math
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -673,13 +674,16 @@ def train(
             number += 1
         do_step()
         yield []
-    losses = evaluate(stack.model, args.tokens[1], args.eval)
+    rows = evaluated(args.tokens[1], args.eval)
+    losses = evaluate(stack.model, rows)
+    eighths = by_repetition(rows)
     yield [
         {
             "arm": f"{arm} lr={rate}",
             "seed": seed,
             "loss": round(of_run.mean().item(), 4),
             "error": round((of_run.std() / len(of_run) ** 0.5).item(), 4),
+            "by_repetition": [round(of_run[part].mean().item(), 3) for part in eighths],
             "share": round(stack.share(), 3),
             "restarts": round(stack.restarted, 1),
             "parameters": sum(p.numel() for p in stack.model.leaves()) // len(runs),
@@ -691,11 +695,21 @@ def train(
     ]
 
 
-@torch.no_grad()
-def evaluate(model: Model, tokens: Tensor, sequences: int) -> Tensor:
-    """The loss of each of so many validation sequences, evenly spread: (runs, sequences)."""
+def evaluated(tokens: Tensor, sequences: int) -> Tensor:
+    """So many validation sequences, evenly spread: ids (sequences, LENGTH)."""
     rows = tokens[: len(tokens) // LENGTH * LENGTH].view(-1, LENGTH)
-    rows = rows[torch.linspace(0, len(rows) - 1, min(sequences, len(rows))).long()].long()
+    return rows[torch.linspace(0, len(rows) - 1, min(sequences, len(rows))).long()].long()
+
+
+def by_repetition(rows: Tensor) -> tuple[Tensor, ...]:
+    """Numbers of the sequences in eighths, those first that zlib makes the smallest."""
+    packed = [len(zlib.compress(row.tobytes(), 9)) for row in rows.cpu().numpy().astype(np.uint16)]
+    return torch.tensor(packed).argsort().tensor_split(8)
+
+
+@torch.no_grad()
+def evaluate(model: Model, rows: Tensor) -> Tensor:
+    """The loss of each sequence by each run: (runs, sequences)."""
     runs = model.rest[0].shape[0]
     return torch.cat(
         [model.losses(ids.expand(runs, -1, -1).contiguous()) for ids in rows.split(32)], 1
