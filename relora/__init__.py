@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from relora.config import Config
     from relora.engine.muon import Muon
     from relora.engine.state import EngineState
+    from relora.integrations.trainer import ReLoRACallback
     from relora.lean import make_lean
     from relora.load import load_config
     from relora.lora.config import LoRAConfig
@@ -48,6 +49,7 @@ __all__ = [
     "EngineState",
     "LoRAConfig",
     "Muon",
+    "ReLoRACallback",
     "ReLoRAConfig",
     "ResetConfig",
     "__version__",
@@ -70,6 +72,7 @@ _HOMES = {
     "EngineState": "engine.state",
     "LoRAConfig": "lora.config",
     "Muon": "engine.muon",
+    "ReLoRACallback": "integrations.trainer",
     "ReLoRAConfig": "restart.config",
     "ResetConfig": "restart.config",
     "adapted_layers": "lora.layers",

@@ -32,6 +32,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("relora.rotary", "relora.restart.schedule"),
     ("relora.model", "relora.lean", "relora.engine", "relora.data", "relora.yaml_config"),
     ("relora.restart",),
+    ("relora.integrations",),
     ("relora.config",),
     ("relora.checks",),
     ("relora.load",),

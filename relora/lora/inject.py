@@ -43,8 +43,15 @@ def add_adapters(
         micro_batches: of a step.
 
     Raises:
-        ConfigError: see `find_targets`.
+        ConfigError: see `find_targets`; or weights are cut up among ranks already.
     """
+    empty = next((name for name, param in model.named_parameters() if not param.numel()), None)
+    if empty:
+        raise ConfigError(
+            f"lora: {empty} has no entries here, as where DeepSpeed's ZeRO 3 cut the model up when "
+            "it was made; make model and adapters first, and then what knows of ZeRO "
+            "(TrainingArguments, an engine)"
+        )
     names = find_targets(model, config)
     for name in names:
         layer = model.get_submodule(name)

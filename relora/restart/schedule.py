@@ -13,6 +13,7 @@ published ReLoRA code with adjust_step = 0.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 from pydantic import Field
@@ -150,7 +151,11 @@ class Clock(NamedTuple):
         Otherwise base(t). So the update right after a merge has learning rate 0 and only fills
         the moments of the optimizer.
         """
+        return self.jagged(self.smooth_factor, step)
+
+    def jagged(self, curve: Callable[[int], float], step: int) -> float:
+        """Any curve over the steps, with a linear climb after each restart to where it is then."""
         boundary = self.boundary_before(step)
         if step >= self.warmup and boundary is not None and step - boundary < self.rewarm:
-            return (step - boundary) / self.rewarm * self.base_factor(boundary + self.rewarm)
-        return self.smooth_factor(step)
+            return (step - boundary) / self.rewarm * curve(boundary + self.rewarm)
+        return curve(step)
