@@ -40,6 +40,18 @@ class InOrder(Trainer):
         return loss
 
 
+def sequences(seed: int) -> torch.Tensor:
+    """What the reference's updates are of, in order: ids (updates × global batch, length)."""
+    count = STEPS * GLOBAL_BATCH
+    (rows,) = next(
+        train_batches(
+            shards().train, sequence_length=SEQUENCE, global_batch=count, micro_batch=count,
+            rank=0, world=1, seed=seed,
+        )
+    )  # fmt: skip
+    return rows
+
+
 def make_trainer(
     place: Path,
     model: Any,
@@ -50,12 +62,6 @@ def make_trainer(
     **changes: Any,
 ) -> tuple[InOrder, relora.ReLoRACallback]:
     """The Trainer that does what `config` says, with the callback."""
-    (rows,) = next(
-        train_batches(
-            shards().train, sequence_length=SEQUENCE, global_batch=STEPS * GLOBAL_BATCH,
-            micro_batch=STEPS * GLOBAL_BATCH, rank=0, world=1, seed=config.seed,
-        )
-    )  # fmt: skip
     values: dict[str, Any] = {
         "output_dir": str(place), "max_steps": STEPS, "use_cpu": True, "seed": config.seed,
         "per_device_train_batch_size": GLOBAL_BATCH // world // accumulation,
@@ -71,7 +77,7 @@ def make_trainer(
     trainer = InOrder(
         model,
         TrainingArguments(**values | changes),
-        train_dataset=[{"input_ids": row, "labels": row} for row in rows],
+        train_dataset=[{"input_ids": row, "labels": row} for row in sequences(config.seed)],
         optimizer_cls_and_kwargs=(relora.Muon, muon) if muon else None,
     )
     callback = relora.ReLoRACallback(trainer, config.relora)
