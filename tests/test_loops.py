@@ -10,11 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, models
 from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedTokenizerFast,
     Trainer,
     TrainingArguments,
 )
@@ -146,6 +149,35 @@ def test_the_block_of_the_trainer_leaves_a_model_of_transformers(
     ids = torch.arange(SEQUENCE)[None]
     expected = found["model"](input_ids=ids).logits
     torch.testing.assert_close(loaded(input_ids=ids).logits, expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.slow
+def test_trls_trainer_takes_it_too(tmp_path: Path) -> None:
+    trl: Any = pytest.importorskip("trl")
+    forget()
+    words = {"<pad>": 0, "<eos>": 1, **{chr(ord("a") + i): i + 2 for i in range(26)}}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<pad>")),
+        pad_token="<pad>",
+        eos_token="<eos>",
+    )
+    shape = LlamaConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2,
+    )  # fmt: skip
+    model = LlamaForCausalLM(shape)
+    relora.add_adapters(model, relora.LoRAConfig(rank=4))
+    trainer = trl.SFTTrainer(
+        model,
+        args=trl.SFTConfig(str(tmp_path), max_steps=12, use_cpu=True, report_to=[], bf16=False),
+        train_dataset=Dataset.from_list([{"input_ids": row} for row in [[2, 3, 4, 5] * 3] * 99]),
+        processing_class=tokenizer,
+    )
+    callback = relora.ReLoRACallback(trainer, relora.ReLoRAConfig(cycle_steps=5, rewarm_steps=2))
+    trainer.add_callback(callback)
+    trainer.train()
+    assert list(callback.reports) == [5, 10]
+    assert all(report.update_ratio > 0 for report in callback.reports.values())
 
 
 def test_what_the_loops_share_is_the_librarys() -> None:
