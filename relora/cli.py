@@ -143,15 +143,25 @@ def _add_reading_verbs(verbs: Verbs) -> None:
     evaluate = _verb(
         verbs,
         "evaluate",
-        "token-weighted loss and perplexity of a run or a checkpoint",
-        "relora evaluate runs/quickstart_relora --split validation",
+        "token-weighted loss, perplexity and bits per byte of a run or a checkpoint, on any text; "
+        "alone, or as one rank under the launcher",
+        "relora evaluate runs/quickstart_relora; or relora evaluate runs/quickstart_relora "
+        "data.source=english; or deepspeed --num_gpus 2 --module relora evaluate runs/big",
     )
     _run_or_checkpoint(evaluate)
-    evaluate.add_argument("--split", choices=("train", "validation"), default="validation")
+    evaluate.add_argument(
+        "--split",
+        choices=("train", "validation", "all"),
+        help="validation of the run's own text, and all of another, if not given",
+    )
     evaluate.add_argument("--max-sequences", type=_positive, default=None, metavar="N")
     evaluate.add_argument("--batch-size", type=_positive, default=16, metavar="N")
     evaluate.add_argument(
-        "overrides", nargs="*", metavar="data.dir=DIR", help="where the shards of the run are now"
+        "overrides",
+        nargs="*",
+        metavar="data.…=…",
+        help="where the shards of the run are now (data.dir=DIR), or another text "
+        "(data.source=english, 'data.source.files=[book.txt]', data.source.cut=blank_lines)",
     )
 
     generate = _verb(

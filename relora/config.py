@@ -26,6 +26,8 @@ class Config(Section):
 
     run_dir: Path
     seed: int = Field(default=0, ge=0, lt=2**32)
+    # Kernels that give the same bits each time, on one device; slower on GPUs.
+    deterministic: bool = False
     model: ModelConfig
     data: DataConfig
     batch: BatchConfig

@@ -18,6 +18,7 @@ from relora.yaml_config import apply_override, read_yaml, report, validate
 MAY_CHANGE = (
     "run_dir",
     "train.",
+    "deterministic",
     "data.dir",
     "data.num_workers",
     "batch.micro_batch_size",
@@ -31,6 +32,7 @@ MAY_CHANGE = (
 )
 # Those of them that change how long a step takes.
 OF_SPEED = (
+    "deterministic",
     "batch.micro_batch_size",
     "data.num_workers",
     "deepspeed.zero_stage",

@@ -69,8 +69,9 @@ IN_THE_FILE = {
     ),
     "unknown section": (
         ["optimiser.lr=1e-3"],
-        "optimiser: unknown key; did you mean optimizer? allowed here: run_dir, seed, model, data, "
-        "batch, train, optimizer, schedule, lora, relora, warm_start, deepspeed, spectra",
+        "optimiser: unknown key; did you mean optimizer? allowed here: run_dir, seed, "
+        "deterministic, model, data, batch, train, optimizer, schedule, lora, relora, warm_start, "
+        "deepspeed, spectra",
     ),
     "one rate given twice": (
         ["lora.lr=1e-3", "relora.lr=2e-3"],

@@ -51,6 +51,10 @@ DOORS = {
     "datasets": ("relora.data.corpus",),
     "torch.utils.tensorboard": ("relora.record.metrics",),
     "tensorboard": ("relora.record.metrics",),
+    # Optional, so imported by their names: none of them by a statement.
+    "wandb": (),
+    "mlflow": (),
+    "trackio": (),
 }
 # Names imported inside functions: as few as start-up time allows. This only goes down.
 LATE = 25

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from relora.config import Config
 from relora.engine import deepspeed
+from relora.engine.deterministic import determinism
 from relora.engine.distributed import (
     environment_kept,
     is_lost_rank,
@@ -19,6 +20,7 @@ from relora.engine.signals import handlers_kept
 from relora.errors import LostRankError
 from relora.load import check_world
 from relora.record.standing import is_finished
+from relora.record.trackers import check_trackers
 from relora.training.guard import guarded
 from relora.training.preflight import (
     check_data,
@@ -43,7 +45,7 @@ def train(config: Config, resume: str = "auto") -> int:
         UserError: a config, data, checkpoint or numbers that a user can mend; see its `code`.
     """
     # Who called from Python goes on, hears its own signals, and may start others.
-    with handlers_kept(), environment_kept():
+    with handlers_kept(), environment_kept(), determinism(config.deterministic):
         return _train(config, resume)
 
 
@@ -54,6 +56,7 @@ def _train(config: Config, resume: str) -> int:
         if read_rank() == 0:
             print(f"{config.run_dir}: is finished ({config.total_steps} steps); nothing to do")
         return 0
+    check_trackers(config.train.log_to)
     model = check_model(config, thorough=speaks_for_machine())
     ranks, minutes = read_ranks(), config.deepspeed.timeout_minutes
     try:

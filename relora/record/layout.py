@@ -11,6 +11,7 @@ checkpoints/step_XXXXXXXX/
 spectra/step_XXXXXXXX.safetensors …   measurements
 spectra/start/LAYER.safetensors …     the weights that they are counted from
 rollbacks.json          what the run went back from, if it did
+trackers.json           what the run is called where `train.log_to` sends its figures
 .lock                   held by the process that trains in it
 .ranks/                 marks of ranks that failed, while they do
 """
@@ -28,6 +29,7 @@ ENVIRONMENT = "environment.json"
 METRICS = "metrics.jsonl"
 ARMS_FILE = "arms.json"  # of a comparison: each arm's overrides, runs and rates tried
 ROLLBACKS = "rollbacks.json"
+TRACKERS = "trackers.json"
 MODEL = "model"
 MODEL_JSON = "config.json"  # transformers' own name for a model's structure
 TOKENIZER = "tokenizer"
@@ -36,10 +38,8 @@ CHECKPOINT_STATE = "state.json"
 MANIFEST = "manifest.json"
 
 # What killed processes leave of what is replaced as a whole.
-LEFTOVER = re.compile(
-    rf"({'|'.join(map(re.escape, (CONFIG, STATE, ENVIRONMENT, METRICS, ROLLBACKS, MODEL)))}"
-    rf"|{TOKENIZER}){TEMPORARY}"
-)
+_REPLACED = (CONFIG, STATE, ENVIRONMENT, METRICS, ROLLBACKS, TRACKERS, MODEL, TOKENIZER)
+LEFTOVER = re.compile(rf"({'|'.join(map(re.escape, _REPLACED))}){TEMPORARY}")
 # Of saves, those of earlier versions too; anything else there is somebody else's.
 LEFTOVER_OF_SAVES = re.compile(rf"step_[0-9]{{8,}}({TEMPORARY}|(\.old|\.[0-9]+)?\.tmp)")
 RANK_FILE = re.compile(r"rank_[0-9]{5,}\.safetensors")
@@ -58,6 +58,7 @@ class RunDirectory:
         self.log = path / "log.txt"
         self.tensorboard = path / "tensorboard"
         self.rollbacks = path / ROLLBACKS
+        self.trackers = path / TRACKERS
         self.lock = path / ".lock"
         self.marks = path / ".ranks"
         self.model = path / MODEL

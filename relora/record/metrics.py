@@ -12,7 +12,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from textwrap import indent
@@ -27,6 +27,7 @@ from relora.files import explain, replacing, supplied
 from relora.record import keys
 from relora.record.layout import RunDirectory
 from relora.record.rundir import check_plain
+from relora.record.trackers import Tracker, close_trackers, log_figures, open_trackers
 
 BAR_WIDTH = 24
 
@@ -49,6 +50,7 @@ class Metrics:
         self.problem: CheckpointError | None = None
         self._terminal = active and on_terminal()
         self._bar = ""
+        self._trackers: list[Tracker] = []
         self._drawn: tuple[int, set[str]] = (-1, set())  # what TensorBoard has of the newest step
         if not active:
             return
@@ -64,6 +66,10 @@ class Metrics:
             self._board = SummaryWriter(str(files.tensorboard), purge_step=resumed_at + 1)
         for complaint in complaints:
             self.say(complaint)
+
+    def open_trackers(self, names: Sequence[str], settings: Mapping[str, object]) -> None:
+        """Write figures to these dashboards too, from now on; see `trackers`."""
+        self._trackers = open_trackers(names, self.run_dir, settings)
 
     @contextmanager
     def noting_trouble(self, where: object = None) -> Iterator[None]:
@@ -102,6 +108,8 @@ class Metrics:
                     self._board.add_text(key, value, step)
                 elif not isinstance(value, bool | list):
                     self._board.add_scalar(key, value, step)
+        for complaint in log_figures(self._trackers, step, values):
+            self.say(complaint)
 
     def text(self, step: int, key: str, text: str) -> None:
         """A text for TensorBoard, as it is."""
@@ -152,6 +160,9 @@ class Metrics:
         if not self.active:
             return
         self._clear_bar()
+        for complaint in close_trackers(self._trackers):
+            self.say(complaint)
+        self._trackers = []
         for name in ("_board", "_lines", "_log"):  # those that could be opened
             with self.noting_trouble():
                 if hasattr(self, name):

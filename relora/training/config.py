@@ -41,6 +41,10 @@ class TrainConfig(Section):
     steps: int | None = Field(default=None, ge=1)
     tokens: int | None = Field(default=None, ge=1)  # instead of steps; 1.2B is understood
     log_every: int = Field(default=10, ge=1)
+    # Dashboards that get the figures too, each an optional package; TensorBoard always does.
+    log_to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(
+        default=["tensorboard"]
+    )
     eval_every: int | None = Field(default=None, ge=1)  # null = at the end only
     eval_sequences: int | None = Field(default=None, ge=1)  # null = the whole validation split
     # Text that each evaluation continues by the likeliest tokens, for TensorBoard; null = none.
@@ -65,6 +69,13 @@ class TrainConfig(Section):
     def _interval(cls, value: object) -> object:
         if value not in (None, "cycle") and not (type(value) is int and value >= 1):
             raise ValueError("must be a number of steps from 1 up, or cycle, or null")
+        return value
+
+    @field_validator("log_to")
+    @classmethod
+    def _each_once(cls, value: list[str]) -> list[str]:
+        if len(set(value)) < len(value):
+            raise ValueError("must name each once")
         return value
 
     @model_validator(mode="after")

@@ -8,6 +8,7 @@ from typing import Any
 
 from relora.config import Config
 from relora.data.shards import TokenShards
+from relora.engine.deterministic import without_deterministic_kernel
 from relora.engine.distributed import Ranks, is_lost_rank
 from relora.engine.signals import StopRequest
 from relora.errors import (
@@ -136,7 +137,7 @@ def _as_user_error(error: BaseException, config: Config, ranks: Ranks) -> UserEr
             f"{describe_loss(config.run_dir, ranks, config.deepspeed.timeout_minutes)}; the same "
             f"command goes on from the newest checkpoint ({detail})"
         )
-    return None
+    return without_deterministic_kernel(error)
 
 
 def _claim(config: Config, ranks: Ranks) -> tuple[Any, list[str]]:

@@ -64,6 +64,9 @@ def start_run(
     files, made_anew = describe_files(config, shards, ranks, checkpoint, step)
     metrics = Metrics(config.run_dir, ranks.is_main, resumed_at=step)
     ranks.agree(metrics.problem)
+    with ranks.together():
+        if ranks.is_main:
+            metrics.open_trackers(config.train.log_to, log_lines.hyperparameters(config))
     passed_over = [f"passed over {complaint}" for complaint in complaints]
     for line in (*notes, *passed_over, *made_anew):
         metrics.say(line)
