@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         parameter_groups,
         quantise_base,
         remove_adapters,
+        unmerge_adapters,
     )
     from relora.lora.layers import adapted_layers
     from relora.record.loaded import load_run
@@ -65,6 +66,7 @@ __all__ = [
     "remove_adapters",
     "reset_moments",
     "train",
+    "unmerge_adapters",
 ]
 _HOMES = {
     "Clock": "restart.schedule",
@@ -87,6 +89,7 @@ _HOMES = {
     "remove_adapters": "lora.inject",
     "reset_moments": "restart.moments",
     "train": "commands.train",
+    "unmerge_adapters": "lora.inject",
 }
 
 

@@ -31,8 +31,9 @@ GENERATION_CONFIG = "generation_config.json"
 
 
 def layer_kind(name: str) -> str:
-    """What layers of one kind share of their names: `mlp.c_proj` is not `attn.c_proj`."""
-    return ".".join(name.split(".")[-2:])
+    """What layers of one kind share of their names: `mlp.c_proj` is not `attn.c_proj`; of experts
+    (`down_proj_of_experts[3]`) all."""
+    return ".".join(name.partition("[")[0].split(".")[-2:])
 
 
 def build_model(config: ModelConfig, seed: int) -> PreTrainedModel:

@@ -454,10 +454,10 @@ def toy_kind() -> Any:
 def test_another_kind_of_layer_is_merged_exported_and_measured(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from relora.lora import layers
+    from relora.lora import kinds
     from relora.training.spectra import measure_layer
 
-    monkeypatch.setattr(layers, "KINDS", (*layers.KINDS, toy_kind()))
+    monkeypatch.setattr(kinds, "KINDS", (*kinds.KINDS, toy_kind()))
     model, x = Net(Scaled), torch.arange(11)
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     assert relora.add_adapters(model, relora.LoRAConfig(rank=2, alpha=3)) == ["first", "second"]

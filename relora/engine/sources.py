@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from relora.engine.distributed import Ranks
 from relora.lora.draws import draw_a
-from relora.lora.layers import adapted_layers, names_of
+from relora.lora.layers import adapted_layers
+from relora.lora.names import names_of
 
 
 class Source(Protocol):
@@ -128,19 +129,19 @@ class Births(Fetched):
     def __init__(self, model: nn.Module, seed: int) -> None:
         super().__init__()
         self.seed = seed
-        self.drawn: dict[str, tuple[torch.Size, str]] = {}  # shape and key
+        self.drawn: dict[str, tuple[torch.Size, str, int | None]] = {}  # shape, key, fan-in
         self.zero: dict[str, int] = {}
         for name, layer in adapted_layers(model):
             _, a, b = names_of(name)
-            self.drawn[a] = model.get_parameter(a).shape, layer.shared_a or a
+            self.drawn[a] = model.get_parameter(a).shape, layer.shared_a or a, layer.fan_in
             self.zero[b] = model.get_parameter(b).numel()
 
     def fetch(self, name: str) -> None:
         """Draw it, on each rank the same."""
         self.whole.clear()
         if name in self.drawn:
-            shape, key = self.drawn[name]
-            a = draw_a(shape, self.seed, 0, key)  # as `add_adapters` does
+            shape, key, fan_in = self.drawn[name]
+            a = draw_a(shape, self.seed, 0, key, fan_in)  # as `add_adapters` does
             self.whole[name, "value"] = a.flatten()
         elif name in self.zero:
             self.whole[name, "value"] = torch.zeros(self.zero[name])

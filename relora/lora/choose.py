@@ -1,15 +1,12 @@
 """Which weights get adapters, which go on training in full, and why.
 
-An adapter can go to what computes x Wᵀ + b by its own forward pass. Everything here follows from
-the model's structure alone, so that planning, training, resuming and exporting choose alike.
+By default an adapter goes to what computes x Wᵀ + b by its own forward pass and to the weights of
+experts, and to an embedding or a convolution where it is named. Everything here follows from the
+model's structure alone, so that planning, training, resuming and exporting choose alike.
 """
 
 from __future__ import annotations
 
-import ast
-import functools
-import inspect
-import textwrap
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -18,8 +15,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from relora.errors import ConfigError
-from relora.lora.config import LoRAConfig
-from relora.lora.layers import AdaptedLayer, kind_of, names_of, parameter_roles
+from relora.lora.config import OF_EXPERTS, LoRAConfig, pattern_matches
+from relora.lora.experts import Experts, name_experts
+from relora.lora.kinds import kind_of, linear_kind_of
+from relora.lora.layers import AdaptedLayer, parameter_roles
+from relora.lora.names import layer_of
+from relora.lora.probe import read_directly
 
 # Layers too small for the rank are left alone up to this share of all linear weights: gates and
 # routers are far below it. Beyond it the rank is the mistake, and not the layer.
@@ -35,30 +36,49 @@ class Left(NamedTuple):
     entries: int
 
 
-def linear_layers(model: nn.Module) -> dict[str, Any]:
-    """Every layer that can take an adapter, adapted or not, by name, in the model's order."""
-    return {name: layer for name, layer in _linear(model) if _obstacle(model, name, layer) is None}
+def projections(model: nn.Module) -> dict[str, Any]:
+    """Every projection that can take an adapter or has one, linear layers and weights of experts,
+    by name, in the model's order."""
+    return _able(model, None)
+
+
+def _able(model: nn.Module, config: LoRAConfig | None) -> dict[str, Any]:
+    """Every layer that can take an adapter; by default, or where a config names targets too."""
+    named = config is not None and config.targets is not None
+    return {
+        name: layer
+        for name, layer in _of_a_kind(model)
+        if (named or _is_projection(layer))
+        and _obstacle(model, name, layer) is None
+        and (named or config is None or _lacks(layer, config) is None)
+    }
+
+
+def _is_projection(layer: nn.Module) -> bool:
+    return linear_kind_of(layer) is not None or isinstance(layer, Experts)
 
 
 def find_targets(model: nn.Module, config: LoRAConfig) -> list[str]:
     """Names of the layers that get adapters, in the model's order.
 
-    Default: every linear layer but the output head, which is all projections of the attention and
-    MLP blocks of Llama, GPT-2, GPT-NeoX and their like; what is too small for the rank and of no
-    weight (a gate of one output) is left alone, see `left_in_full`.
+    Default: every linear layer but the output head, and the weights of experts, which is all
+    projections of the attention and MLP blocks of Llama, GPT-2, GPT-NeoX, Mixtral and their like;
+    what is too small for the rank and of no weight (a gate of one output) is left alone, see
+    `left_in_full`. Embeddings and convolutions are taken where they are named.
 
     Raises:
         ConfigError: a target that matches no layer, or one that cannot take an adapter; a rank
-            beyond a layer's smaller dimension; no layer at all.
+            beyond a layer's smaller dimension; a pattern that matches no layer; what embeddings
+            and convolutions do not have; no layer at all.
     """
-    linear = linear_layers(model)
+    able = _able(model, config)
     if config.targets is None:
-        small = _too_small(linear, config)
-        chosen = [name for name in linear if name not in small]
+        small = _too_small(able, config)
+        chosen = [name for name in able if name not in small]
     else:
-        chosen = [n for n in linear if any(_ends_with(n, target) for target in config.targets)]
+        chosen = [n for n in able if any(_ends_with(n, target) for target in config.targets)]
         for target in config.targets:
-            if not any(_ends_with(name, target) for name in linear):
+            if not any(_ends_with(name, target) for name in able):
                 raise ConfigError(f"lora.targets: {target!r} {_why_no_target(model, target)}")
     if not chosen:
         raise ConfigError(
@@ -67,19 +87,60 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> list[str]:
             "); set lora: null and relora: null, or take another model"
         )
     for name in chosen:
-        smaller = min(_matrix_of(linear[name]).shape)
-        if config.rank is None and not _fits(linear[name], config):
-            raise ConfigError(
-                f"lora.blocks: {name} {tuple(linear[name].weight.shape)} is {_uncut(config)}; take "
-                "a number that divides the dimensions of all layers, or name lora.targets"
-            )
-        if config.rank is not None and config.rank > smaller:
-            raise ConfigError(
-                f"lora.rank: {config.rank} is beyond the smaller dimension of {name} "
-                f"{tuple(linear[name].weight.shape)}; take at most {smaller}"
-            )
+        if linear_kind_of(able[name]) is None:
+            _check_other(name, able[name], config)
+        _check_size(name, able[name], config)
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(config, key):
+            if not any(pattern_matches(pattern, name) for name in chosen):
+                raise ConfigError(
+                    f"lora.{key}: {pattern!r} matches no adapted layer; their names end in: "
+                    f"{', '.join(sorted({name.rpartition('.')[2] for name in chosen}))}"
+                )
     find_shared(model, chosen, config)
     return chosen
+
+
+def _check_size(name: str, layer: Any, config: LoRAConfig) -> None:
+    rank, smaller = config.for_layer(name).rank, min(_matrix_of(layer).shape[-2:])
+    if rank is None and not _fits(name, layer, config):
+        raise ConfigError(
+            f"lora.blocks: {name} {tuple(layer.weight.shape)} is {_uncut(config)}; take "
+            "a number that divides the dimensions of all layers, or name lora.targets"
+        )
+    if rank is not None and rank > smaller:
+        key = "rank" if rank == config.rank else "rank_pattern"
+        raise ConfigError(
+            f"lora.{key}: {rank} is beyond the smaller dimension of {name} "
+            f"{tuple(layer.weight.shape)}; take at most {smaller}"
+        )
+
+
+def _check_other(name: str, layer: Any, config: LoRAConfig) -> None:
+    lacked = _lacks(layer, config)
+    if lacked:
+        key, usual = lacked
+        kind: Any = kind_of(layer)
+        raise ConfigError(
+            f"lora.{key}: {getattr(config, key)} is of linear layers alone, and {name} is one "
+            f"of {kind.noun}; take {usual}, or {name} out of lora.targets"
+        )
+
+
+def _lacks(layer: Any, config: LoRAConfig) -> tuple[str, str] | None:
+    """A key whose setting only linear layers know, if this is none; and what it usually is."""
+    if linear_kind_of(layer) is not None:
+        return None
+    experts = isinstance(layer, Experts)
+    for key, wanted, usual in (
+        ("blocks", config.blocks is not None, "a rank"),
+        ("graph", config.graph == "effective" and not experts, "auto"),
+        ("base", config.base is not None, "null"),
+        ("dropout", config.dropout > 0 and experts, "0"),
+    ):
+        if wanted:
+            return key, usual
+    return None
 
 
 def find_shared(model: nn.Module, targets: Sequence[str], config: LoRAConfig) -> dict[str, str]:
@@ -91,7 +152,7 @@ def find_shared(model: nn.Module, targets: Sequence[str], config: LoRAConfig) ->
     Raises:
         ConfigError: a name in `share_a` that no such layer has; layers with other inputs.
     """
-    inputs = {name: _matrix_of(model.get_submodule(name)).shape[1] for name in targets}
+    inputs = {name: _matrix_of(model.get_submodule(name)).shape[-1] for name in targets}
     found: dict[str, str] = {}
     for group in config.share_a or ():
         for last in group:
@@ -120,24 +181,27 @@ def left_in_full(model: nn.Module, config: LoRAConfig) -> list[Left]:
     Args:
         model: with or without its adapters.
     """
-    linear = linear_layers(model)
+    able = _able(model, config)
     if config.targets is None:
-        chosen = linear.keys() - _too_small(linear, config).keys()
+        chosen = able.keys() - _too_small(able, config).keys()
     else:
-        chosen = {n for n in linear if any(_ends_with(n, target) for target in config.targets)}
-    layers, roles = dict(_linear(model)), parameter_roles(model)
+        chosen = {n for n in able if any(_ends_with(n, target) for target in config.targets)}
+    layers = {name: x for name, x in _of_a_kind(model) if _is_projection(x)}
+    roles = parameter_roles(model)
     usual = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     usual |= {id(head.weight) for head in _heads(model) if isinstance(head.weight, Tensor)}
     found: dict[str, list[tuple[str, int]]] = {}
     for name, parameter in model.named_parameters():
-        owner = name.rpartition(".")[0]
+        owner = layer_of(name)
         if parameter.ndim < 2 or id(parameter) in usual or roles[name] in ("A", "B"):
             continue
-        is_weight = name == names_of(owner).weight
-        if is_weight and owner in chosen:
+        if owner in chosen:
             continue
-        if is_weight and owner in layers:
+        if owner in layers:
             why = _obstacle(model, owner, layers[owner])
+            if config.targets is None:
+                lacked = _lacks(layers[owner], config)
+                why = why or (lacked and f"weights of experts have no lora.{lacked[0]}")
             if why is None and config.targets is not None:
                 why = "not among lora.targets"
             why = why or (f"smaller than rank {config.rank}" if config.rank else _uncut(config))
@@ -167,8 +231,9 @@ def describe_left(model: nn.Module, config: LoRAConfig) -> list[str]:
     return lines
 
 
-def _linear(model: nn.Module) -> list[tuple[str, Any]]:
+def _of_a_kind(model: nn.Module) -> list[tuple[str, Any]]:
     """(name, layer) of everything whose class has an adapted kind, but the output head."""
+    name_experts(model)
     heads = _heads(model)
     return [
         (name, layer)
@@ -178,12 +243,17 @@ def _linear(model: nn.Module) -> list[tuple[str, Any]]:
 
 
 def _heads(model: nn.Module) -> list[Any]:
-    """Output heads: as transformers says, else layers with as many outputs as an embedding rows."""
+    """Output heads: as transformers says, or, as of classifiers, the linear layers outside its base
+    model; else layers with as many outputs as an embedding rows."""
     if isinstance(model, PreTrainedModel):
         head = model.get_output_embeddings()
+        if head is None:
+            inside = {id(module) for module in model.base_model.modules()}
+            outside = (m for m in model.modules() if id(m) not in inside)
+            return [module for module in outside if linear_kind_of(module) is not None]
         return [] if getattr(head, "weight", None) is None else [head]
     rows = {m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)}
-    layers = [m for m in model.modules() if kind_of(m) is not None]
+    layers = [m for m in model.modules() if linear_kind_of(m) is not None]
     return [layer for layer in layers if _matrix_of(layer).shape[0] in rows]
 
 
@@ -206,13 +276,16 @@ def _called(model: nn.Module) -> str:
 
 
 def _obstacle(model: nn.Module, name: str, layer: Any) -> str | None:
-    """Why a linear layer can take no adapter at all; None if it can."""
+    """Why a layer of some kind can take no adapter at all; None if it can."""
     kind = kind_of(layer)
-    if not isinstance(layer, AdaptedLayer) and not (kind and kind.fits(layer)):
-        return f"a {type(layer).__name__}, which does not compute x Wᵀ + b"
+    assert kind is not None
+    if not isinstance(layer, AdaptedLayer) and not kind.fits(layer):
+        return f"a {type(layer).__name__}, which does not compute {kind.computes}"
+    if not isinstance(layer, Experts) and "weight" not in layer._parameters:
+        return "its weight is made of other parameters"
     owner, _, last = name.rpartition(".")
     parent: Any = type(model.get_submodule(owner))
-    if last in _read_directly(parent):
+    if last in read_directly(parent):
         return f"its weight is read by {parent.__name__} itself"
     if _uses(model)[id(layer.weight)] > 1:
         return "its weight is shared with another module"
@@ -228,55 +301,11 @@ def _uses(model: nn.Module) -> Counter[int]:
     )
 
 
-@functools.cache
-def _read_directly(owner: Any) -> frozenset[str]:
-    """Names of the layers whose weight a module's own code computes with.
-
-    There an adapter would be passed by: `F.linear(x, self.out_proj.weight)` in
-    nn.MultiheadAttention, `self.dt_proj.weight @ x` in Mamba.
-    """
-    found: set[str] = set()
-    for kind in owner.__mro__:
-        if kind in (nn.Module, PreTrainedModel) or not issubclass(kind, nn.Module):
-            continue
-        try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(kind)))
-        except (OSError, TypeError, SyntaxError):  # made at run time
-            continue
-        for function in ast.walk(tree):
-            if isinstance(function, ast.FunctionDef) and function.name not in _SETTING_UP:
-                found |= _weights_computed_with(function)
-    return frozenset(found)
-
-
-_SETTING_UP = ("__init__", "_init_weights", "init_weights", "reset_parameters", "extra_repr")
-
-
-def _weights_computed_with(function: ast.FunctionDef) -> set[str]:
-    """x of every `self.x.weight` that is more than looked at for its dtype, device or shape."""
-    parents = {child: node for node in ast.walk(function) for child in ast.iter_child_nodes(node)}
-    found = set()
-    for node in ast.walk(function):
-        if not isinstance(node, ast.Attribute) or node.attr != "weight":
-            continue
-        layer, parent = node.value, parents.get(node)
-        if not isinstance(layer, ast.Attribute) or not isinstance(layer.value, ast.Name):
-            continue
-        asked = isinstance(parent, ast.Attribute) and parent.attr in ("dtype", "device", "shape")
-        tested = isinstance(parent, ast.Call) and ast.unparse(parent.func) in (
-            "isinstance",
-            "hasattr",
-        )
-        if layer.value.id == "self" and not asked and not tested:
-            found.add(layer.attr)
-    return found
-
-
-def _fits(layer: Any, config: LoRAConfig) -> bool:
+def _fits(name: str, layer: Any, config: LoRAConfig) -> bool:
     """Whether a layer can take adapters of the size that is asked for."""
-    shape = _matrix_of(layer).shape
-    if config.rank is not None:
-        return min(shape) >= config.rank
+    shape, rank = _matrix_of(layer).shape[-2:], config.for_layer(name).rank
+    if rank is not None:
+        return min(shape) >= rank
     return all(size % (config.blocks or 1) == 0 for size in shape)
 
 
@@ -286,7 +315,7 @@ def _uncut(config: LoRAConfig) -> str:
 
 def _too_small(linear: dict[str, Any], config: LoRAConfig) -> dict[str, Any]:
     """Layers that cannot take adapters of a size, if they are of no weight together; else none."""
-    small = {name: layer for name, layer in linear.items() if not _fits(layer, config)}
+    small = {name: layer for name, layer in linear.items() if not _fits(name, layer, config)}
     total = sum(layer.weight.numel() for layer in linear.values())
     if sum(layer.weight.numel() for layer in small.values()) > INCIDENTAL * total:
         return {}
@@ -294,12 +323,15 @@ def _too_small(linear: dict[str, Any], config: LoRAConfig) -> dict[str, Any]:
 
 
 def _why_no_target(model: nn.Module, target: str) -> str:
-    for name, layer in _linear(model):
+    for name, layer in _of_a_kind(model):
         if _ends_with(name, target):
             return f"({name}) can take no adapter: {_obstacle(model, name, layer)}"
-    known = sorted({name.rpartition(".")[2] for name in linear_layers(model)})
+    if any(_ends_with(n, target) for n, m in model.named_modules() if m in _heads(model)):
+        return "is the output head, which trains in full"
+    known = sorted({name.rpartition(".")[2] for name in projections(model)})
+    known = [name.removesuffix(OF_EXPERTS) for name in known]
     return f"matches no linear layer of this model; it has: {', '.join(known)}"
 
 
 def _ends_with(name: str, target: str) -> bool:
-    return name == target or name.endswith(f".{target}")
+    return f".{name.removesuffix(OF_EXPERTS)}".endswith(f".{target.removesuffix(OF_EXPERTS)}")

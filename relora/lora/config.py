@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+import re
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -14,6 +15,8 @@ from relora.section import Section
 ADAPTER_GROUPS = ("adapters", "undecayed adapters")
 GROUPS = ("matrices", "embeddings", "norms and biases", *ADAPTER_GROUPS)
 UNDECAYED = ("norms and biases", "undecayed adapters")
+# The layer of a tensor of all experts' weights is named after it, see `experts`.
+OF_EXPERTS = "_of_experts"
 
 
 class LoRAConfig(Section):
@@ -28,8 +31,13 @@ class LoRAConfig(Section):
     scaling: Literal["standard", "rslora"] = "standard"  # s = alpha/r, or alpha/√r
     dropout: float = Field(default=0.0, ge=0, lt=1)
     # Last parts of module names (`q_proj`), or null: every projection of the attention and MLP
-    # blocks, that is every linear layer but the output head.
+    # blocks, that is every linear layer but the output head, and the weights of experts. Embeddings
+    # and convolutions get adapters where they are named.
     targets: list[str] | None = Field(default=None, min_length=1)
+    # Rank and alpha of layers whose names end in a pattern, a regular expression; the first that
+    # matches counts, as in PEFT.
+    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field(default={})
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field(default={})
 
     # Which factors train between restarts. With b, A stays as it was drawn until the next restart:
     # it has no gradient and no optimizer state, and lies in the base weights' precision.
@@ -64,13 +72,26 @@ class LoRAConfig(Section):
             raise ValueError("give the size of the adapters as either rank or blocks")
         if self.blocks is None:
             return self
-        for key in ("alpha", "scaling", "dropout", "train", "share_a"):
+        of_factors = ("alpha", "scaling", "dropout", "train", "share_a")
+        for key in (*of_factors, "rank_pattern", "alpha_pattern"):
             if getattr(self, key) != LoRAConfig.model_fields[key].default:
                 raise ValueError(
                     f"{key} is of A and B, and would do nothing with blocks; remove it"
                 )
         if self.graph == "low_rank":
             raise ValueError("graph: low_rank is of A and B; take auto or effective with blocks")
+        return self
+
+    @model_validator(mode="after")
+    def _has_sound_patterns(self) -> LoRAConfig:
+        for pattern in (*self.rank_pattern, *self.alpha_pattern):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(
+                    f"{pattern!r} is no regular expression ({error}); take the end of a layer's "
+                    "name, such as q_proj or layers.0.self_attn.q_proj"
+                ) from None
         return self
 
     @model_validator(mode="after")
@@ -88,6 +109,16 @@ class LoRAConfig(Section):
     def size(self) -> str:
         """How large the adapters are, in words."""
         return f"rank {self.rank}" if self.blocks is None else f"{self.blocks} blocks"
+
+    def for_layer(self, name: str) -> LoRAConfig:
+        """The same with the rank and alpha of the layer of this name, and without patterns."""
+        if not self.rank_pattern and not self.alpha_pattern:
+            return self
+        own = {
+            "rank": _first_match(self.rank_pattern, name, self.rank),
+            "alpha": _first_match(self.alpha_pattern, name, self.alpha),
+        }
+        return self.model_copy(update={**own, "rank_pattern": {}, "alpha_pattern": {}})
 
     def shapes(self, outputs: int, inputs: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Those of A and B of a matrix (out, in)."""
@@ -107,3 +138,12 @@ class LoRAConfig(Section):
         if self.rank is None:
             return 1.0
         return self.alpha / (self.rank if self.scaling == "standard" else self.rank**0.5)
+
+
+def pattern_matches(pattern: str, name: str) -> bool:
+    """Whether a layer's name, or an end of it behind a dot, is what a regular expression says."""
+    return re.match(rf"(.*\.)?({pattern})({OF_EXPERTS})?$", name) is not None
+
+
+def _first_match(patterns: dict[str, Any], name: str, default: Any) -> Any:
+    return next((v for key, v in patterns.items() if pattern_matches(key, name)), default)

@@ -19,8 +19,10 @@ def seeded_generator(seed: int, merge: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
-def draw_a(shape: torch.Size, seed: int, merge: int, name: str) -> Tensor:
-    """A new A (r, in) in fp32 on the CPU: Kaiming uniform with a = √5, as in loralib and PEFT.
+def draw_a(
+    shape: torch.Size, seed: int, merge: int, name: str, fan_in: int | None = None
+) -> Tensor:
+    """A new A (…, r, in) in fp32 on the CPU: Kaiming uniform with a = √5, as in loralib and PEFT.
 
     That is A ~ U(−1/√in, 1/√in). Of blocks, whose A (k,) has the band of columns of each band of
     rows: the next ones, round and round, from places that the layers draw at birth; after k merges
@@ -29,9 +31,10 @@ def draw_a(shape: torch.Size, seed: int, merge: int, name: str) -> Tensor:
     Args:
         merge: number of the merge it follows; 0 is the birth.
         name: full parameter name, such as `model.layers.0.mlp.up_proj.lora_A`.
+        fan_in: in place of `in`, see `AdaptedLayer.fan_in`.
     """
     if len(shape) == 1:
         first = torch.randint(shape[0], (), generator=seeded_generator(seed, 0, name))
         return (torch.arange(shape[0]) + first + merge).remainder(shape[0]).float()
-    bound = math.sqrt(6 / ((1 + 5) * shape[1]))
+    bound = math.sqrt(6 / ((1 + 5) * (fan_in or shape[-1])))
     return torch.empty(shape).uniform_(-bound, bound, generator=seeded_generator(seed, merge, name))

@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from relora.errors import ConfigError
 from relora.lora.choose import embeddings_and_heads, find_shared, find_targets
 from relora.lora.config import GROUPS, UNDECAYED, LoRAConfig
 from relora.lora.draws import draw_a
+from relora.lora.kinds import kind_of
 from relora.lora.layers import (
     AdaptedLayer,
     adapted_class,
     adapted_layers,
-    kind_of,
-    names_of,
     parameter_roles,
 )
+from relora.lora.names import names_of
 from relora.lora.quantised import Kind
+
+
+class _Before(NamedTuple):
+    """What an adapted layer was before a merge that can be taken back."""
+
+    kind: type[nn.Module]
+    weight: Tensor  # in host memory
+    a: nn.Parameter
+    b: nn.Parameter
+    quantised: Kind | None
 
 
 def add_adapters(
@@ -43,7 +54,8 @@ def add_adapters(
         micro_batches: of a step.
 
     Raises:
-        ConfigError: see `find_targets`; or weights are cut up among ranks already.
+        ConfigError: see `find_targets`; or weights are cut up among ranks already, or merged
+            adapters are kept here.
     """
     empty = next((name for name, param in model.named_parameters() if not param.numel()), None)
     if empty:
@@ -51,6 +63,11 @@ def add_adapters(
             f"lora: {empty} has no entries here, as where DeepSpeed's ZeRO 3 cut the model up when "
             "it was made; make model and adapters first, and then what knows of ZeRO "
             "(TrainingArguments, an engine)"
+        )
+    if any(True for _ in _kept(model)):
+        raise ConfigError(
+            "add_adapters: this model has merged adapters that it keeps; call unmerge_adapters "
+            "first, or merge them without keep"
         )
     names = find_targets(model, config)
     for name in names:
@@ -64,8 +81,9 @@ def add_adapters(
         if config.blocks is not None:
             layer.add_blocks_(config.blocks)
         else:
-            assert config.rank is not None
-            layer.add_lora_(config.rank, config.scale, config.dropout, config.train == "both")
+            own = config.for_layer(name)
+            assert own.rank is not None
+            layer.add_lora_(own.rank, own.scale, own.dropout, own.train == "both")
         keep = config.keep_effective
         if keep is None and config.base:
             keep = False  # half precision for the whole step, which it is there to avoid
@@ -77,7 +95,7 @@ def add_adapters(
         for name, layer in adapted.items():
             key = layer.shared_a or names_of(name).a
             with torch.no_grad():
-                layer.lora_A.copy_(draw_a(layer.lora_A.shape, seed, 0, key))
+                layer.lora_A.copy_(draw_a(layer.lora_A.shape, seed, 0, key, layer.fan_in))
     return names
 
 
@@ -90,9 +108,15 @@ def quantise_base(model: nn.Module, kind: Kind) -> None:
     DistributedDataParallel, and before `EngineState`.
 
     Raises:
-        ConfigError: the weights are not whole here, as under ZeRO 3.
+        ConfigError: an adapted layer is no linear one; the weights are not whole here, as under
+            ZeRO 3.
     """
     for name, layer in adapted_layers(model):
+        if not layer.is_linear:
+            raise ConfigError(
+                f"{name}: weights of linear layers alone can be quantised, and it is one of "
+                f"{layer.noun}; take it out of lora.targets, or lora.base: null"
+            )
         if not layer.weight.numel():
             raise ConfigError(
                 f"{name}: its weight is partitioned over ranks (ZeRO 3), and whole ones are "
@@ -106,16 +130,19 @@ def remove_adapters(model: nn.Module) -> None:
     """Turn adapted layers back into plain ones, in place; what A and B hold is dropped."""
     for _, layer in list(adapted_layers(model)):
         layer.unquantise_()
-        del layer.lora_A, layer.lora_B
-        layer.__class__ = layer.plain  # type: ignore[assignment]
+        layer.take_off_()
 
 
 @torch.no_grad()
-def merge_adapters(model: nn.Module) -> None:
+def merge_adapters(model: nn.Module, keep: bool = False) -> None:
     """Put d·W + s·B·A in place of every adapted W and take the adapters off, in place.
 
     The plain model computes what the adapted one did, up to the rounding of its weights' dtype,
     and all of it is trainable.
+
+    Args:
+        keep: the base weights, in host memory, and the adapters, for `unmerge_adapters`; the merged
+            weights do not train. For inference at the plain model's cost, and back.
 
     Raises:
         ValueError: the weights are not whole here, as under ZeRO 3.
@@ -129,10 +156,46 @@ def merge_adapters(model: nn.Module) -> None:
     for _, layer in list(adapted_layers(model)):
         a = layer.lora_A.to(layer.lora_B.dtype)  # where it does not train it lies as W does
         exact = layer.weight.to(a.device).float()
+        if keep:
+            base = layer.weight.detach().to("cpu", copy=True)
+            codes = layer.quantised.kind if layer.quantised else None
+            layer.before_merge = _Before(type(layer), base, layer.lora_A, layer.lora_B, codes)
         layer.unquantise_()
         layer.weight.copy_(layer.merged(exact, a, layer.lora_B))
-        layer.weight.requires_grad_(True)
+        layer.weight.requires_grad_(not keep)
     remove_adapters(model)
+
+
+@torch.no_grad()
+def unmerge_adapters(model: nn.Module) -> None:
+    """Take back `merge_adapters(model, keep=True)`, in place: the base weights bit for bit, and the
+    same adapters, on the device where the model is now.
+
+    Raises:
+        ValueError: nothing was merged so.
+    """
+    layers = list(_kept(model))
+    if not layers:
+        raise ValueError("unmerge_adapters: nothing is kept; merge_adapters(model, keep=True) does")
+    for layer in layers:
+        kept, layer.before_merge = layer.before_merge, None
+        layer.__class__ = kept.kind
+        layer.put_on_()
+        layer.lora_A, layer.lora_B = kept.a, kept.b
+        for factor in (kept.a, kept.b):
+            factor.data = factor.data.to(layer.weight.device)
+        layer.weight.requires_grad_(False)
+        if kept.quantised:
+            layer.quantise_(kept.quantised)
+        layer.weight.copy_(kept.weight)
+        layer.requantise_()
+
+
+def _kept(model: nn.Module) -> Iterator[Any]:
+    """Plain layers that were adapted until a merge that can be taken back."""
+    return (
+        module for module in model.modules() if getattr(module, "before_merge", None) is not None
+    )
 
 
 def parameter_groups(

@@ -11,9 +11,8 @@ model and one of the adapted model name the same tensors. At birth B = 0: the fu
 and B has a gradient (A's is zero until B has moved). LoRA: arXiv 2106.09685; ReLoRA: 2307.05695.
 
 How W lies in memory, what its rows and columns are, and what its parameters are called is known
-here alone: merging, exporting, spectra and planning ask the kind. Another kind is a class with
-`plain` and `forward`, with `matrix` and `stored` where the weight is no matrix (out, in), and its
-name in `KINDS`.
+by its kind alone: merging, exporting, spectra and planning ask it. Linear layers are here,
+embeddings and convolutions in `kinds`, with the list of all.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -40,18 +39,11 @@ from relora.lora.graphs import (
     worth_keeping,
 )
 from relora.lora.in_graph import forward_in_graph, made_for_compiler
+from relora.lora.names import names_of
 from relora.lora.probe import computes_linear
 from relora.lora.quantised import FrozenBase
 
 Role = Literal["A", "B", "base", "other"]
-
-
-class Names(NamedTuple):
-    """Full names of an adapted layer's parameters."""
-
-    weight: str
-    a: str
-    b: str
 
 
 class AdaptedLayer(FrozenBase):
@@ -70,7 +62,11 @@ class AdaptedLayer(FrozenBase):
             bytes an entry in half precision, or where it is used, at 2·out·in·r FLOPs each time.
         compiled: the dtype in which a compiled forward pass multiplies; None without a compiler.
         ready: what that reads of the weights, made once for all of `constant_weights`.
+        before_merge: with which `unmerge_adapters` takes a merge back; None without one.
         plain: the class of layers that this kind adapts; of a layer, the class that it had before.
+        computes: what that computes, in words.
+        noun: what such layers are, in words.
+        is_linear: whether it is x Wᵀ + b, which has all graphs, and adapters by default.
     """
 
     lora_A: nn.Parameter
@@ -84,8 +80,17 @@ class AdaptedLayer(FrozenBase):
     keeps_effective: bool
     made: dict[Any, Any] | None  # of the weights, while they are constant
     compiled: torch.dtype | None = None
+    before_merge: Any = None
     ready: tuple[Tensor, ...] = ()
     plain: ClassVar[type[nn.Module]]
+    computes: ClassVar[str] = "x Wᵀ + b"
+    noun: ClassVar[str] = "linear layers"
+    is_linear: ClassVar[bool] = True
+
+    @property
+    def fan_in(self) -> int | None:
+        """Inputs of the layer that A is drawn as for; None for its own."""
+        return None
 
     @classmethod
     def matrix(cls, weight: Tensor) -> Tensor:
@@ -104,15 +109,23 @@ class AdaptedLayer(FrozenBase):
 
     def add_lora_(self, rank: int, scale: float, dropout: float, train_a: bool = True) -> None:
         """Freeze the weight and add A and B beside it; B is zero, A is not yet drawn."""
-        out_features, in_features = self.matrix(self.weight).shape
+        *experts, out_features, in_features = self.matrix(self.weight).shape
         device = self.weight.device
         self.weight.requires_grad_(False)
-        self.lora_A = nn.Parameter(torch.empty(rank, in_features, device=device), train_a)
-        self.lora_B = nn.Parameter(torch.zeros(out_features, rank, device=device))
+        self.lora_A = nn.Parameter(torch.empty(*experts, rank, in_features, device=device), train_a)
+        self.lora_B = nn.Parameter(torch.zeros(*experts, out_features, rank, device=device))
         self.scale, self.shrink, self.lora_dropout = scale, 1.0, dropout
         self.graph, self.keeps_effective = "low_rank", False
         self.has_blocks = False
         self.shared_a = self.made = self.quantised = None
+
+    def put_on_(self) -> None:
+        """What turns a plain layer into an adapted one beside its class and parameters: nothing."""
+
+    def take_off_(self) -> None:
+        """Become the plain layer again; what A and B hold is dropped."""
+        del self.lora_A, self.lora_B
+        self.__class__ = self.plain  # type: ignore[assignment]
 
     def add_blocks_(self, count: int) -> None:
         """Freeze the weight and add k blocks of it, which are zero; see `blocks`."""
@@ -214,7 +227,42 @@ class AdaptedLayer(FrozenBase):
         return self.made[key]
 
 
-class _Linear(AdaptedLayer):
+class ByRows(AdaptedLayer):
+    """A layer of whose s·B·A some rows can be computed alone."""
+
+    def delta(self, a: Tensor, b: Tensor, shape: torch.Size, start: int, stop: int) -> Tensor:
+        """As the base class; only the rows that these entries touch are computed."""
+        columns = shape[1:].numel()
+        first, last = start // columns, -(-stop // columns)
+        rows = self._rows(a, b, first, last) * self.scale
+        return rows.flatten().narrow(0, start - first * columns, stop - start)
+
+    def _rows(self, a: Tensor, b: Tensor, first: int, last: int) -> Tensor:
+        """Rows of B·A as it lies in the weight."""
+        return rows_of_blocks(a, b, first, last) if self.has_blocks else b[first:last] @ a
+
+
+class Transposed(ByRows):
+    """A layer whose weight is (in, out)."""
+
+    @classmethod
+    def matrix(cls, weight: Tensor) -> Tensor:
+        """(in, out) → (out, in)."""
+        return weight.t()
+
+    @classmethod
+    def stored(cls, matrix: Tensor, shape: torch.Size) -> Tensor:
+        """(out, in) → (in, out)."""
+        return matrix.t()
+
+    def _rows(self, a: Tensor, b: Tensor, first: int, last: int) -> Tensor:
+        """(B·A)ᵀ = Aᵀ·Bᵀ."""
+        if self.has_blocks:
+            return rows_of_blocks(a, b, 0, b.shape[0] * b.shape[1]).t()[first:last]
+        return a.t()[first:last] @ b.t()
+
+
+class _Linear(ByRows):
     """What computes x Wᵀ + b, however W lies."""
 
     bias: Any
@@ -224,17 +272,6 @@ class _Linear(AdaptedLayer):
         """Its own forward pass is asked, with small weights in place of its own, which may lie
         nowhere."""
         return super().fits(layer) or computes_linear(layer, cls.stored)
-
-    def delta(self, a: Tensor, b: Tensor, shape: torch.Size, start: int, stop: int) -> Tensor:
-        """As the base class; only the rows that these entries touch are computed."""
-        columns = shape[1]
-        first, last = start // columns, -(-stop // columns)
-        rows = self._rows(a, b, first, last) * self.scale
-        return rows.flatten().narrow(0, start - first * columns, stop - start)
-
-    def _rows(self, a: Tensor, b: Tensor, first: int, last: int) -> Tensor:
-        """Rows of B·A as it lies in the weight."""
-        return rows_of_blocks(a, b, first, last) if self.has_blocks else b[first:last] @ a
 
     def forward(self, x: Tensor) -> Tensor:
         """x (…, in) → (…, out)."""
@@ -263,39 +300,10 @@ class LoRALinear(_Linear, nn.Linear):
     plain = nn.Linear
 
 
-class LoRAConv1D(_Linear, Conv1D):
+class LoRAConv1D(Transposed, _Linear, Conv1D):
     """GPT-2's Conv1D, a linear layer whose weight is (in, out), with an update."""
 
     plain = Conv1D
-
-    @classmethod
-    def matrix(cls, weight: Tensor) -> Tensor:
-        """(in, out) → (out, in)."""
-        return weight.t()
-
-    @classmethod
-    def stored(cls, matrix: Tensor, shape: torch.Size) -> Tensor:
-        """(out, in) → (in, out)."""
-        return matrix.t()
-
-    def _rows(self, a: Tensor, b: Tensor, first: int, last: int) -> Tensor:
-        """(B·A)ᵀ = Aᵀ·Bᵀ."""
-        if self.has_blocks:
-            return rows_of_blocks(a, b, 0, b.shape[0] * b.shape[1]).t()[first:last]
-        return a.t()[first:last] @ b.t()
-
-
-KINDS: tuple[type[AdaptedLayer], ...] = (LoRALinear, LoRAConv1D)
-
-
-def kind_of(layer: nn.Module) -> type[AdaptedLayer] | None:
-    """The kind of adapted layer that a layer is or could become by its class; None if it has none.
-
-    Whether it really computes what its class does, `AdaptedLayer.fits` tells.
-    """
-    if isinstance(layer, AdaptedLayer):
-        return type(layer)
-    return next((kind for kind in KINDS if isinstance(layer, kind.plain)), None)
 
 
 @cache
@@ -328,11 +336,6 @@ def constant_weights(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.made, layer.ready = None, ()
-
-
-def names_of(layer: str) -> Names:
-    """Names of the parameters of the adapted layer that has this name in its model."""
-    return Names(f"{layer}.weight", f"{layer}.lora_A", f"{layer}.lora_B")
 
 
 def parameter_roles(model: nn.Module) -> dict[str, Role]:

@@ -197,12 +197,13 @@ def _too_large(
 def _adapters(config: Config, shapes: dict[str, tuple[int, ...]]) -> Iterator[str]:
     if config.lora is None or config.lora.rank is None:
         return
-    rank = config.lora.rank
-    large = [name for name, (m, n) in shapes.items() if rank * (m + n) >= m * n]
+    ranks = {name: config.lora.for_layer(name).rank or 0 for name in shapes}
+    rank = min(ranks.values(), default=config.lora.rank)
+    large = [name for name, (m, n) in shapes.items() if ranks[name] * (m + n) >= m * n]
     if large:
         yield (
-            f"lora.rank {rank}: A and B hold as many numbers as the weight itself in {len(large)} "
-            f"of {len(shapes)} layers ({large[0]})"
+            f"lora.rank {ranks[large[0]]}: A and B hold as many numbers as the weight itself in "
+            f"{len(large)} of {len(shapes)} layers ({large[0]})"
         )
     cycles, full = len(config.clock.merge_steps()) + 1, max(map(min, shapes.values()), default=0)
     if cycles * rank > 2 * full:
@@ -243,10 +244,11 @@ def _reach(config: Config, shapes: dict[str, tuple[int, ...]]) -> float:
     Adam's first update of B is ± the rate in each entry, and A's entries have variance 1/(3·in).
     """
     assert config.lora is not None
-    assert config.lora.rank is not None
     share = config.adapters_lr / config.optimizer.lr
-    inputs = median(shape[1] for shape in shapes.values())
-    return share * config.lora.scale * (config.lora.rank / (3 * inputs)) ** 0.5
+    own = ((config.lora.for_layer(name), inputs) for name, (_, inputs) in shapes.items())
+    return (
+        share / median(3 * n / (lora.rank * lora.scale**2) for lora, n in own if lora.rank) ** 0.5
+    )
 
 
 def reach_of_updates(config: Config, shapes: dict[str, tuple[int, ...]]) -> str:

@@ -34,6 +34,7 @@ from relora.lean import make_lean
 from relora.lora.config import LoRAConfig
 from relora.lora.inject import add_adapters, quantise_base
 from relora.lora.layers import adapted_layers, constant_weights, parameter_roles
+from relora.lora.names import names_of
 from relora.model import ModelConfig, build_meta_model, load_model_config
 from relora.plan.shape import linear_modules, model_key
 from relora.structure import one_line
@@ -179,8 +180,10 @@ def _guess(model_config: ModelConfig, lora: str, batch: tuple[int, int], why: st
     matrices = sum(m.weight.numel() for m in linear)
     if lora:
         add_adapters(model, LoRAConfig.model_validate_json(lora), seed=None)
+    adapted = {p for n, x in adapted_layers(model) if x.is_linear for p in names_of(n)}
     roles, frozen, factors = parameter_roles(model), 0, 0
-    for name, param in model.named_parameters():
+    for name in adapted:
+        param = model.get_parameter(name)
         frozen += 0 if param.requires_grad else param.numel()
         factors += param.numel() if roles[name] in ("A", "B") else 0
     return Kept(
@@ -265,8 +268,8 @@ class _Tally:
         self.shapes = {tuple(p.shape) for p in model.parameters()}
         self.shapes |= {shape[::-1] for shape in self.shapes}
         # Of experts, what is gathered for each token is a detail of running without numbers.
-        self.experts = {tuple(p.shape[1:]) for p in model.parameters() if p.dim() == 3}
-        self.experts |= {shape[::-1] for shape in self.experts}
+        self.experts = {tuple(p.shape[1:]): len(p) for p in model.parameters() if p.dim() == 3}
+        self.experts |= {shape[::-1]: count for shape, count in self.experts.items()}
         self.tokens = batch[0] * batch[1]
         chunk = getattr(model.get_output_embeddings(), "loss_chunk", None)
         self.chunked = chunk is not None
@@ -293,15 +296,16 @@ class _Tally:
         if storage._cdata in self.seen:
             return tensor
         self.seen[storage._cdata] = tensor
+        size = storage.nbytes() * self._kept_of(tensor)
         if self._is_weight_copy(tensor):
             if tuple(tensor.shape) in self.shapes:
-                self.copies += storage.nbytes()
+                self.copies += size
         elif tensor.numel() == self.logits:
             pass  # see `estimate`, which knows what the loss does with them
         elif self.block is None:
-            self.outside += storage.nbytes()
+            self.outside += size
         else:
-            self.blocks[self.block] += storage.nbytes()
+            self.blocks[self.block] += size
         return tensor
 
     def kept(self, forward: float, backward: float, uncounted: tuple[str, ...]) -> Kept:
@@ -324,6 +328,18 @@ class _Tally:
 
     def _leave(self) -> None:
         self.block = None
+
+    def _kept_of(self, tensor: Tensor) -> float:
+        """Which share of a tensor is kept where numbers are there: of what adapters make of the
+        weights of experts, and is gathered here for each token, that of all experts once."""
+        node, gathered = tensor.grad_fn, False
+        while node is not None and len(node.next_functions) == 1:
+            gathered |= node.name().startswith("Index")
+            node = node.next_functions[0][0]
+        formed = node is not None and node.name().startswith("Baddbmm")
+        return (
+            self.experts.get(tuple(tensor.shape[1:]), 0) / len(tensor) if formed and gathered else 1
+        )
 
     def _is_weight_copy(self, tensor: Tensor) -> bool:
         """Whether it is a parameter in another precision: nothing else entered into it."""

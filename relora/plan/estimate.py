@@ -139,7 +139,7 @@ def merge_cost(config: Config, world: int) -> MergeCost:
     if section.zero_stage == 3:
         received = share * sum(4 * size for m in adapted for size, _ in m.entries(lora))
     elif parts:
-        received = share * sum(_widths(config)[1] * m.inputs * m.outputs for m in adapted)
+        received = share * sum(_widths(config)[1] * m.numel for m in adapted)
     step = flops_per_token(config, True).total * config.tokens_per_step / world
     moved = bytes_per_step(config, world, True)
     return MergeCost(received, flops / (cycle * step), received / (cycle * moved) if moved else 0.0)

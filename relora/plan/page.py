@@ -14,7 +14,7 @@ from relora.engine.options import refusal
 from relora.engine.precision import NAMES, precision_of
 from relora.files import exists
 from relora.lean import Lean, make_lean
-from relora.lora.choose import describe_left, linear_layers
+from relora.lora.choose import describe_left, projections
 from relora.lora.inject import add_adapters
 from relora.lora.layers import adapted_layers
 from relora.model import build_meta_model
@@ -95,7 +95,7 @@ def _gather(config: Config, devices: int, tokens_per_s: float | None) -> Facts:
     lean = make_lean(model, config.model.lean, config.model.loss_chunk)
     if config.lora is not None:
         add_adapters(model, config.lora, seed=None)
-    shapes = {n: tuple(layer.matrix(layer.weight).shape) for n, layer in adapted_layers(model)}
+    shapes = {n: tuple(layer.matrix(layer.weight).shape[-2:]) for n, layer in adapted_layers(model)}
     corpus = _corpus_tokens(config)
     return Facts(config, devices, tokens_per_s, model, lean, parameters, shapes, corpus)
 
@@ -131,6 +131,7 @@ def _header(facts: Facts, path: str) -> list[str]:
         return [*lines, "method       full rank"]
     start = f"{config.warm_start.steps:,} steps of full rank, then " if config.warm_start else ""
     scale = f", s = {lora.scale:.4g} ({lora.scaling})" if lora.rank else ""
+    scale += " but for patterns" if lora.rank_pattern or lora.alpha_pattern else ""
     lines.append(f"method       {config.method}: {start}{lora.size}{scale}")
     if relora:
         reset = relora.reset
@@ -162,7 +163,7 @@ def _parameters(facts: Facts) -> list[str]:
     if config.lora is not None:
         cycles = len(config.clock.merge_steps()) + 1
         full = max((min(shape) for shape in shapes.values()), default=0)
-        rank = config.lora.rank or full
+        rank = max((config.lora.for_layer(name).rank or full for name in shapes), default=0)
         lines += [
             f"  {total[0] / sum(total):.1%} is trained once adapters are born; their updates sum "
             f"to rank {min(full, cycles * rank)} of {full} at most",
@@ -266,12 +267,12 @@ def _budget(facts: Facts) -> list[str]:
 
 def _merges(facts: Facts) -> list[str]:
     """What a merge sends and needs, from the shapes of the adapted weights."""
-    config, shapes = facts.config, facts.shapes.values()
+    config = facts.config
     if config.lora is None or config.relora is None:
         return ["merges       none"]
 
-    factors = [sum(config.lora.entries(m, n)) for m, n in shapes]
-    largest = max((m * n for m, n in shapes), default=0)
+    factors = [sum(size for size, _ in m.entries(config.lora)) for m in shape_of(config).adapted()]
+    largest = max((m.numel for m in shape_of(config).adapted()), default=0)
     cost = merge_cost(config, facts.devices)
     sent = "nothing but counts is sent: every rank has A, B and W"
     if config.deepspeed.zero_stage == 3:
@@ -321,7 +322,7 @@ def _disk(facts: Facts) -> list[str]:
         f"             full rank in bf16 as DeepSpeed saves it: {format_bytes(14 * parameters)}",
     ]
     if config.spectra:
-        layers = [m for _, m in adapted_layers(model)] or [*linear_layers(model).values()]
+        layers = [m for _, m in adapted_layers(model)] or [*projections(model).values()]
         start = 4 * sum(layer.weight.numel() for layer in layers)
         lines.append(f"spectra      {format_bytes(start)} for the weights they start from")
     return lines

@@ -12,48 +12,63 @@ from torch import nn
 from relora.config import Config
 from relora.lora.choose import embeddings_and_heads, find_shared, find_targets
 from relora.lora.config import LoRAConfig
-from relora.lora.layers import kind_of, parameter_roles
+from relora.lora.kinds import kind_of, linear_kind_of
+from relora.lora.layers import parameter_roles
 from relora.model import ModelConfig, build_meta_model, find_model_directory
 from relora.record.layout import MODEL_JSON
 
 
 class Matrix(NamedTuple):
-    """The weight of a linear layer, by what multiplies with it."""
+    """The weight of a linear or an adapted layer, by what multiplies with it."""
 
     inputs: int
     outputs: int
     adapted: bool  # has A and B beside it once adapters are born
     shares_a: bool = False  # with another, which multiplies their input with it
+    rank: int | None = None  # of A and B; None where they are blocks, or where there are none
+    experts: int = 1  # so many such matrices, in one tensor
 
     def entries(self, lora: LoRAConfig) -> list[tuple[int, bool]]:
         """(entries, trainable) of its A and B."""
-        a, b = lora.entries(self.outputs, self.inputs)
+        a, b = map(math.prod, self.shapes(lora))
         return [(a, lora.rank is not None and lora.train == "both"), (b, True)]
+
+    def shapes(self, lora: LoRAConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of its A and B."""
+        own = lora if self.rank is None else lora.model_copy(update={"rank": self.rank})
+        a, b = own.shapes(self.outputs, self.inputs)
+        return (a, b) if self.experts == 1 else ((self.experts, *a), (self.experts, *b))
+
+    @property
+    def numel(self) -> int:
+        """Entries of the weight."""
+        return self.experts * self.outputs * self.inputs
 
     def least_flops(self, lora: LoRAConfig) -> float:
         """FLOPs a token of what A and B take beside the products with W, at least."""
-        if lora.rank is None:
+        if self.rank is None:
             return 2.0 * self.entries(lora)[1][0]
-        factor = (4 if lora.train == "both" else 2) * lora.rank
+        factor = (4 if lora.train == "both" else 2) * self.rank
         return float(factor * (self.outputs + self.inputs * (not self.shares_a)))
 
     def merge_flops(self, lora: LoRAConfig) -> float:
         """FLOPs of W += s·B·A."""
-        if lora.rank is None:
+        if self.rank is None:
             return float(self.entries(lora)[1][0])
-        return float((2 * lora.rank + 1) * self.inputs * self.outputs)
+        return float((2 * self.rank + 1) * self.numel)
 
 
 class Shape(NamedTuple):
     """What a model is made of."""
 
     matrices: tuple[Matrix, ...]  # of linear layers, the output head among them
+    others: tuple[Matrix, ...]  # adapted ones of embeddings, convolutions and experts
     parameters: tuple[tuple[int, bool], ...]  # (entries, whether adapters freeze it)
     moved: tuple[tuple[int, ...] | None, ...]  # the shape of each that Muon would move
 
     def adapted(self) -> list[Matrix]:
         """The matrices with adapters."""
-        return [matrix for matrix in self.matrices if matrix.adapted]
+        return [matrix for matrix in self.matrices if matrix.adapted] + [*self.others]
 
     def sizes(self, lora: LoRAConfig | None) -> list[tuple[int, bool]]:
         """(entries, trainable) of every parameter; without a config of adapters, in full rank.
@@ -81,7 +96,7 @@ class Shape(NamedTuple):
         if lora:
             for matrix in self.adapted():
                 trains = [trains for _, trains in matrix.entries(lora)]
-                both = lora.shapes(matrix.outputs, matrix.inputs)
+                both = matrix.shapes(lora)
                 shapes += itertools.compress(both, trains)
         return shapes
 
@@ -107,20 +122,26 @@ def _shape(model_config: ModelConfig, content: str, lora: str) -> Shape:
     model = build_meta_model(model_config)
     config = LoRAConfig.model_validate_json(lora) if lora else None
     targets = find_targets(model, config) if config else []
-    adapted = {id(model.get_submodule(name)) for name in targets}
+    adapted = {id(model.get_submodule(name)): name for name in targets}
     shared = find_shared(model, targets, config) if config else {}
     shares = {id(model.get_submodule(name)) for name, first in shared.items() if name != first}
     linear = linear_modules(model)
-    matrices = []
-    for module in linear:
-        kind = kind_of(module)
+
+    def matrix_of(module: Any) -> Matrix:
+        kind, name = kind_of(module), adapted.get(id(module))
         assert kind is not None
-        outputs, inputs = kind.matrix(module.weight).shape
-        matrices.append(Matrix(inputs, outputs, id(module) in adapted, id(module) in shares))
-    frozen = {id(m.weight) for m in linear if id(m) in adapted}
+        *experts, outputs, inputs = kind.matrix(module.weight).shape
+        rank = config.for_layer(name).rank if config and name else None
+        shared, count = id(module) in shares, math.prod(experts)
+        return Matrix(inputs, outputs, name is not None, shared, rank, count)
+
+    chosen = [model.get_submodule(name) for name in targets]
+    others = [module for module in chosen if linear_kind_of(module) is None]
+    frozen = {id(module.weight) for module in chosen}
     tables = embeddings_and_heads(model)
     return Shape(
-        tuple(matrices),
+        tuple(map(matrix_of, linear)),
+        tuple(map(matrix_of, others)),
         tuple((p.numel(), id(p) in frozen) for p in model.parameters()),
         tuple(
             tuple(p.shape) if p.dim() > 1 and id(p) not in tables else None
@@ -131,7 +152,7 @@ def _shape(model_config: ModelConfig, content: str, lora: str) -> Shape:
 
 def linear_modules(model: nn.Module) -> list[Any]:
     """The linear layers, in the order of `Shape.matrices`."""
-    linear: Any = (m for m in model.modules() if kind_of(m) is not None)
+    linear: Any = (m for m in model.modules() if linear_kind_of(m) is not None)
     return [m for m in linear if m.weight.dim() == 2]
 
 

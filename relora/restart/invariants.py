@@ -11,7 +11,8 @@ from relora.engine.deepspeed import Engine
 from relora.engine.state import EngineState
 from relora.engine.views import ParameterView
 from relora.errors import NumericsError
-from relora.lora.layers import adapted_layers, names_of
+from relora.lora.layers import adapted_layers
+from relora.lora.names import names_of
 from relora.lora.quantised import exact_base
 
 

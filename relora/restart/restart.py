@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from relora.engine.state import EngineState
 from relora.engine.views import ParameterView
 from relora.lora.draws import draw_a
-from relora.lora.layers import AdaptedLayer, adapted_layers, names_of
+from relora.lora.layers import AdaptedLayer, adapted_layers
+from relora.lora.names import names_of
 from relora.restart.config import ResetConfig
 from relora.restart.moments import DEFAULT_RESET, reset_moments
 
@@ -77,7 +78,7 @@ def merge_and_restart(
             state.spread_(adapter.weight, largest // 4)
             # Layers that share A have one key, and so one draw.
             key = adapter.layer.shared_a or adapter.a.name
-            adapter.a.write_(draw_a(a.shape, seed, merge, key))
+            adapter.a.write_(draw_a(a.shape, seed, merge, key, adapter.layer.fan_in))
             adapter.b.write_(torch.zeros_like(b))
     share = reset_moments(state, merge, seed, reset)
     whole = all(state.shares(adapter.weight) for adapter in adapters)

@@ -118,6 +118,8 @@ def _adapt_by_peft(model: Any, config: Config) -> None:
     settings = peft.LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
+        rank_pattern=lora.rank_pattern,
+        alpha_pattern=lora.alpha_pattern,
         lora_dropout=lora.dropout,
         use_rslora=lora.scaling == "rslora",
         target_modules=find_targets(model, lora),

@@ -32,8 +32,11 @@ from relora.analysis import (
     stable_rank,
 )
 from relora.errors import CheckpointError
-from relora.lora.choose import linear_layers
-from relora.lora.layers import AdaptedLayer, adapted_layers, kind_of, names_of
+from relora.lora.choose import projections
+from relora.lora.config import OF_EXPERTS
+from relora.lora.kinds import kind_of
+from relora.lora.layers import AdaptedLayer, adapted_layers
+from relora.lora.names import names_of
 from relora.model import layer_kind
 from relora.record import keys
 from relora.record.layout import RunDirectory
@@ -94,8 +97,11 @@ def measure(run: Run, merge: int | None) -> dict[str, float]:
     part = RunDirectory(run_dir).part_of_measurement(run.step, ranks.rank)
     try:
         figures = _write_part(run, part)
-        everyone = {name: row for rows in ranks.gather(figures) for name, row in rows.items()}
-        layers = [{"name": name, **everyone[name]} for name, _ in _shared_out(run)]
+        everyone: dict[str, list[dict[str, Any]]] = {}
+        for rows in ranks.gather(figures):
+            for key, row in rows.items():
+                everyone.setdefault(key.partition("[")[0], []).append({"name": key, **row})
+        layers = [row for name, _ in _shared_out(run) for row in everyone[name]]
         with ranks.together(), _files_of(run_dir):
             if ranks.is_main:
                 join_parts(run_dir, run.step, ranks.world, merge, layers)
@@ -129,10 +135,11 @@ def _write_part(run: Run, part: Path) -> dict[str, dict[str, Any]]:
                 with alone(), _files_of(run_dir):
                     with open_start(run_dir, name, run.config.spectra_start) as file:
                         start = file.get_tensor("weight")
-                    figures[name], found = measure_layer(
-                        layer, held, start, earlier.get(name), settings.directions
-                    )
-                    tensors |= {f"{name}|{key}": tensor for key, tensor in found.items()}
+                    for key, *numbers in _matrices_of(name, start, *held):
+                        figures[key], found = measure_layer(
+                            layer, numbers[1:], numbers[0], earlier.get(key), settings.directions
+                        )
+                        tensors |= {f"{key}|{kind}": tensor for kind, tensor in found.items()}
         with _files_of(run_dir):
             write_part(part, tensors)
     return figures
@@ -202,9 +209,18 @@ def _shared_out(run: Run) -> Iterator[tuple[str, bool]]:
     """The name of every layer that is measured, and whether this rank is the one to do it."""
     model = run.engine.module
     # In full rank nothing names targets; it is compared with runs that have the default ones.
-    names = [name for name, _ in adapted_layers(model)] or list(linear_layers(model))
+    names = [name for name, _ in adapted_layers(model)] or list(projections(model))
     for index, name in enumerate(names):
         yield name, index % run.ranks.world == run.ranks.rank
+
+
+def _matrices_of(name: str, *held: Tensor) -> Iterator[tuple[Any, ...]]:
+    """(name, tensors of one matrix) of a layer: each expert is measured by itself."""
+    if not name.endswith(OF_EXPERTS):
+        yield name, *held
+        return
+    for index, tensors in enumerate(zip(*held, strict=True)):
+        yield f"{name}[{index}]", *tensors
 
 
 def measure_layer(

@@ -19,9 +19,11 @@ from relora.engine.sources import Births, FromMain, Layered, Source
 from relora.engine.state import EngineState, capture
 from relora.errors import DataError
 from relora.lean import make_lean
-from relora.lora.choose import describe_left, find_targets, linear_layers
+from relora.lora.choose import describe_left, find_targets, projections
+from relora.lora.config import OF_EXPERTS
 from relora.lora.inject import add_adapters, quantise_base
-from relora.lora.layers import adapted_layers, names_of
+from relora.lora.layers import adapted_layers
+from relora.lora.names import names_of
 from relora.model import build_empty_model, build_meta_model, build_model
 from relora.plan.advice import idle_settings
 from relora.record import keys
@@ -138,8 +140,9 @@ def _measured_shapes(run: Run) -> dict[str, tuple[int, ...]]:
     if run.config.spectra is None:
         return {}
     module = run.engine.module
-    names = [name for name, _ in adapted_layers(module)] or list(linear_layers(module))
-    return {name: tuple(run.state[names_of(name).weight].shape) for name in names}
+    names = [name for name, _ in adapted_layers(module)] or list(projections(module))
+    shapes = {name: tuple(run.state[names_of(name).weight].shape) for name in names}
+    return {n: x[1:] if n.endswith(OF_EXPERTS) else x for n, x in shapes.items()}
 
 
 def find_checkpoint(
