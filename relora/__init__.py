@@ -38,6 +38,14 @@ if TYPE_CHECKING:
         unmerge_adapters,
     )
     from relora.lora.layers import adapted_layers
+    from relora.lora.peft_format import (
+        AdapterWeights,
+        adapter_of,
+        load_adapter,
+        read_adapter,
+        save_adapter,
+        using_adapter,
+    )
     from relora.record.loaded import load_run
     from relora.restart.config import ReLoRAConfig, ResetConfig
     from relora.restart.moments import reset_moments
@@ -45,6 +53,7 @@ if TYPE_CHECKING:
     from relora.restart.schedule import Clock
 
 __all__ = [
+    "AdapterWeights",
     "Clock",
     "Config",
     "EngineState",
@@ -55,7 +64,9 @@ __all__ = [
     "ResetConfig",
     "__version__",
     "adapted_layers",
+    "adapter_of",
     "add_adapters",
+    "load_adapter",
     "load_config",
     "load_run",
     "make_lean",
@@ -63,12 +74,16 @@ __all__ = [
     "merge_and_restart",
     "parameter_groups",
     "quantise_base",
+    "read_adapter",
     "remove_adapters",
     "reset_moments",
+    "save_adapter",
     "train",
     "unmerge_adapters",
+    "using_adapter",
 ]
 _HOMES = {
+    "AdapterWeights": "lora.peft_format",
     "Clock": "restart.schedule",
     "Config": "config",
     "EngineState": "engine.state",
@@ -78,7 +93,9 @@ _HOMES = {
     "ReLoRAConfig": "restart.config",
     "ResetConfig": "restart.config",
     "adapted_layers": "lora.layers",
+    "adapter_of": "lora.peft_format",
     "add_adapters": "lora.inject",
+    "load_adapter": "lora.peft_format",
     "load_config": "load",
     "load_run": "record.loaded",
     "make_lean": "lean",
@@ -86,10 +103,13 @@ _HOMES = {
     "merge_and_restart": "restart.restart",
     "parameter_groups": "lora.inject",
     "quantise_base": "lora.inject",
+    "read_adapter": "lora.peft_format",
     "remove_adapters": "lora.inject",
     "reset_moments": "restart.moments",
+    "save_adapter": "lora.peft_format",
     "train": "commands.train",
     "unmerge_adapters": "lora.inject",
+    "using_adapter": "lora.peft_format",
 }
 
 

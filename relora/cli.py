@@ -180,12 +180,30 @@ def _add_reading_verbs(verbs: Verbs) -> None:
     export = _verb(
         verbs,
         "export",
-        "write a merged model that transformers loads",
-        "relora export runs/quickstart_relora --to runs/quickstart_relora/export",
+        "write a merged model that transformers loads, or adapters that PEFT loads",
+        "relora export runs/quickstart_relora --to runs/quickstart_relora/export; or relora export "
+        "runs/quickstart_relora --to runs/delta --format delta --tolerance 0.1",
     )
     _run_or_checkpoint(export)
     export.add_argument("--to", type=Path, required=True, metavar="DIR")
+    export.add_argument(
+        "--format",
+        choices=("hf", "peft", "delta"),
+        default="hf",
+        help="one merged model; the run's adapters beside their base; what the run has changed, "
+        "as adapters by truncated SVD beside what it began with",
+    )
     export.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    export.add_argument("--rank", type=_positive, metavar="R", help="of every matrix of delta")
+    export.add_argument(
+        "--tolerance",
+        type=_above_0,
+        metavar="E",
+        help="in place of a rank: the largest relative Frobenius error of a matrix of delta",
+    )
+    export.add_argument(
+        "--max-shard-size", default="50GB", metavar="SIZE", help="of a file of weights: 5GB"
+    )
     export.add_argument("--force", action="store_true", help="replace an earlier export")
 
     compare = _verb(

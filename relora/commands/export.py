@@ -1,20 +1,29 @@
-"""`relora export`: a merged model as a directory that transformers loads."""
+"""`relora export`: a merged model as a directory that transformers loads; or adapters and
+their base as one that PEFT loads."""
 
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from relora.data.tokenizer import load_tokenizer
 from relora.data.transformers_tokenizer import place_tokenizer
 from relora.errors import CheckpointError, ConfigError
 from relora.files import making, supplied
-from relora.model import GENERATION_CONFIG
+from relora.lora.choose import find_targets, projections
+from relora.lora.config import OF_EXPERTS
+from relora.lora.inject import remove_adapters
+from relora.lora.kinds import kind_of
+from relora.lora.layers import adapted_layers
+from relora.lora.peft_format import SETTINGS, TASKS, AdapterWeights, adapter_of, write_adapter
+from relora.model import GENERATION_CONFIG, build_model
 from relora.record import keys
 from relora.record.layout import RunDirectory
 from relora.record.loaded import LoadedRun, load_run, say_aside
@@ -23,38 +32,172 @@ from relora.structure import has_transformers_weights
 from relora.version import __version__
 from relora.words import format_count
 
+BASE = "base"  # the directory of what adapters are on
 
-def export(path: Path, to: Path, dtype: str, force: bool) -> int:
+
+class Form(NamedTuple):
+    """What an export is to be.
+
+    Attributes:
+        format: hf, one merged model; peft, the run's adapters beside the base that they are on;
+            delta, what the run has changed as adapters beside what it began with.
+        dtype: of the written weights; merging happens in fp32 in any case.
+        rank: of delta, of every layer.
+        tolerance: of delta, the largest relative Frobenius error of a layer; instead of a rank.
+        max_shard_size: of a file of weights, as transformers reads it: 5GB.
+    """
+
+    format: Literal["hf", "peft", "delta"] = "hf"
+    dtype: str = "float32"
+    rank: int | None = None
+    tolerance: float | None = None
+    max_shard_size: str = "50GB"
+
+
+def export(
+    path: Path,
+    to: Path,
+    format: Literal["hf", "peft", "delta"],
+    dtype: str,
+    rank: int | None,
+    tolerance: float | None,
+    max_shard_size: str,
+    force: bool,
+) -> int:
     """Write model, tokenizer, generation config and model card to `to`.
 
     Args:
-        dtype: of the written weights; merging happens in fp32 in any case.
+        format, dtype, rank, tolerance, max_shard_size: see `Form`.
         force: replace what is there.
+
+    Raises:
+        ConfigError: something else is there; the form asks for what the run does not have.
     """
+    form = Form(format, dtype, rank, tolerance, max_shard_size)
+    _check_form(form)
     check_target(to, force)
     run = load_run(path)
-    tokenizer = load_tokenizer(run.tokenizer_dir, CheckpointError)
-    model = run.merged_model().to(getattr(torch, dtype))
-    model.config.use_cache = True
-    set_special_tokens(model, tokenizer, RunDirectory(run.run_dir).model)
-    write_export(to, run, model)
-    print(f"{to}: step {run.checkpoint.step} of {run.run_dir}, {dtype}; load it with")
-    print(f'    AutoModelForCausalLM.from_pretrained("{to}")')
+    if form.format == "hf":
+        model, adapter = run.merged_model(), None
+    elif form.format == "peft":
+        model = run.adapted_model()
+        if not any(adapted_layers(model)):
+            raise ConfigError(f"--format peft: {run.checkpoint.directory} has no adapters; take hf")
+        for name, layer in adapted_layers(model):
+            if layer.has_blocks:
+                raise ConfigError(
+                    f"--format peft: {name} has blocks and no A and B; take hf, or delta"
+                )
+            with torch.no_grad():  # the base that adapters add to
+                layer.weight.mul_(layer.shrink)
+        adapter = adapter_of(model)
+        remove_adapters(model)
+    else:
+        model, adapter = difference(run, form)
+    model = model.to(getattr(torch, form.dtype))
+    write_export(to, run, model, form, adapter)
+    print(f"{to}: step {run.checkpoint.step} of {run.run_dir}, {form.dtype}; load it with")
+    if adapter is None:
+        print(f'    AutoModelForCausalLM.from_pretrained("{to}")')
+    else:
+        print(f'    peft.AutoPeftModelForCausalLM.from_pretrained("{to}")')
+        sizes = [
+            sum(file.stat().st_size for file in x.glob("*.safetensors")) for x in (to, to / BASE)
+        ]
+        print(f"adapters {sizes[0]:,} bytes, base {sizes[1]:,}: {sizes[0] / sizes[1]:.1%}")
     return 0
 
 
-def write_export(to: Path, run: LoadedRun, model: PreTrainedModel) -> None:
+def _check_form(form: Form) -> None:
+    if form.format != "delta" and (form.rank, form.tolerance) != (None, None):
+        raise ConfigError("--rank, --tolerance: are of --format delta; remove them, or take it")
+    if re.fullmatch(r"[0-9]+([KMGT]i?B)", form.max_shard_size) is None:
+        raise ConfigError(
+            f"--max-shard-size: {form.max_shard_size}: must be a whole number with "
+            "its unit, such as 500MB or 5GB"
+        )
+    if form.format == "delta" and (form.rank is None) == (form.tolerance is None):
+        raise ConfigError("--format delta: say either --rank R or --tolerance E (0.1 is a tenth)")
+
+
+def difference(run: LoadedRun, form: Form) -> tuple[PreTrainedModel, AdapterWeights]:
+    """What a run has done to its matrices, as adapters of low rank beside a base: there those
+    matrices are as in the beginning, and all else is as in the end.
+
+    Singular vectors and values of W_end − W_start, the largest ones: by Eckart and Young no other
+    matrix of that rank is nearer.
+
+    Raises:
+        ConfigError: what the run began with, a pretrained model, is not there any more.
+    """
+    end = run.merged_model()
+    start = build_model(run.config.model, run.config.seed)
+    names = find_targets(end, run.config.lora) if run.config.lora else list(projections(end))
+    experts = next((name for name in names if name.endswith(OF_EXPERTS)), None)
+    if experts:
+        raise ConfigError(f"--format delta: {experts} is no matrix that PEFT knows; take hf")
+    factors, scales, wanted, missed, least = {}, {}, 0.0, 0.0, 0.0
+    for name in names:
+        layer: Any = end.get_submodule(name)
+        kind: Any = kind_of(layer)
+        begin: Any = start.get_submodule(name).weight
+        with torch.no_grad():
+            delta = kind.matrix(layer.weight.double() - begin.double())
+            u, sizes, v = torch.linalg.svd(delta, full_matrices=False)
+            rank = _rank_of(sizes, form)
+            root = sizes[:rank].sqrt()
+            b, a = (u[:, :rank] * root).float(), (root[:, None] * v[:rank]).float()
+            wanted += sizes.square().sum().item()
+            least += sizes[rank:].square().sum().item()
+            missed += (delta - b.double() @ a.double()).square().sum().item()
+            layer.weight.copy_(begin)
+        factors[name], scales[name] = (a, b), 1.0
+    total = max(wanted, 1e-300)
+    ranks = [b.shape[1] for _, b in factors.values()]
+    error, best = (missed / total) ** 0.5, (least / total) ** 0.5
+    print(
+        f"W_end - W_start of {len(names)} matrices at rank {min(ranks)} to {max(ranks)}: relative "
+        f"Frobenius error {error:.3e}, the best possible {best:.3e}"
+    )
+    return end, AdapterWeights(factors, scales, {})
+
+
+def _rank_of(sizes: Tensor, form: Form) -> int:
+    """How many singular values are kept: so many, or until the others are small enough."""
+    if form.rank is not None:
+        return min(form.rank, len(sizes))
+    assert form.tolerance is not None
+    left = sizes.square().flip(0).cumsum(0).flip(0)  # of the values from each one on
+    small = left <= (form.tolerance**2) * left[0]
+    return max(1, len(sizes) - int(small.sum()))
+
+
+def write_export(
+    to: Path,
+    run: LoadedRun,
+    model: PreTrainedModel,
+    form: Form,
+    adapter: AdapterWeights | None = None,
+) -> None:
     """Write all files of an export, or none; an earlier one stays until the new one is whole.
 
     Raises:
         CheckpointError: they cannot be written (the disk is full, say), or the run has lost some.
     """
+    tokenizer = load_tokenizer(run.tokenizer_dir, CheckpointError)
+    model.config.use_cache = True
+    set_special_tokens(model, tokenizer, RunDirectory(run.run_dir).model)
     target = Path(os.path.realpath(to))  # a link goes on to be one
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with making(target, replace=True) as temporary:
-            model.save_pretrained(temporary)
-            place_tokenizer(run.tokenizer_dir, temporary, CheckpointError)
+            base = temporary if adapter is None else temporary / BASE
+            model.save_pretrained(base, max_shard_size=form.max_shard_size)
+            place_tokenizer(run.tokenizer_dir, base, CheckpointError)
+            if adapter is not None:
+                place_tokenizer(run.tokenizer_dir, temporary, CheckpointError)
+                layers = {name: model.get_submodule(name) for name in adapter.factors}
+                write_adapter(adapter, layers, temporary, str(target / BASE), TASKS["CausalLM"])
             (temporary / "README.md").write_text(model_card(run, model), encoding="utf8")
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
@@ -97,7 +240,8 @@ def check_target(to: Path, force: bool) -> None:
     with supplied(ConfigError, f"--to: {str(to)[:300]}"):
         if not to.exists() or (to.is_dir() and not any(to.iterdir())):
             return
-    if not (has_transformers_weights(to) and (to / "README.md").is_file()):
+    is_export = has_transformers_weights(to) or (to / SETTINGS).is_file()
+    if not (is_export and (to / "README.md").is_file()):
         raise ConfigError(f"--to: {to} exists and is no export; choose another directory")
     if not force:
         raise ConfigError(f"--to: {to} exists; choose another directory, or --force to replace it")

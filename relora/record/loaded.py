@@ -61,6 +61,12 @@ class LoadedRun:
 
     def merged_model(self) -> PreTrainedModel:
         """The plain transformers model, on the CPU in fp32: W + s·B·A for each adapted W."""
+        model = self.adapted_model()
+        merge_adapters(model)
+        return model.requires_grad_(True)
+
+    def adapted_model(self) -> PreTrainedModel:
+        """The transformers model with its adapters, if the run has them by then, beside W."""
         config, checkpoint = self.config, self.checkpoint
         model = build_model(self.structure, config.seed)
         if config.clock.has_adapters(checkpoint.step):
@@ -72,8 +78,7 @@ class LoadedRun:
                 param.copy_(checkpoint.tensor(name))
         for _, layer in adapted_layers(model):
             layer.shrink = checkpoint.state.shrink  # decay since the last merge
-        merge_adapters(model)
-        return model.requires_grad_(True)
+        return model
 
     def _compare(self, path: Path, name: str) -> None:
         expected = self.checkpoint.state.run_files.get(name)  # not in checkpoints of old
