@@ -108,7 +108,8 @@ class LoRAConfig(Section):
     @property
     def size(self) -> str:
         """How large the adapters are, in words."""
-        return f"rank {self.rank}" if self.blocks is None else f"{self.blocks} blocks"
+        patterned = " but by patterns" if self.rank_pattern or self.alpha_pattern else ""
+        return f"{self.blocks} blocks" if self.blocks else f"rank {self.rank}{patterned}"
 
     def for_layer(self, name: str) -> LoRAConfig:
         """The same with the rank and alpha of the layer of this name, and without patterns."""

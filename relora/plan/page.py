@@ -131,7 +131,6 @@ def _header(facts: Facts, path: str) -> list[str]:
         return [*lines, "method       full rank"]
     start = f"{config.warm_start.steps:,} steps of full rank, then " if config.warm_start else ""
     scale = f", s = {lora.scale:.4g} ({lora.scaling})" if lora.rank else ""
-    scale += " but for patterns" if lora.rank_pattern or lora.alpha_pattern else ""
     lines.append(f"method       {config.method}: {start}{lora.size}{scale}")
     if relora:
         reset = relora.reset
