@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import re
 from pathlib import Path
@@ -68,6 +70,12 @@ def run_block(ranks: Any, title: str, model_json: str, stage: int) -> dict[str, 
     forget()
     os.environ["ACCELERATE_USE_CPU"] = "true"  # as `accelerate launch --cpu` says it
     found = names(model_json, ranks)
+    config = {
+        "train_micro_batch_size_per_gpu": GLOBAL_BATCH // ranks.world,
+        "gradient_clipping": 1.0,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {"stage": stage},
+    }
     model, losses = found["model"], list[float]()
     forward = model.forward
 
@@ -87,12 +95,12 @@ def run_block(ranks: Any, title: str, model_json: str, stage: int) -> dict[str, 
             }
             for at in range(ranks.rank * micro, STEPS * GLOBAL_BATCH, GLOBAL_BATCH)
         ]
-        found["config"] = {
-            "train_micro_batch_size_per_gpu": micro,
-            "gradient_clipping": 1.0,
-            "zero_force_ds_cpu_optimizer": False,
-            "zero_optimization": {"stage": stage},
-        }
+        found["config"] = config
+    elif stage:  # as `accelerate launch --use_deepspeed --deepspeed_config_file FILE` says it
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+        # Accelerate reads a file, or its text in base64.
+        text = base64.urlsafe_b64encode(json.dumps(config).encode()).decode()
+        os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = text
     exec(block(title), found)
     state = found["state"] if "state" in found else found["module"].restarts
     assert len(list(adapted_layers(state.model))) == 14
@@ -102,7 +110,8 @@ def run_block(ranks: Any, title: str, model_json: str, stage: int) -> dict[str, 
 
 @pytest.fixture(scope="module")
 def two_ranks(tiny_llama: Path) -> Outcomes:
-    scenarios = [("Accelerate", 0), ("A DeepSpeed engine", 1), ("A DeepSpeed engine", 3)]
+    scenarios = [("Accelerate", 0), ("Accelerate", 2)]
+    scenarios += [("A DeepSpeed engine", 1), ("A DeepSpeed engine", 3)]
     return run_ranks(
         2,
         [Scenario(f"{t} {z}", run_block, (t, str(tiny_llama), z)) for t, z in scenarios],
@@ -110,7 +119,9 @@ def two_ranks(tiny_llama: Path) -> Outcomes:
     )
 
 
-@pytest.mark.parametrize("name", ["Accelerate 0", "A DeepSpeed engine 1", "A DeepSpeed engine 3"])
+@pytest.mark.parametrize(
+    "name", ["Accelerate 0", "Accelerate 2", "A DeepSpeed engine 1", "A DeepSpeed engine 3"]
+)
 def test_on_two_ranks_a_block_is_the_reference(
     name: str, two_ranks: Outcomes, tiny_llama: Path
 ) -> None:

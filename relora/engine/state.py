@@ -61,7 +61,7 @@ class EngineState:
         if wrapped and not self.partitioned and dist.is_initialized():
             self.replicas = dist.get_world_size(self.group)
         if not is_engine:
-            _check_plain(self.model, optimizer)
+            _check_plain(self.model, self.adam)
         trainable = trainable_views(wrapper)
         self.by_name: dict[str, ParameterView] = {}
         roles = parameter_roles(self.model)
@@ -300,11 +300,13 @@ def _check_plain(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> N
     """Whether restarts reach all there is of a model and an optimizer of torch."""
     if optimizer is None:
         raise ConfigError("EngineState: a model needs its optimizer beside it")
-    name = type(optimizer).__name__
-    if "betas" not in optimizer.defaults or optimizer.defaults.get("amsgrad"):
+    # By class: others have betas too, and moments of other names, in other formats, or but one.
+    known = isinstance(optimizer, torch.optim.Adam | torch.optim.NAdam | torch.optim.RAdam)
+    if not known or optimizer.defaults.get("amsgrad"):
         raise ConfigError(
-            f"EngineState: the moments of {name} are not exp_avg and exp_avg_sq alone; "
-            "take torch.optim.AdamW or Adam, without amsgrad"
+            f"EngineState: the moments of {type(optimizer).__name__} are not known to be exp_avg "
+            "and exp_avg_sq alone, of which a restart resets a part; take torch.optim.AdamW or "
+            "Adam, without amsgrad (optim: adamw_torch in transformers' Trainer)"
         )
     held = {id(param) for group in optimizer.param_groups for param in group["params"]}
     for path, param in model.named_parameters():

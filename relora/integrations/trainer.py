@@ -46,31 +46,29 @@ class ReLoRACallback(TrainerCallback):
         Args:
             trainer: before `train()`, of a model with adapters.
             relora: as in a config file. `lr` is the adapters' rate, `args.learning_rate` without.
+                No probe batch is tried here, so `tolerance` stays null.
 
         Raises:
-            ConfigError: the model has no adapters, the Trainer shards it by FSDP, or it has an
-                optimizer whose groups are not those of `relora.parameter_groups`.
+            ConfigError: the model has no adapters, the Trainer shards it by FSDP, its DeepSpeed
+                config makes the optimizer or the scheduler, or it has an optimizer whose groups are
+                not those of `relora.parameter_groups`.
         """
         self.trainer, self.config = trainer, relora
         self.reports: dict[int, RestartReport] = {}
         self._state: EngineState | None = None
         self._clock = Clock(total=0)
+        _check(trainer, relora)
         model: Any = trainer.model
-        if not any(adapted_layers(model)):
-            raise ConfigError(
-                "ReLoRACallback: the model has no adapters; call relora.add_adapters(model, "
-                "relora.LoRAConfig(rank=…)) before the Trainer is made"
-            )
-        if trainer.is_fsdp_enabled:
-            raise ConfigError(
-                "ReLoRACallback: FSDP cuts weights where merges do not reach them; take DDP, or "
-                "DeepSpeed (args.deepspeed), whose ZeRO 3 shards as much"
-            )
         if trainer.optimizer is not None:
             if any(group.get("name") not in GROUPS for group in trainer.optimizer.param_groups):
                 raise ConfigError(
                     "ReLoRACallback: the optimizer's groups do not say what is an adapter; make "
                     "it of relora.parameter_groups(model), or leave it to the Trainer"
+                )
+            if relora.lr is not None:
+                raise ConfigError(
+                    f"ReLoRACallback: lr: {relora.lr} would do nothing, as the optimizer is made "
+                    "already; give its groups their rates"
                 )
             return
         args = trainer.args
@@ -91,6 +89,11 @@ class ReLoRACallback(TrainerCallback):
             cycle=self.config.cycle_steps,
             rewarm=self.config.rewarm_steps,
         )
+        if not self._clock.merge_steps():
+            raise ConfigError(
+                f"ReLoRACallback: cycle_steps: {self.config.cycle_steps} leaves no merge in "
+                f"{state.max_steps} updates; take fewer, or leave the callback out for plain LoRA"
+            )
         remainder = self.config.remainder if self.config.precision == "exact" else None
         if trainer.is_deepspeed_enabled:
             self._state = EngineState(trainer.model_wrapped, remainder=remainder)
@@ -167,6 +170,40 @@ class ReLoRACallback(TrainerCallback):
                 scheduler.lr_lambdas[index] = _jagged(self._clock, curve)
                 factor = scheduler.lr_lambdas[index](scheduler.last_epoch)
                 group["lr"] = scheduler.base_lrs[index] * factor
+
+
+def _check(trainer: Trainer, relora: ReLoRAConfig) -> None:
+    """What the model, the Trainer and the settings must be, before anything is made."""
+    model: Any = trainer.model
+    if not any(adapted_layers(model)):
+        raise ConfigError(
+            "ReLoRACallback: the model has no adapters; call relora.add_adapters(model, "
+            "relora.LoRAConfig(rank=…)) before the Trainer is made"
+        )
+    if trainer.is_fsdp_enabled:
+        raise ConfigError(
+            "ReLoRACallback: FSDP cuts weights where merges do not reach them; take DDP, or "
+            "DeepSpeed (args.deepspeed), whose ZeRO 3 shards as much"
+        )
+    if trainer.is_deepspeed_enabled:
+        made: Any = trainer.accelerator.state.deepspeed_plugin.deepspeed_config
+        sections = [name for name in ("optimizer", "scheduler") if name in made]
+        if sections:
+            raise ConfigError(
+                f"ReLoRACallback: the DeepSpeed config has a section of its own for the "
+                f"{' and the '.join(sections)}, which knows no adapters; leave it out, and the "
+                "Trainer makes both: of optim, learning_rate, lr_scheduler_type, warmup_steps"
+            )
+    if relora.tolerance is not None:
+        raise ConfigError(
+            f"ReLoRACallback: tolerance: {relora.tolerance} would do nothing; no probe batch "
+            "is tried here, so leave it out"
+        )
+    if relora.rewarm_steps >= relora.cycle_steps:
+        raise ConfigError(
+            f"ReLoRACallback: rewarm_steps: {relora.rewarm_steps} must be below cycle_steps "
+            f"{relora.cycle_steps}, or the learning rate never arrives"
+        )
 
 
 def _jagged(clock: Clock, curve: Callable[[int], float]) -> Callable[[int], float]:
