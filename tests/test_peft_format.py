@@ -11,14 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-)
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import relora
 from relora.errors import CheckpointError, ConfigError
@@ -201,23 +194,6 @@ def test_what_is_missing_or_of_another_model_is_said(tmp_path: Path) -> None:
     relora.add_adapters(blocks, relora.LoRAConfig(blocks=2))
     with pytest.raises(ConfigError, match="blocks of W are no A and B"):
         relora.save_adapter(blocks, tmp_path / "b")
-
-
-def test_experts_are_refused_by_name(tmp_path: Path) -> None:
-    model = MixtralForCausalLM(
-        MixtralConfig(
-            vocab_size=50,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            num_local_experts=2,
-        )
-    )
-    relora.add_adapters(model, relora.LoRAConfig(rank=2))
-    with pytest.raises(ConfigError, match="experts in one tensor are of another format"):
-        relora.save_adapter(model, tmp_path)
 
 
 def test_adapters_take_turns_on_one_base_in_memory(tmp_path: Path) -> None:

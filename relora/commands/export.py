@@ -133,9 +133,12 @@ def difference(run: LoadedRun, form: Form) -> tuple[PreTrainedModel, AdapterWeig
     end = run.merged_model()
     start = build_model(run.config.model, run.config.seed)
     names = find_targets(end, run.config.lora) if run.config.lora else list(projections(end))
-    experts = next((name for name in names if name.endswith(OF_EXPERTS)), None)
-    if experts:
-        raise ConfigError(f"--format delta: {experts} is no matrix that PEFT knows; take hf")
+    for name in names:
+        if name.endswith(OF_EXPERTS):
+            raise ConfigError(
+                f"--format delta: {name.removesuffix(OF_EXPERTS)}: weights of experts are beyond "
+                "what is written for PEFT; export the merged model (--format hf)"
+            )
     factors, scales, wanted, missed, least = {}, {}, 0.0, 0.0, 0.0
     for name in names:
         layer: Any = end.get_submodule(name)

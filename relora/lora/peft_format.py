@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from relora.errors import CheckpointError, ConfigError
 from relora.files import making, read_json
-from relora.lora.config import LoRAConfig
+from relora.lora.config import OF_EXPERTS, LoRAConfig
 from relora.lora.inject import add_adapters
 from relora.lora.layers import AdaptedLayer, adapted_layers
 
@@ -71,11 +71,6 @@ def adapter_of(model: nn.Module) -> AdapterWeights:
             raise ConfigError(
                 f"{name}: blocks of W are no A and B, and adapters of PEFT's format are; export "
                 "the merged model, or the difference to the beginning (--format delta)"
-            )
-        if layer.lora_A.dim() != 2:
-            raise ConfigError(
-                f"{name}: adapters of experts in one tensor are of another format in PEFT; export "
-                "the merged model"
             )
     return AdapterWeights(
         {name: (_copy(layer.lora_A), _copy(layer.lora_B)) for name, layer in layers},
@@ -295,6 +290,11 @@ def _plain(layer: Any) -> type[nn.Module]:
 
 def _as_peft(name: str, layer: Any, a: Tensor, b: Tensor) -> tuple[list[str], list[Tensor]]:
     """The names and shapes that PEFT has A and B of a layer under."""
+    if name.endswith(OF_EXPERTS):
+        raise ConfigError(
+            f"{name.removesuffix(OF_EXPERTS)}: adapters of experts are beyond what is written "
+            "for PEFT; export the merged model, or leave experts out of lora.targets"
+        )
     plain = _plain(layer)
     if issubclass(plain, nn.Embedding):
         return [f"{name}.lora_embedding_A", f"{name}.lora_embedding_B"], [a, b]
