@@ -84,13 +84,14 @@ def test_no_example_is_trained_on_and_tested() -> None:
     assert sum(map(len, rows)) == len(set.union(*rows)) == 200
 
 
+@pytest.mark.slow
 def test_the_tables_are_made_by_one_command() -> None:
     """In miniature: both tasks, one rate, one seed, a step or two."""
     pytest.importorskip("sklearn")
     budget = finetune.Budget(2, 1, 8, (0,), (1e-3,), ("full", "LoRA", "head only"))
     page = finetune.report(budget, "command")
     assert page.startswith("# Fine-tuning\n\n`command`, commit ")
-    for title in ("### ViT, digits 5–9", "### RoBERTa, packages"):
+    for title in ("### ViT, digits 5–9", "### RoBERTa, kinds of text"):
         rows = [line.split(" | ") for line in page.partition(title)[2].splitlines()[4:9]]
         assert [row[0] for row in rows[2:]] == ["| full", "| LoRA", "| head only"]
         assert rows[2][3] == "100.0%"
