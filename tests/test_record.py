@@ -49,7 +49,9 @@ def test_the_names_in_a_run_directory_are_spelled_in_one_module() -> None:
         if path == LAYOUT:
             continue
         if isinstance(node, ast.Constant):
-            assert node.value not in NAMES, (path, node.lineno)
+            # As a dashboard that `train.log_to` names it is no directory.
+            named = node.value == "tensorboard" and path.name in ("config.py", "trackers.py")
+            assert named or node.value not in NAMES, (path, node.lineno)
         elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
             if isinstance(node.right, ast.Constant) and path.parent.name != "data":
                 assert node.right.value not in JOINED, (path, node.lineno)

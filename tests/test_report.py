@@ -401,8 +401,9 @@ def test_each_picture_is_there_once_for_light_and_once_for_dark_pages(run: RunFi
 def test_the_page_s_template_is_installed_with_the_package() -> None:
     root = Path(__file__).parent.parent
     settings = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]
-    (pattern,) = settings["package-data"]["relora"]
-    assert (root / "relora" / "report" / "page.html.j2") in (root / "relora").glob(pattern)
+    patterns = settings["package-data"]["relora"]
+    files = [file for pattern in patterns for file in (root / "relora").glob(pattern)]
+    assert root / "relora/report/page.html.j2" in files
 
 
 def test_a_report_is_read_as_it_was_written(run: RunFiles, tmp_path: Path) -> None:

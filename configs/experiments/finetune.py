@@ -1,7 +1,7 @@
 """Fine-tuning: all weights, LoRA, or the head alone, through transformers' Trainer.
 
     pip install 'relora[finetune]'
-    python configs/experiments/finetune.py > configs/experiments/finetune.md
+    python configs/experiments/finetune.py --to configs/experiments/finetune.md
 
 Two tasks on data that packages ship. Images: scikit-learn's 8×8 digits; a small ViT is pretrained
 on the classes 0–4, and fine-tuned to tell 5–9 apart from few examples. Text: whether 63 bytes are
@@ -226,7 +226,7 @@ def fit(
             gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointed else None,
         )  # fmt: skip
         trainer = Trainer(model, arguments, train_dataset=data)
-        trainer.remove_callback(PrinterCallback)  # standard output is the page's
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
     return trainer
 
@@ -370,5 +370,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--pretraining", type=int, default=Budget.pretraining, metavar="STEPS")
     parser.add_argument("--steps", type=int, default=Budget.steps, help="of each fine-tuning")
-    budget = Budget(**vars(parser.parse_args()))
-    sys.stdout.write(report(budget, " ".join(["python", *sys.argv])))
+    parser.add_argument("--to", type=Path, required=True, metavar="FILE", help="the page")
+    arguments = vars(parser.parse_args())
+    page = arguments.pop("to")
+    page.write_text(report(Budget(**arguments), " ".join(["python", *sys.argv])), encoding="utf8")

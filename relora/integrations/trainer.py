@@ -26,6 +26,7 @@ from relora.errors import CheckpointError, ConfigError
 from relora.lora.config import ADAPTER_GROUPS, GROUPS
 from relora.lora.inject import parameter_groups
 from relora.lora.layers import adapted_layers
+from relora.record.keys import UPDATE_RATIO, ZEROED_SHARE
 from relora.restart.config import ReLoRAConfig
 from relora.restart.restart import RestartReport, merge_and_restart
 from relora.restart.schedule import Clock
@@ -115,8 +116,8 @@ class ReLoRACallback(TrainerCallback):
         number = self._clock.merges_before(done)
         report = merge_and_restart(self._state, number, args.seed, self.config.reset)
         self.reports[done] = report
-        figures = {"update_ratio": report.update_ratio, "zeroed_share": report.zeroed_share}
-        self.trainer.log({f"relora/{name}": value for name, value in figures.items()})
+        figures = {UPDATE_RATIO: report.update_ratio, ZEROED_SHARE: report.zeroed_share}
+        self.trainer.log(figures)
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """The Trainer has written a checkpoint; what 16-bit weights cannot hold goes with it."""

@@ -65,6 +65,9 @@ def _as_of_main(config: Config, run: RunFiles) -> Config:
     values = config.model_dump(mode="json")
     for path, value in settings.items():
         if path in OF_SPEED:
-            section, _, key = path.partition(".")
-            values[section] = {**(values[section] or {}), key: value}
+            section, _, key = path.rpartition(".")
+            if section:
+                values[section] = {**(values[section] or {}), key: value}
+            else:
+                values[key] = value
     return build_config(values, f"{RunDirectory(run.path).environment}: settings", read_model=False)
