@@ -361,7 +361,8 @@ def report(budget: Budget, command: str) -> str:
         f"{budget.batch} examples, AdamW. LoRA: rank 8, alpha 16, on queries, keys and values; the "
         f"head trains in every arm. Accuracy: mean ± sample standard deviation of "
         f"{len(budget.seeds)} seeds. Training state: weights (or codes and scales), gradients and "
-        "moments, exactly. A step: median over seeds, with the start of Trainer in it."
+        "moments, exactly. A step: median over seeds, with the start of Trainer in it. "
+        f"Rates tried: {', '.join(f'{rate:g}' for rate in budget.rates)}."
     )
     return "\n\n".join([head, *(table(make(budget), budget) for make in (images, text))]) + "\n"
 
