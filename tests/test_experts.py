@@ -423,14 +423,17 @@ def test_experts_train_merge_and_resume_on_every_stage_as_in_float64() -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_gradient_checkpointing_changes_no_bit_of_experts(way: str) -> None:
+def test_gradient_checkpointing_changes_no_gradient_of_experts(way: str) -> None:
     model = adapted("mixtral", way).train()
     again = copy.deepcopy(model)
     again.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for one in (model, again):
         one(tokens(), labels=tokens()).loss.backward()
-    for (name, param), other in zip(model.named_parameters(), again.parameters(), strict=True):
-        assert param.grad is None or torch.equal(param.grad, other.grad), name
+    # The batched product's gradient of a weight is a sum by index, whose order torch leaves open.
+    rtol, atol = (1e-5, 1e-7) if way == "batched_mm" else (0.0, 0.0)
+    for param, other in zip(model.parameters(), again.parameters(), strict=True):
+        if param.grad is not None:
+            torch.testing.assert_close(other.grad, param.grad, rtol=rtol, atol=atol)
 
 
 def test_compiled_blocks_with_experts_have_the_same_gradients() -> None:
