@@ -4,6 +4,7 @@ checkpoint directory."""
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
 import shutil
 from collections.abc import Iterator
@@ -80,6 +81,21 @@ def make_trainable(model: PreTrainedModel, gradient_checkpointing: bool) -> PreT
         # The reentrant kind would need inputs that require gradients.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
+
+
+def fingerprint(model: nn.Module) -> str:
+    """What tells a model's weights from others': SHA-256 of names, shapes and some values of each.
+
+    Up to 1,024 values of a parameter, evenly spread, in fp32: training moves all of them, and a
+    large model is told in a moment.
+    """
+    found = hashlib.sha256()
+    for name, param in model.named_parameters():
+        flat = param.detach().flatten()
+        places = torch.linspace(0, flat.numel() - 1, min(1024, flat.numel()), dtype=torch.float64)
+        some = flat[places.long().to(flat.device)].float().cpu()
+        found.update(f"{name} {tuple(param.shape)}".encode() + some.numpy().tobytes())
+    return found.hexdigest()
 
 
 def build_empty_model(config: ModelConfig) -> PreTrainedModel:

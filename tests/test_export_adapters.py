@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
 import torch
+import transformers
 from peft import AutoPeftModelForCausalLM
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, pipeline
 
 import relora
 from relora.model import build_model
+from relora.structure import ModelConfig
 from runs import relora as run_relora
 from runs import train, workshop
 from test_export import some_ids
@@ -107,6 +112,56 @@ def test_of_a_full_rank_run_all_linear_layers_are_a_delta(tmp_path: Path) -> Non
     loaded = AutoPeftModelForCausalLM.from_pretrained(str(to))
     expected = logits(relora.load_run(tmp_path / "run").merged_model())
     torch.testing.assert_close(logits(loaded), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("begun_from", ["directory", "run", "config that is gone"])
+def test_a_delta_is_counted_from_what_the_run_began_with(
+    begun_from: str, stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And where that has other weights by now, it is refused and not taken for it."""
+    first, run_dir, to = tmp_path / "first", tmp_path / "run", tmp_path / "delta"
+    if begun_from == "config that is gone":
+        first = shutil.copyfile(workshop() / "llama.json", tmp_path / "model.json")
+        changes: dict[str, Any] = {"model__config": str(first)}
+    else:
+        if begun_from == "directory":
+            assert run_relora("export", stopped, "--to", first) == 0
+        else:
+            shutil.copytree(stopped, first)
+        changes = {"model": {"pretrained": str(first)}}
+    assert train(run_dir, "train.stop_after=8", **changes) == 75
+    if begun_from == "config that is gone":
+        first.unlink()
+    command = ("export", run_dir, "--to", to, "--format", "delta", "--tolerance", "1e-5")
+    assert run_relora(*command) == 0
+    base = AutoModelForCausalLM.from_pretrained(to / "base").state_dict()
+    expected = relora.load_run(stopped).merged_model().state_dict()
+    if begun_from == "config that is gone":
+        expected = build_model(ModelConfig(config=workshop() / "llama.json"), 1).state_dict()
+    name = "model.layers.0.mlp.up_proj.weight"
+    torch.testing.assert_close(base[name], expected[name], atol=1e-6, rtol=0)
+    if begun_from == "directory":
+        weights = load_file(first / "model.safetensors")
+        save_file(
+            {k: v * 1.5 for k, v in weights.items()}, first / "model.safetensors", {"format": "pt"}
+        )
+    elif begun_from == "run":
+        assert train(first, "train.stop_after=22") == 75
+    if begun_from != "config that is gone":
+        assert run_relora(*command, "--force") == 2
+        assert "gives other weights now than" in capsys.readouterr().err
+
+
+def test_adapters_that_were_moved_load_as_their_card_says(stopped: Path, tmp_path: Path) -> None:
+    to, moved = tmp_path / "peft", tmp_path / "moved"
+    assert run_relora("export", stopped, "--to", to, "--format", "peft") == 0
+    to.rename(moved)
+    (code,) = re.findall(r"```python\n(.*?)```", (moved / "README.md").read_text(), re.DOTALL)
+    found: dict[str, Any] = {"transformers": transformers, "peft": peft}
+    with contextlib.chdir(moved):
+        exec(code, found)
+    expected = logits(relora.load_run(stopped).merged_model())
+    torch.testing.assert_close(logits(found["model"]), expected, atol=1e-5, rtol=0)
 
 
 def test_weights_in_many_files_load_and_a_pipeline_takes_them(

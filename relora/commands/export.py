@@ -23,7 +23,7 @@ from relora.lora.inject import remove_adapters
 from relora.lora.kinds import kind_of
 from relora.lora.layers import adapted_layers
 from relora.lora.peft_format import SETTINGS, TASKS, AdapterWeights, adapter_of, write_adapter
-from relora.model import GENERATION_CONFIG, build_model
+from relora.model import GENERATION_CONFIG
 from relora.record import keys
 from relora.record.layout import RunDirectory
 from relora.record.loaded import LoadedRun, load_run, say_aside
@@ -33,6 +33,15 @@ from relora.version import __version__
 from relora.words import format_count
 
 BASE = "base"  # the directory of what adapters are on
+LOADING = """
+These are adapters in PEFT's format; what they are on lies in `{base}`, whose place PEFT knows from
+`adapter_config.json`. Moved, they load by
+
+```python
+model = transformers.AutoModelForCausalLM.from_pretrained("{base}")
+model = peft.PeftModel.from_pretrained(model, ".")
+```
+"""
 
 
 class Form(NamedTuple):
@@ -128,10 +137,10 @@ def difference(run: LoadedRun, form: Form) -> tuple[PreTrainedModel, AdapterWeig
     matrix of that rank is nearer.
 
     Raises:
-        ConfigError: what the run began with, a pretrained model, is not there any more.
+        ConfigError: see `LoadedRun.first_model`.
     """
     end = run.merged_model()
-    start = build_model(run.config.model, run.config.seed)
+    start = run.first_model()
     names = find_targets(end, run.config.lora) if run.config.lora else list(projections(end))
     for name in names:
         if name.endswith(OF_EXPERTS):
@@ -201,7 +210,8 @@ def write_export(
                 place_tokenizer(run.tokenizer_dir, temporary, CheckpointError)
                 layers = {name: model.get_submodule(name) for name in adapter.factors}
                 write_adapter(adapter, layers, temporary, str(target / BASE), TASKS["CausalLM"])
-            (temporary / "README.md").write_text(model_card(run, model), encoding="utf8")
+            card = model_card(run, model) + ("" if adapter is None else LOADING.format(base=BASE))
+            (temporary / "README.md").write_text(card, encoding="utf8")
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"--to: {to}: the export cannot be written: {error}; what was there is as it was; make "

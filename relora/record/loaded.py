@@ -16,7 +16,7 @@ from relora.files import is_file, supplied
 from relora.load import build_config, load_run_config
 from relora.lora.inject import add_adapters, merge_adapters
 from relora.lora.layers import adapted_layers
-from relora.model import ModelConfig, build_model
+from relora.model import ModelConfig, build_model, fingerprint
 from relora.record.checkpoint import (
     Checkpoint,
     is_checkpoint,
@@ -59,6 +59,25 @@ class LoadedRun:
         self._compare(path, MODEL)
         return ModelConfig(config=path)
 
+    def first_model(self) -> PreTrainedModel:
+        """The model that the run began with, on the CPU in fp32.
+
+        Raises:
+            ConfigError: what it was made of is gone, or has other weights now.
+        """
+        pretrained = self.config.model.pretrained
+        structure = self.config.model if pretrained else self.structure
+        model = build_beginning(structure, self.config.seed)
+        known = self.checkpoint.state.beginning  # "" in checkpoints of old
+        if known and fingerprint(model) != known:
+            place, way_out = "its seed", "install the versions that environment.json names"
+            if pretrained:
+                place, way_out = f"model.pretrained: {pretrained}", "put the old weights back"
+            raise ConfigError(
+                f"{place}: gives other weights now than {self.run_dir} began with; {way_out}"
+            )
+        return model
+
     def merged_model(self) -> PreTrainedModel:
         """The plain transformers model, on the CPU in fp32: W + s·B·A for each adapted W."""
         model = self.adapted_model()
@@ -88,6 +107,17 @@ class LoadedRun:
                     f"{path}: is not as it was when {self.checkpoint.directory} was written; put "
                     "the old one back"
                 )
+
+
+def build_beginning(structure: ModelConfig, seed: int) -> PreTrainedModel:
+    """What a run begins with: weights from scratch, of a transformers directory, or of a run.
+
+    Raises:
+        ConfigError, CheckpointError: there are none, or not all.
+    """
+    if structure.pretrained is not None and is_run_or_checkpoint(structure.pretrained):
+        return load_run(structure.pretrained).merged_model()
+    return build_model(structure, seed)
 
 
 def is_run_or_checkpoint(path: Path) -> bool:

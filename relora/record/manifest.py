@@ -60,6 +60,7 @@ class CheckpointState(JsonRecord):
     )
     losses: list[Amount] = Field(default=[], description="a list of numbers ≥ 0")
     data: str = Field(description="text")
+    beginning: str = Field(default="", description="text")  # see `model.fingerprint`
     config: dict[str, Any] | None = Field(default=None, description="a mapping")
     run_files: dict[str, str] = Field(default={}, description="a hash for each name")
     versions: dict[str, str | None] = Field(default={}, description="a version for each package")

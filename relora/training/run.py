@@ -36,6 +36,7 @@ class Progress:
     started: float = field(default_factory=time.perf_counter)  # as if it had never stopped
     interval: list[float] = field(default_factory=list)  # seconds of each step since the last log
     losses: list[float] = field(default_factory=list)  # of the last steps, for train.spike
+    beginning: str = ""  # fingerprint of the weights at step 0
     loss_scale: LossScale | None = None  # where precision needs one
     stop: Any = False  # true once this rank is asked to stop
 
@@ -108,6 +109,7 @@ def save(run: Run, background: bool) -> None:
         merges=run.config.clock.merges_before(run.step),
         elapsed_s=run.elapsed,
         data=run.shards.fingerprint,
+        beginning=progress.beginning,
         shrink=next((x.shrink for _, x in adapted_layers(run.engine.module)), 1.0),
         loss_scale=(scale.value, scale.calm) if scale else None,
         world_size=run.ranks.world,

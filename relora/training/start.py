@@ -24,7 +24,7 @@ from relora.lora.config import OF_EXPERTS
 from relora.lora.inject import add_adapters, quantise_base
 from relora.lora.layers import adapted_layers
 from relora.lora.names import names_of
-from relora.model import build_empty_model, build_meta_model, build_model
+from relora.model import build_empty_model, build_meta_model, fingerprint
 from relora.plan.advice import idle_settings
 from relora.record import keys
 from relora.record.checkpoint import (
@@ -34,7 +34,7 @@ from relora.record.checkpoint import (
     open_checkpoint,
 )
 from relora.record.layout import step_of
-from relora.record.loaded import is_run_or_checkpoint, load_run, structure_of
+from relora.record.loaded import build_beginning, structure_of
 from relora.record.metrics import Metrics
 from relora.record.own_files import describe_files
 from relora.record.rollbacks import read_rollbacks
@@ -89,7 +89,12 @@ def start_run(
 def _build_progress(config: Config, ranks: Ranks, checkpoint: Checkpoint | None) -> Progress:
     """The engine as it was at a checkpoint, and as far as that says; or at the start of a run."""
     step = checkpoint.step if checkpoint else 0
-    progress = Progress(*_build_engine(config, ranks, step, checkpoint), step)
+    if checkpoint:
+        source: Source = checkpoint
+        beginning = checkpoint.state.beginning
+    else:
+        source, beginning = _first_weights(config, ranks)
+    progress = Progress(*_build_engine(config, ranks, step, source), step, beginning=beginning)
     if precision_of(config.deepspeed.precision).scales_loss:
         progress.loss_scale = LossScale(*((checkpoint and checkpoint.state.loss_scale) or ()))
     if checkpoint:
@@ -155,14 +160,12 @@ def find_checkpoint(
 
 
 def _build_engine(
-    config: Config, ranks: Ranks, step: int, source: Source | None
+    config: Config, ranks: Ranks, step: int, source: Source
 ) -> tuple[Any, EngineState]:
     """The model as it is after `step` updates, in an engine, with what `source` holds.
 
-    Weights the source lacks are as at the start of the run; adapters it lacks are born.
+    Adapters that it lacks are born.
     """
-    if source is None:
-        source = _first_weights(config, ranks)
     model = build_empty_model(structure_of(config))
     equip(model, config, config.clock.has_adapters(step), drawn=False)
     if isinstance(source, Checkpoint):
@@ -204,21 +207,19 @@ def equip(model: Any, config: Config, adapters: bool, drawn: bool = True) -> Non
         add_adapters(model, config.lora, seed, tokens, config.micro_batches)
 
 
-def _first_weights(config: Config, ranks: Ranks) -> Source:
-    """Those at step 0: from scratch, from a transformers directory, or from another run.
+def _first_weights(config: Config, ranks: Ranks) -> tuple[Source, str]:
+    """Those at step 0, and their fingerprint: see `build_beginning`.
 
     Rank 0 alone builds them: no other needs a model in host memory, and another run, which may be
     at work, is opened once.
     """
-    model, pretrained = None, config.model.pretrained
+    model = None
     with ranks.together():
-        if ranks.is_main and (pretrained is None or not is_run_or_checkpoint(pretrained)):
-            model = build_model(config.model, config.seed)
-        elif ranks.is_main:
-            assert pretrained is not None
-            model = load_run(pretrained).merged_model()
+        if ranks.is_main:
+            model = build_beginning(config.model, config.seed)
+    beginning = ranks.share(fingerprint(model) if model else "")
     torch.manual_seed(config.seed)  # on every rank, whether it has drawn or not
-    return FromMain(model, ranks)
+    return FromMain(model, ranks), beginning
 
 
 def give_birth(run: Run) -> None:
