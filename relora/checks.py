@@ -74,6 +74,14 @@ def _check_relora(config: Config, relora: ReLoRAConfig) -> Iterator[str]:
                 )
     if relora.precision == "rounded" and relora.changed("remainder"):
         yield f"relora.remainder: {relora.remainder} would do nothing with precision: rounded"
+    if relora.keep_adapters and config.lora:
+        if config.lora.blocks:
+            yield "relora.keep_adapters: blocks are no A and B; take false, or lora.rank"
+        if config.lora.decay == "merged":
+            yield (
+                "relora.keep_adapters: with lora.decay: merged W shrinks between merges, and is no "
+                "sum of adapters; take false, or decay: factors"
+            )
     if relora.lr and config.lora and config.lora.lr:
         yield (
             f"lora.lr: {config.lora.lr:g} would do nothing beside relora.lr {relora.lr:g}: they "

@@ -18,11 +18,17 @@ from relora.data.transformers_tokenizer import place_tokenizer
 from relora.errors import CheckpointError, ConfigError
 from relora.files import making, supplied
 from relora.lora.choose import find_targets, projections
-from relora.lora.config import OF_EXPERTS
 from relora.lora.inject import remove_adapters
 from relora.lora.kinds import kind_of
 from relora.lora.layers import adapted_layers
-from relora.lora.peft_format import SETTINGS, TASKS, AdapterWeights, adapter_of, write_adapter
+from relora.lora.peft_format import (
+    SETTINGS,
+    TASKS,
+    AdapterWeights,
+    adapter_of,
+    refuse_experts,
+    write_adapter,
+)
 from relora.model import GENERATION_CONFIG
 from relora.record import keys
 from relora.record.layout import RunDirectory
@@ -142,12 +148,7 @@ def difference(run: LoadedRun, form: Form) -> tuple[PreTrainedModel, AdapterWeig
     end = run.merged_model()
     start = run.first_model()
     names = find_targets(end, run.config.lora) if run.config.lora else list(projections(end))
-    for name in names:
-        if name.endswith(OF_EXPERTS):
-            raise ConfigError(
-                f"--format delta: {name.removesuffix(OF_EXPERTS)}: weights of experts are beyond "
-                "what is written for PEFT; export the merged model (--format hf)"
-            )
+    refuse_experts(names)
     factors, scales, wanted, missed, least = {}, {}, 0.0, 0.0, 0.0
     for name in names:
         layer: Any = end.get_submodule(name)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -284,17 +284,28 @@ def _check_fits(model: nn.Module, adapter: AdapterWeights, where: str) -> None:
             raise ConfigError(f"{where}: the model has no {name}; it is of another model")
 
 
+def refuse_experts(layers: Iterable[str]) -> None:
+    """Whether layers of these names can be written.
+
+    Raises:
+        ConfigError: one is the experts of a mixture.
+    """
+    for name in layers:
+        if name.endswith(OF_EXPERTS):
+            raise ConfigError(
+                f"{name.removesuffix(OF_EXPERTS)}: adapters of experts are beyond what is written "
+                "for PEFT; export the merged model (--format hf), or leave experts out of "
+                "lora.targets"
+            )
+
+
 def _plain(layer: Any) -> type[nn.Module]:
     return layer.plain if isinstance(layer, AdaptedLayer) else type(layer)
 
 
 def _as_peft(name: str, layer: Any, a: Tensor, b: Tensor) -> tuple[list[str], list[Tensor]]:
     """The names and shapes that PEFT has A and B of a layer under."""
-    if name.endswith(OF_EXPERTS):
-        raise ConfigError(
-            f"{name.removesuffix(OF_EXPERTS)}: adapters of experts are beyond what is written "
-            "for PEFT; export the merged model, or leave experts out of lora.targets"
-        )
+    refuse_experts([name])
     plain = _plain(layer)
     if issubclass(plain, nn.Embedding):
         return [f"{name}.lora_embedding_A", f"{name}.lora_embedding_B"], [a, b]

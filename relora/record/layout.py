@@ -10,6 +10,7 @@ checkpoints/step_XXXXXXXX/
     rank_XXXXX.safetensors …  state.json  manifest.json
 spectra/step_XXXXXXXX.safetensors …   measurements
 spectra/start/LAYER.safetensors …     the weights that they are counted from
+adapters/cycle_XXXXX/   what `relora.keep_adapters` keeps of each cycle, as PEFT has it
 rollbacks.json          what the run went back from, if it did
 trackers.json           what the run is called where `train.log_to` sends its figures
 .lock                   held by the process that trains in it
@@ -66,10 +67,15 @@ class RunDirectory:
         self.tokenizer = path / TOKENIZER
         self.checkpoints = path / CHECKPOINTS
         self.spectra = path / "spectra"
+        self.adapters = path / "adapters"
 
     def checkpoint(self, step: int) -> Path:
         """The directory of the checkpoint of a step."""
         return self.checkpoints / f"step_{step:08d}"
+
+    def cycle(self, number: int) -> Path:
+        """The directory of the adapters that a cycle ended with; from 1."""
+        return self.adapters / f"cycle_{number:05d}"
 
     def measurement(self, step: int) -> Path:
         """The file of what was measured after a step."""

@@ -48,6 +48,9 @@ class ReLoRAConfig(Section):
     # Learning rate of the adapters; null = lora.lr.
     lr: float | None = Field(default=None, gt=0)
     reset: ResetConfig = ResetConfig()
+    # Keep A and B of each cycle as they are merged, and those of the end, in the run's adapters/,
+    # as PEFT has them: the sum of their s·B·A is what the run has done to W.
+    keep_adapters: bool = False
     # exact keeps a 16-bit remainder beside a bf16 base weight; rounded drops it at each merge.
     precision: Literal["exact", "rounded"] = "exact"
     # Where that remainder lies, 2 bytes a frozen parameter over all ranks together. Only merges and

@@ -15,6 +15,7 @@ from relora.errors import NumericsError
 from relora.record import keys
 from relora.record.spectra_files import drop_measurements
 from relora.training.config import SpikeConfig
+from relora.training.kept import drop_later_cycles, keep_adapters
 from relora.training.phases import PHASES, Phases, measure_weights
 from relora.training.run import Run, finish_save
 from relora.training.spectra import check_start, keep_start
@@ -80,8 +81,11 @@ def train_run(run: Run, stop: StopRequest, phases: Phases = PHASES) -> bool | No
 
 def _begin(run: Run, phases: Phases) -> None:
     """What is due at the step that a run begins or goes on at."""
+    relora, clock = run.config.relora, run.config.clock
     if run.ranks.is_main:
         drop_measurements(run.config.run_dir, run.step)
+        if relora and relora.keep_adapters and run.step < clock.total:
+            drop_later_cycles(run.config.run_dir, clock.merges_before(run.step))
     if run.progress.owes_merge:
         length = run.config.data.sequence_length
         tokens = torch.from_numpy(run.shards.train[:length].astype("int64"))
@@ -90,7 +94,7 @@ def _begin(run: Run, phases: Phases) -> None:
     start = run.config.spectra_start
     if run.step == start:
         keep_start(run)
-    elif start is not None and start < run.step < run.config.clock.total:
+    elif start is not None and start < run.step < clock.total:
         check_start(run)
 
 
@@ -105,6 +109,9 @@ def _follow_clock(run: Run, phases: Phases, batch: Tensor) -> None:
         phases.restart(run, batch)
     elif run.config.measures_spectra(run.step):
         measure_weights(run, None)
+    relora = run.config.relora
+    if run.step == clock.total and relora and relora.keep_adapters and clock.has_adapters(run.step):
+        keep_adapters(run, clock.merges_before(run.step) + 1)
 
 
 def _heed(run: Run, notes: Sequence[float]) -> bool:

@@ -22,6 +22,7 @@ from relora.record.rollbacks import Rollback, record_rollbacks
 from relora.restart import invariants
 from relora.restart.restart import RestartReport, merge_and_restart, shrink_
 from relora.training import log_lines
+from relora.training.kept import keep_adapters
 from relora.training.run import Run, finish_save, save
 from relora.training.spectra import draw_spectrum, measure
 from relora.training.start import find_checkpoint, give_birth, start_run
@@ -77,6 +78,8 @@ def restart_adapters(run: Run, batch: Tensor, merge: Merge = merge_and_restart) 
     number = config.clock.merges_before(run.step)
     if config.spectra:
         measure_weights(run, number)
+    if config.relora.keep_adapters:
+        keep_adapters(run, number)
     began = time.perf_counter()
     rows = batch[:1, :PROBE_TOKENS]
     before = invariants.probe(run.engine, rows)
