@@ -39,6 +39,9 @@ class LoRAConfig(Section):
     rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field(default={})
     alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field(default={})
 
+    # Whether the biases of the layers that adapters go to train, as those of all others do.
+    bias: Literal["all", "none"] = "all"
+
     # Which factors train between restarts. With b, A stays as it was drawn until the next restart:
     # it has no gradient and no optimizer state, and lies in the base weights' precision.
     train: Literal["both", "b"] = "both"

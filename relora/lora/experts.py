@@ -91,9 +91,6 @@ class LoRAExperts(AdaptedLayer, Experts):
         if getattr(self, "before_merge", None) is None:
             del owner._modules[self.holder[1] + OF_EXPERTS]
 
-    def choose_graph_(self, *_: Any, **__: Any) -> None:
-        """There is one graph."""
-
     @property
     def forming_flops(self) -> int:
         """None that are saved: B·A is formed in each forward pass."""

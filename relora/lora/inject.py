@@ -19,7 +19,7 @@ from relora.lora.layers import (
     adapted_layers,
     parameter_roles,
 )
-from relora.lora.names import names_of
+from relora.lora.names import bias_of, names_of
 from relora.lora.quantised import Kind
 
 
@@ -42,8 +42,8 @@ def add_adapters(
 ) -> list[str]:
     """Turn the targets into adapted layers, in place; returns their names.
 
-    Their weights are frozen; biases, embeddings, norms and the head go on training in full. B is
-    zero, so no output changes.
+    Their weights are frozen, with `bias: none` their biases too; embeddings, norms and the head go
+    on training in full. B is zero, so no output changes.
 
     Args:
         model: any module; of one of transformers the output head is known, of others it is what
@@ -71,23 +71,7 @@ def add_adapters(
         )
     names = find_targets(model, config)
     for name in names:
-        layer = model.get_submodule(name)
-        plain: Any = type(layer)
-        kind: Any = kind_of(layer)
-        # The object stays what it is to its parent, to hooks and to shared weights; it gains a
-        # forward and two parameters.
-        layer.__class__ = adapted_class(kind, plain)
-        assert isinstance(layer, AdaptedLayer)
-        if config.blocks is not None:
-            layer.add_blocks_(config.blocks)
-        else:
-            own = config.for_layer(name)
-            assert own.rank is not None
-            layer.add_lora_(own.rank, own.scale, own.dropout, own.train == "both")
-        keep = config.keep_effective
-        if keep is None and config.base:
-            keep = False  # half precision for the whole step, which it is there to avoid
-        layer.choose_graph_(config.graph, keep, tokens, micro_batches)
+        _adapt(name, model.get_submodule(name), config, tokens, micro_batches)
     adapted: Any = {name: model.get_submodule(name) for name in names}
     for name, first in find_shared(model, names, config).items():
         adapted[name].shared_a = names_of(first).a
@@ -97,6 +81,30 @@ def add_adapters(
             with torch.no_grad():
                 layer.lora_A.copy_(draw_a(layer.lora_A.shape, seed, 0, key, layer.fan_in))
     return names
+
+
+def _adapt(
+    name: str, layer: nn.Module, config: LoRAConfig, tokens: int | None, micro_batches: int
+) -> None:
+    """Turn one layer into an adapted one, whose A is not drawn yet."""
+    # The object stays what it is to its parent, to hooks and to shared weights; it gains a forward
+    # and two parameters.
+    layer.__class__ = adapted_class(kind_of(layer), type(layer))
+    assert isinstance(layer, AdaptedLayer)
+    if config.blocks is not None:
+        layer.add_blocks_(config.blocks)
+    else:
+        own = config.for_layer(name)
+        assert own.rank is not None
+        layer.add_lora_(own.rank, own.scale, own.dropout, own.train == "both")
+    bias = bias_of(layer)
+    if config.bias == "none" and bias is not None:
+        bias.requires_grad_(False)
+    keep = config.keep_effective
+    if keep is None and config.base:
+        keep = False  # half precision for the whole step, which it is there to avoid
+    if layer.is_linear:  # others have one graph
+        layer.choose_graph_(config.graph, keep, tokens, micro_batches)
 
 
 def quantise_base(model: nn.Module, kind: Kind) -> None:
@@ -163,6 +171,9 @@ def merge_adapters(model: nn.Module, keep: bool = False) -> None:
         layer.unquantise_()
         layer.weight.copy_(layer.merged(exact, a, layer.lora_B))
         layer.weight.requires_grad_(not keep)
+        bias = bias_of(layer)
+        if bias is not None and not keep:
+            bias.requires_grad_(True)
     remove_adapters(model)
 
 

@@ -17,7 +17,7 @@ the weight is no matrix (out, in), and its name in `KINDS`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -31,15 +31,6 @@ class _Other(ByRows):
     """What is no linear layer."""
 
     is_linear = False
-
-    def choose_graph_(
-        self,
-        graph: Literal["auto", "low_rank", "effective"],
-        keep: bool | None,
-        tokens: int | None,
-        micro_batches: int,
-    ) -> None:
-        """There is one graph."""
 
     def _shrunk(self, output: Tensor) -> Tensor:
         if torch.compiler.is_compiling() and self.ready:

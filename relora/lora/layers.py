@@ -39,7 +39,7 @@ from relora.lora.graphs import (
     worth_keeping,
 )
 from relora.lora.in_graph import forward_in_graph, made_for_compiler
-from relora.lora.names import names_of
+from relora.lora.names import bias_of, names_of
 from relora.lora.probe import computes_linear
 from relora.lora.quantised import FrozenBase
 
@@ -136,8 +136,9 @@ class AdaptedLayer(FrozenBase):
         self.lora_B = nn.Parameter(self.lora_B.new_zeros(count, outputs // count, inputs // count))
 
     def frozen(self) -> list[Tensor]:
-        """The parameters that change at restarts alone: the weight, and A if it does not train."""
-        return [self.weight] if self.lora_A.requires_grad else [self.weight, self.lora_A]
+        """What does not train: the weight, and A and the bias if they do not."""
+        rest = [x for x in (self.lora_A, bias_of(self)) if x is not None and not x.requires_grad]
+        return [self.weight, *rest]
 
     def choose_graph_(
         self,

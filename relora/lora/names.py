@@ -1,8 +1,10 @@
-"""Names of layers and of their parameters."""
+"""Names of layers and of their parameters, and which a layer has."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from torch import nn
 
 from relora.lora.config import OF_EXPERTS
 
@@ -26,3 +28,8 @@ def layer_of(weight: str) -> str:
     """Name of the layer that has, or could have, a parameter of this name as its weight."""
     owner, _, last = weight.rpartition(".")
     return owner if last == "weight" else weight + OF_EXPERTS
+
+
+def bias_of(layer: Any) -> nn.Parameter | None:
+    """A layer's bias, if it has one."""
+    return getattr(layer, "bias", None)

@@ -14,6 +14,7 @@ from relora.lora.choose import embeddings_and_heads, find_shared, find_targets
 from relora.lora.config import LoRAConfig
 from relora.lora.kinds import kind_of, linear_kind_of
 from relora.lora.layers import parameter_roles
+from relora.lora.names import bias_of
 from relora.model import ModelConfig, build_meta_model, find_model_directory
 from relora.record.layout import MODEL_JSON
 
@@ -138,6 +139,8 @@ def _shape(model_config: ModelConfig, content: str, lora: str) -> Shape:
     chosen = [model.get_submodule(name) for name in targets]
     others = [module for module in chosen if linear_kind_of(module) is None]
     frozen = {id(module.weight) for module in chosen}
+    if config and config.bias == "none":
+        frozen |= {id(bias) for bias in map(bias_of, chosen) if bias is not None}
     tables = embeddings_and_heads(model)
     return Shape(
         tuple(map(matrix_of, linear)),

@@ -114,7 +114,10 @@ def _adapters_share(config: Config) -> tuple[frozenset[str], list[str]]:
         return frozenset(), []
     model = build_meta_model(structure_of(config))
     targets = find_targets(model, config.lora)
-    return frozenset(names_of(name).weight for name in targets), describe_left(model, config.lora)
+    frozen = {names_of(name).weight for name in targets}
+    if config.lora.bias == "none":
+        frozen |= {f"{name}.bias" for name in targets}
+    return frozenset(frozen), describe_left(model, config.lora)
 
 
 def _header(run: Run, left: Sequence[str]) -> Iterator[str]:
