@@ -43,6 +43,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_training_verbs(verbs)
     _add_arms(verbs)
     _add_reading_verbs(verbs)
+    _add_export(verbs)
+    _add_comparing_verbs(verbs)
     return parser
 
 
@@ -139,7 +141,7 @@ def _add_arms(verbs: Verbs) -> None:
 
 
 def _add_reading_verbs(verbs: Verbs) -> None:
-    """Those that take what a run has left."""
+    """Those that take the model that a run has left."""
     evaluate = _verb(
         verbs,
         "evaluate",
@@ -177,6 +179,8 @@ def _add_reading_verbs(verbs: Verbs) -> None:
     generate.add_argument("--top-k", type=_positive, default=50, metavar="K")
     generate.add_argument("--seed", type=_whole, default=0)
 
+
+def _add_export(verbs: Verbs) -> None:
     export = _verb(
         verbs,
         "export",
@@ -206,6 +210,8 @@ def _add_reading_verbs(verbs: Verbs) -> None:
     )
     export.add_argument("--force", action="store_true", help="replace an earlier export")
 
+
+def _add_comparing_verbs(verbs: Verbs) -> None:
     compare = _verb(
         verbs,
         "compare",

@@ -89,7 +89,9 @@ def _adapt(
     """Turn one layer into an adapted one, whose A is not drawn yet."""
     # The object stays what it is to its parent, to hooks and to shared weights; it gains a forward
     # and two parameters.
-    layer.__class__ = adapted_class(kind_of(layer), type(layer))
+    kind: Any = kind_of(layer)
+    plain: Any = type(layer)
+    layer.__class__ = adapted_class(kind, plain)
     assert isinstance(layer, AdaptedLayer)
     if config.blocks is not None:
         layer.add_blocks_(config.blocks)
