@@ -48,7 +48,7 @@ IN_THE_FILE = {
     "unknown key": (
         ["relora.cycle_step=20"],
         "relora.cycle_step: unknown key; did you mean cycle_steps? allowed here: cycle_steps, "
-        "rewarm_steps, lr, reset, precision, remainder, tolerance",
+        "rewarm_steps, lr, reset, keep_adapters, precision, remainder, tolerance",
     ),
     "milestones of nothing": (
         ["train.keep_every=cycle", "relora=null"],
@@ -99,7 +99,7 @@ IN_THE_FILE = {
     "word for a section": (
         ["relora=true"],
         "relora: true: must be a section with the keys cycle_steps, rewarm_steps, lr, reset, "
-        "precision, remainder, tolerance",
+        "keep_adapters, precision, remainder, tolerance",
     ),
     "word for a list": (
         ["lora.targets=q_proj"],

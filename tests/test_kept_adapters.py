@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from relora.record.layout import RunDirectory
 from runs import make_config, train, workshop
 from runs import relora as run_relora
 from test_resume import legs
+from tiny_models import tiny_values
 
 KEPT = {
     "warm_start": None,
@@ -98,3 +100,15 @@ def test_what_is_no_sum_of_adapters_is_refused(
     config = make_config(tmp_path / "run", **KEPT)
     assert run_relora("train", config, override, "optimizer.weight_decay=0.1") == 2
     assert said in capsys.readouterr().err
+
+
+def test_adapters_of_experts_are_refused_before_anything_is_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "mixtral.json"
+    path.write_text(json.dumps(tiny_values("mixtral")))
+    workshop()
+    config = make_config(tmp_path / "run", **KEPT, model__config=str(path))
+    assert run_relora("train", config) == 2
+    assert "adapters of experts are beyond what is written for PEFT" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

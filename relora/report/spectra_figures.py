@@ -60,8 +60,8 @@ def draw_ranks(report: Report, style: Style) -> Any:
                 axes.plot([*points], [*points.values()], **line)
         axes.set_title(title)
         axes.set_xlim(0.6, max(last, 1) + 0.4)
-        axes.margins(y=0.08)  # or the highest marker is cut in half
-        axes.set_ylim(bottom=0)
+        # Room for the highest marker, above a 0 that may be far below all of them.
+        axes.set_ylim(0, 1.08 * axes.dataLim.y1 if axes.lines else 1)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(5))
         axes.set_xlabel("cycle")
