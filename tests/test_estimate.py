@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 from collections.abc import Iterable
@@ -287,21 +288,25 @@ def measure_muon(ranks: Any, config: Config) -> dict[str, float]:
     rates = dict.fromkeys(GROUPS, 1e-4)
     for _ in range(3):
         deepspeed.train_step(run.engine, batches, loss_of, rates, 1.0)
-    muon, live, found = run.state.adam, Live(), {"step": 0.0, "work": 0.0}
-
-    def watched_step(closure: Any = None) -> None:
-        others, live.peak, before = live.peak, 0, live.size
-        type(muon).step(muon, closure)
-        if live.peak - before > found["work"]:
-            found.update(step=live.peak, work=live.peak - before)
-        live.peak = max(live.peak, others)
-
-    muon.step = watched_step
-    with live:
-        deepspeed.train_step(run.engine, batches, loss_of, rates, 1.0)
+    muon, tries = run.state.adam, []
+    # Of three updates the smallest: gloo's own thread may let go of what it has gathered too late.
+    for _ in range(3):
+        live, found = Live(), {"step": 0.0, "work": 0.0}
+        muon.step = functools.partial(_watched_step, muon, live, found)
+        with live:
+            deepspeed.train_step(run.engine, batches, loss_of, rates, 1.0)
+        tries.append({**found, "update": live.peak})
     run.state.release_()
     deepspeed.destroy(run.engine)
-    return {**found, "update": live.peak}
+    return min(tries, key=lambda each: each["work"])
+
+
+def _watched_step(muon: Any, live: Live, found: dict[str, float], closure: Any = None) -> None:
+    others, live.peak, before = live.peak, 0, live.size
+    type(muon).step(muon, closure)
+    if live.peak - before > found["work"]:
+        found.update(step=live.peak, work=live.peak - before)
+    live.peak = max(live.peak, others)
 
 
 def measure(ranks: Any, config: Config) -> dict[str, float]:

@@ -331,14 +331,14 @@ def in_float64() -> None:
 
     torch.float32 = torch.float = torch.float64  # type: ignore[misc]
     torch.Tensor.float = torch.Tensor.double  # type: ignore[method-assign]
-    real_model, real_adapters = under_test.build_model, under_test.add_adapters
+    real_model, real_adapters = under_test.build_beginning, under_test.add_adapters
 
     def add_adapters(model: Any, *arguments: Any) -> list[str]:
         names = real_adapters(model, *arguments)
         model.double()
         return names
 
-    under_test.build_model = lambda *args: real_model(*args).double()
+    under_test.build_beginning = lambda *args: real_model(*args).double()
     under_test.add_adapters = add_adapters
 
 
