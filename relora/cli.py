@@ -21,6 +21,7 @@ from relora.engine.precision import NAMES
 from relora.engine.signals import follow_launcher, undisturbed
 from relora.errors import ConfigError
 from relora.files import as_user_error, mend_standard_streams
+from relora.reflexes import translated, what_was_meant
 from relora.version import __version__
 
 Verbs = argparse._SubParsersAction  # of argparse.ArgumentParser
@@ -40,12 +41,43 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
+    _add_starting_verbs(verbs)
     _add_training_verbs(verbs)
     _add_arms(verbs)
     _add_reading_verbs(verbs)
     _add_export(verbs)
     _add_comparing_verbs(verbs)
     return parser
+
+
+def _add_starting_verbs(verbs: Verbs) -> None:
+    """Those that make a config, or explain one."""
+    init = _verb(
+        verbs,
+        "init",
+        "write a config to start from, every key explained in it",
+        "relora init --from llama_130m --data 'text/*.jsonl' --to mine.yaml",
+    )
+    init.add_argument("--to", type=Path, default=Path("relora.yaml"), metavar="FILE")
+    init.add_argument(
+        "--from",
+        dest="start",
+        default="quickstart",
+        metavar="NAME|FILE",
+        help="what to begin with: quickstart, llama_60m … llama_7b, published/llama_60m, a file",
+    )
+    init.add_argument("--data", nargs="+", default=(), metavar="GLOB", help="files of text")
+    init.add_argument("--model", type=Path, metavar="JSON|DIR", help="of transformers")
+    init.add_argument("--tokenizer", metavar="DIR|FILE|NAME", help="of transformers; .model")
+    init.add_argument("--force", action="store_true", help="replace a file")
+
+    schema = _verb(
+        verbs,
+        "schema",
+        "the JSON schema of config files, with which editors complete and check them",
+        "relora schema > relora.schema.json",
+    )
+    schema.add_argument("--markdown", action="store_true", help="a table of all keys instead")
 
 
 def _add_training_verbs(verbs: Verbs) -> None:
@@ -116,11 +148,19 @@ def _add_training_verbs(verbs: Verbs) -> None:
         "configs/quickstart_relora.yaml "
         "--resume runs/quickstart_relora/checkpoints/step_00000200",
     )
-    where = launch.add_mutually_exclusive_group()
-    where.add_argument("--devices", type=_positive, metavar="N", help="ranks here (all GPUs)")
-    where.add_argument("--hostfile", type=Path, metavar="F", help="lines of `host slots=N`")
+    _where(launch)
     _config(launch)
     _resume(launch)
+
+    resume = _verb(
+        verbs,
+        "resume",
+        "go on with a run by its own config: one process, or with --devices or --hostfile many",
+        "relora resume runs/quickstart_relora --devices 2 train.steps=520",
+    )
+    _where(resume)
+    _config(resume, "RUN", "a run directory")
+    _resume(resume)
 
 
 def _add_arms(verbs: Verbs) -> None:
@@ -269,17 +309,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if sys.platform == "win32":  # signals, file locks and DeepSpeed's launcher are another matter
         print("relora: needs Linux; on Windows that is WSL 2", file=sys.stderr)
         return ConfigError.code
-    parser = build_parser()
-    known, rest = parser.parse_known_args(argv)
-    arguments = vars(known)
-    # argparse takes overrides before an option or after it, and not both.
-    if rest and not ("overrides" in arguments and all("=" in r and r[0] != "-" for r in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:
-        arguments["overrides"] += rest
-    verb = arguments.pop("verb")
-    arguments.pop("local_rank")
+    verb = "relora"
     try:
+        arguments = _parse(sys.argv[1:] if argv is None else argv)
+        verb = arguments.pop("verb")
+        if verb == "resume":
+            verb, arguments = _as_training(arguments)
         if "config" in arguments:
             arguments = _with_config(verb, arguments)
         command = getattr(_import_quickly(f"relora.commands.{verb}"), verb)
@@ -297,6 +332,31 @@ def main(argv: Sequence[str] | None = None) -> int:
             with undisturbed():  # by the launcher, which stops a rank when another fails
                 print(f"relora: {told}", file=sys.stderr)
         return told.code
+
+
+def _parse(argv: Sequence[str]) -> dict[str, Any]:
+    """The verb and its arguments, by name; leaves the process with 2 where they are wrong."""
+    parser = build_parser()
+    verbs = next(a for a in parser._actions if isinstance(a, Verbs)).choices
+    takes = [name for name, verb in verbs.items() if verb.get_default("overrides") is not None]
+    known, rest = parser.parse_known_args(translated(argv, verbs, takes))
+    arguments = vars(known)
+    # argparse takes overrides before an option or after it, and not both.
+    if rest and not ("overrides" in arguments and all("=" in r and r[0] != "-" for r in rest)):
+        meant = what_was_meant(rest[0], verbs[known.verb]._option_string_actions)
+        parser.error(f"unrecognized arguments: {' '.join(rest)}{meant}")
+    if rest:
+        arguments["overrides"] = [*arguments["overrides"], *rest]
+    arguments.pop("local_rank")
+    return arguments
+
+
+def _as_training(arguments: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """`resume RUN` as the verb that it is short for."""
+    where = {name: arguments.pop(name) for name in ("devices", "hostfile")}
+    if not arguments["config"].is_dir():
+        raise ConfigError(f"{arguments['config']}: no such run directory")
+    return ("launch", arguments | where) if any(where.values()) else ("train", arguments)
 
 
 def _with_config(verb: str, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -378,9 +438,20 @@ def _seconds(text: str) -> float:
     return value
 
 
-def _config(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file")
+def _config(
+    parser: argparse.ArgumentParser,
+    metavar: str = "CONFIG",
+    help: str = "a YAML file, a run directory, or a name that comes with relora: llama_60m_relora",
+) -> None:
+    parser.add_argument("config", type=Path, metavar=metavar, help=help)
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help=OVERRIDES)
+    parser.set_defaults(overrides=[])
+
+
+def _where(parser: argparse.ArgumentParser) -> None:
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--devices", type=_positive, metavar="N", help="ranks here (all GPUs)")
+    where.add_argument("--hostfile", type=Path, metavar="F", help="lines of `host slots=N`")
 
 
 def _resume(parser: argparse.ArgumentParser) -> None:

@@ -25,20 +25,33 @@ class Config(Section):
     """One run. Full rank, LoRA and ReLoRA differ by which of `lora` and `relora` are null."""
 
     run_dir: Path
+    """Where the run writes; relative to the folder that the command is typed in."""
     seed: int = Field(default=0, ge=0, lt=2**32)
-    # Kernels that give the same bits each time, on one device; slower on GPUs.
+    """Of weights, data order, adapters and dropout."""
     deterministic: bool = False
+    """Take kernels that give the same bits each time on one device; slower on GPUs."""
     model: ModelConfig
+    """What is trained."""
     data: DataConfig
+    """Text, tokenizer, sequences."""
     batch: BatchConfig
+    """Sequences a step."""
     train: TrainConfig
+    """How long, and how often what."""
     optimizer: OptimizerConfig
+    """AdamW or Muon, and their rates."""
     schedule: ScheduleConfig = ScheduleConfig()
+    """The learning-rate curve under the restarts."""
     lora: LoRAConfig | None = None
+    """Adapters; null = full rank."""
     relora: ReLoRAConfig | None = None
+    """Merges and restarts; null = plain LoRA."""
     warm_start: WarmStartConfig | None = None
+    """A full-rank phase before the adapters; null = adapters from the first step."""
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+    """ZeRO stage and precision."""
     spectra: SpectraConfig | None = SpectraConfig()
+    """Singular values of what the weights gain; null = not measured."""
 
     @property
     def tokens_per_step(self) -> int:

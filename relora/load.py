@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,11 @@ import yaml
 from relora.checks import cross_checks
 from relora.config import Config
 from relora.errors import ConfigError
+from relora.files import exists
+from relora.hub import fetch, is_hub_name
+from relora.locate import find_config, look_beside, shipped_directory
 from relora.record.layout import RunDirectory
-from relora.yaml_config import apply_override, read_yaml, report, validate
+from relora.yaml_config import apply_override, examine, read_yaml, report, without
 
 # What a continued run may change: lengths, intervals, and what belongs to the machine.
 MAY_CHANGE = (
@@ -42,26 +45,38 @@ OF_SPEED = (
     "relora.remainder",
     "train.compile",
 )
-# Paths: compared by what they hold, and not by how they are written.
-PATHS = (
-    "model.config",
-    "model.pretrained",
-    "data.source.files",
-    "data.source.saved",
-    "data.tokenizer.path",
-)
+# Files of a model on the hub that are wanted: no pickle, no code.
+_OF_MODEL = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json")
+# What transformers calls settings of ours (and PEFT, see `LoRAConfig`).
+_OTHER_NAMES = {
+    "train.max_steps": "steps",
+    "optimizer.learning_rate": "lr",
+    "optimizer.max_grad_norm": "grad_clip",
+}
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
-    """Read a config file, apply `a.b=c` overrides, validate all of it.
+    """Read a config, apply `a.b=c` overrides, validate all of it.
+
+    Args:
+        path: a YAML file, a run directory (its config, and itself as `run_dir`), or the name of a
+            config that comes with relora, such as `llama_60m_relora`.
 
     Raises:
         ConfigError: one message with every problem.
     """
-    values = read_yaml(Path(path))
+    file = find_config(Path(path))
+    values = read_yaml(file)
+    of_run = file == RunDirectory(Path(path)).config
+    if of_run:
+        values["run_dir"] = str(path)
     for override in overrides:
         apply_override(values, override)
-    return build_config(values, str(path))
+    for folder in (file.parent, shipped_directory()):
+        look_beside(values, folder)
+    if not of_run:
+        _fetch_pretrained(values.get("model"))
+    return build_config(values, str(path), read_model=not of_run)
 
 
 def load_run_config(run_dir: Path) -> Config:
@@ -75,11 +90,46 @@ def load_run_config(run_dir: Path) -> Config:
 
 def build_config(values: dict[str, Any], where: str, read_model: bool = True) -> Config:
     """Validate a tree of plain values; `where` names it in messages."""
-    config = validate(Config, values, where)
-    problems = list(cross_checks(config, read_model))
+    problems = list(_take_other_names(values))
+    config, wrong = examine(Config, values)
+    problems += [mistake.text for mistake in wrong]
+    # Keys that are wrong in themselves left out, what others say together may be wrong too.
+    whole = any(len(one.path) == 1 and isinstance(values.get(one.path[0]), dict) for one in wrong)
+    sound = config if whole else config or examine(Config, without(values, wrong))[0]
+    if sound is not None:
+        known = [f"{'.'.join(map(str, mistake.path))}: " for mistake in wrong]
+        told = cross_checks(sound, read_model)
+        problems += [one for one in told if not one.startswith(tuple(known))]
     if problems:
         raise report(where, problems)
+    assert config is not None
     return config
+
+
+def _fetch_pretrained(model: Any) -> None:
+    """The folder of weights that are named as on the hub, `org/name`, in place of their name."""
+    name = model.get("pretrained") if isinstance(model, dict) else None
+    if not isinstance(name, str) or name.count("/") != 1 or not is_hub_name(name):
+        return
+    if not exists(Path(name).parent):  # else it is a path with a mistake in it
+        model["pretrained"] = str(fetch(name, _OF_MODEL, ConfigError, "model.pretrained"))
+
+
+def _take_other_names(values: dict[str, Any]) -> Iterator[str]:
+    """Call settings by their names here, in place; says what cannot be taken so."""
+    for path, name in _OTHER_NAMES.items():
+        section, other = path.split(".")
+        node = values.get(section)
+        if isinstance(node, dict) and other in node:
+            if node.get(name) is not None:
+                yield f"{path}: is {section}.{name} here, which is given too; remove one"
+            node[name] = node.pop(other)
+    train = values.get("train")
+    if isinstance(train, dict) and train.pop("epochs", None) is not None:
+        yield (
+            "train.epochs: a length is train.steps or train.tokens; how many steps make an epoch "
+            "is what `relora plan` says once `relora prepare` has counted the corpus"
+        )
 
 
 def dump_config(config: Config) -> str:

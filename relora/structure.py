@@ -56,17 +56,21 @@ class ModelConfig(Section):
     """
 
     config: Path | None = None
+    """A transformers config JSON: weights at random."""
     pretrained: Path | None = None
+    """Weights to go on from: a transformers directory, a run, a checkpoint of one, or a name on the
+    hub (org/name)."""
     gradient_checkpointing: bool = False
-    # The backward pass makes normed and gated activations anew, elementwise, and does not keep
-    # them: in RMSNorms and SwiGLU MLPs, wherever they are; other blocks are as they were.
+    """Keep a block's input alone and compute the block anew in the backward pass."""
     lean: bool = True
-    # Tokens that the output head and the loss are computed for at a time; null = all at once. Only
-    # models whose loss is the cross-entropy of their head's output can do it; others do not.
+    """The backward pass makes normed and gated activations anew, elementwise, and does not keep
+    them: in RMSNorms and SwiGLU MLPs, wherever they are; other blocks are as they were."""
     loss_chunk: int | None = Field(default=1024, ge=1)
-    # What blocks add to is kept in the half precision of products: half its bytes, and every
-    # block's addition rounded. Needs lean blocks.
+    """Tokens that the output head and the loss are computed for at a time; null = all at once. Only
+    models whose loss is the cross-entropy of their head's output can do it; others do not."""
     half_residual: bool = False
+    """What blocks add to is kept in the half precision of products: half its bytes, and every
+    block's addition rounded. Needs lean blocks."""
 
     @model_validator(mode="after")
     def _exactly_one(self) -> ModelConfig:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, NamedTuple, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -126,11 +127,49 @@ def validate(kind: type[S], values: dict[str, Any], where: str) -> S:
     Raises:
         ConfigError: one message with every problem, each with its path and what is allowed.
     """
+    section, wrong = examine(kind, values)
+    if section is None:
+        raise report(where, [one.text for one in wrong])
+    return section
+
+
+class Mistake(NamedTuple):
+    """What is wrong with a key, in words with its path; `unknown` if there is no such key."""
+
+    path: tuple[Any, ...]
+    text: str
+    unknown: bool
+
+
+def examine(kind: type[S], values: dict[str, Any]) -> tuple[S | None, list[Mistake]]:
+    """Plain values as a section, or None and all that is wrong with them.
+
+    What the keys of a section say together is looked at as if unknown ones were not there.
+    """
     try:
-        return kind.model_validate(values)
+        return kind.model_validate(values), []
     except ValidationError as error:
-        problems = [_explain(kind, one) for one in error.errors(include_url=False)]
-        raise report(where, problems) from None
+        errors = error.errors(include_url=False)
+    told = [
+        Mistake(one["loc"], _explain(kind, one), one["type"] == "extra_forbidden") for one in errors
+    ]
+    unknown = [one for one in told if one.unknown]
+    if unknown:
+        told = unknown + examine(kind, without(values, unknown))[1]
+    return None, told
+
+
+def without(values: dict[str, Any], mistakes: Iterable[Mistake]) -> dict[str, Any]:
+    """A copy of a tree of plain values without the keys that are wrong."""
+    rest = copy.deepcopy(values)
+    for path, *_ in mistakes:
+        node: Any = rest
+        for part in path[:-1]:
+            inside = isinstance(node, dict) and part in node
+            node = node[part] if inside else None
+        if isinstance(node, dict):
+            node.pop(path[-1], None)
+    return rest
 
 
 def _explain(kind_of: type[BaseModel], error: Any) -> str:

@@ -543,7 +543,6 @@ def test_help_shows_an_example(verb: str, capsys: pytest.CaptureFixture[str]) ->
 def test_unknown_arguments_exit_with_2(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in (
         [],
-        ["trian", "x.yaml"],
         ["plan"],
         ["plan", "x.yaml", "--devices", "two"],
         ["plan", "x.yaml", "--device-count=2"],

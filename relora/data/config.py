@@ -19,10 +19,13 @@ class CutConfig(Section):
     blank_lines` in the file is short for `{blank_lines: true}`.
     """
 
-    separator: str | None = Field(default=None, min_length=1)  # "\n": each line is a document
-    blank_lines: bool = False  # at lines of nothing but spaces and tabs
-    # Pieces of at most so many characters: at the end of a line, else at a space, else anywhere.
+    separator: str | None = Field(default=None, min_length=1)
+    """Text that stands between two documents: a line end makes each line one."""
+    blank_lines: bool = False
+    """Cut at lines of nothing but spaces and tabs."""
     characters: int | None = Field(default=None, ge=100, le=100_000_000)
+    """Pieces of at most so many characters: at the end of a line, else at a space, else
+    anywhere."""
 
     @model_validator(mode="after")
     def _exactly_one(self) -> CutConfig:
@@ -52,19 +55,30 @@ class SourceConfig(Section):
     """
 
     builtin: Literal["python", "python_packages", "english"] | None = None
-    files: list[Annotated[str, Field(min_length=1)]] | None = None  # paths and patterns
-    dataset: str | None = None  # a Hugging Face dataset by name
-    saved: Path | None = None  # a directory written by datasets' save_to_disk
-
-    text_field: str = "text"  # the column that holds the text, where there are columns
-    config: str | None = None  # `dataset` only: its configuration
-    split: str = "train"  # `dataset` and `saved` only
-    revision: str | None = None  # `dataset` only
-    streaming: bool = True  # `dataset` only
-    cut: CutConfig | None = None  # `files` only: cut text files (.txt, .md, .py) into documents
-    # Two are the fewest of which training and validation can have one each.
+    """Text that is at hand; `source: python` is short for it."""
+    files: list[Annotated[str, Field(min_length=1)]] | None = None
+    """Paths and patterns of .txt, .md, .py, .jsonl, .json, .csv or .parquet files, also .gz and
+    .zst."""
+    dataset: str | None = None
+    """A Hugging Face dataset by name."""
+    saved: Path | None = None
+    """A directory written by datasets' save_to_disk."""
+    text_field: str = "text"
+    """The column that holds the text, where there are columns."""
+    config: str | None = None
+    """Of `dataset`: its configuration."""
+    split: str = "train"
+    """Of `dataset` and `saved`: which split."""
+    revision: str | None = None
+    """Of `dataset`: a branch, tag or commit."""
+    streaming: bool = True
+    """Of `dataset`: read while it is downloaded, and keep no copy."""
+    cut: CutConfig | None = None
+    """Cut each text file (.txt, .md, .py) into documents; null = a file is one."""
     max_documents: int | None = Field(default=None, ge=2, le=10**12)
-    deduplicate: bool = False  # drop a document whose whole text has come before
+    """Stop after so many; null = all. Training and validation want one each at least."""
+    deduplicate: bool = False
+    """Drop a document whose whole text has come before."""
 
     @field_validator("cut", mode="before")
     @classmethod
@@ -93,14 +107,17 @@ class TokenizerConfig(Section):
     """Train a sentencepiece model (`train`, `vocab_size`) or take an existing one (`path`)."""
 
     train: Literal["bpe", "unigram"] | None = None
+    """Train a sentencepiece model of this kind on the corpus."""
     vocab_size: int | None = Field(default=None, ge=300, le=2**31 - 1)
-    # `train` only: how much text of the corpus sentencepiece sees
+    """Of the tokenizer to train; the model's own."""
     training_megabytes: float = Field(default=20.0, gt=0)
-    # a .model file, a transformers tokenizer directory, or a hub name
+    """How much text of the corpus `train` sees."""
     path: str | None = Field(default=None, min_length=1)
-    # `path` only. null: documents and prompts begin with what the tokenizer itself puts before a
-    # text (BOS, where its post-processor has it). false: with nothing, in the export too.
+    """Take this one: a sentencepiece .model file, a transformers tokenizer directory, or a hub
+    name."""
     add_bos: bool | None = None
+    """Of `path`. null: documents and prompts begin with what the tokenizer itself puts before a
+    text (BOS, where its post-processor has it). false: with nothing, in the export too."""
 
     @model_validator(mode="after")
     def _train_or_path(self) -> TokenizerConfig:
@@ -134,12 +151,17 @@ class DataConfig(Section):
     """From text to batches. Shards go to `dir/<fingerprint of source and tokenizer settings>`."""
 
     source: SourceConfig
+    """The text."""
     tokenizer: TokenizerConfig
-    sequence_length: int = Field(ge=8)  # tokens
+    """What makes tokens of it."""
+    sequence_length: int = Field(ge=8)
+    """Tokens of a training sequence."""
     dir: Path = Path("data")
-    # Share of the documents; below 1e-12 of them there is none in any corpus.
+    """Where token shards go, in a folder named by what they were made from."""
     validation_fraction: float = Field(default=0.01, ge=1e-12, lt=0.5)
-    num_workers: int = 0  # loader processes per rank; 0 reads in a thread
+    """Share of the documents that is held out; below 1e-12 of them there is none in any corpus."""
+    num_workers: int = 0
+    """Loader processes a rank, 0 to 64; 0 reads in a thread."""
 
     @field_validator("num_workers")
     @classmethod

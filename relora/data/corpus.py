@@ -32,6 +32,7 @@ from relora.data.readers import (
 )
 from relora.data.text import AnyDocument, Document, digest_and_length
 from relora.errors import DataError
+from relora.hub import why_offline
 
 _PACKAGES = frozenset(("site-packages", "dist-packages"))  # the folders that hold them
 
@@ -243,6 +244,13 @@ def _load_dataset(source: SourceConfig, name: str) -> Any:
     """A `datasets.Dataset` or `IterableDataset`: one split."""
     import datasets  # seconds, and most sources do without
 
+    if source.dataset and not files.exists(Path(source.dataset)) and (why := why_offline()):
+        cached = not source.streaming and why.endswith("is set")
+        if not cached:
+            raise DataError(
+                f"data set {name}: {why}; a copy made by save_to_disk is read from data.source."
+                "saved, and one in the cache with HF_HUB_OFFLINE=1 and streaming: false"
+            )
     with _whatever_it_raises(name):
         if source.dataset:
             return datasets.load_dataset(

@@ -174,6 +174,19 @@ def _read_json(file: BinaryIO, path: Path, field: str) -> Iterator[Document]:
         yield Document(origin, text_of(row, field, origin))
 
 
+def first_object(file: BinaryIO, path: Path) -> dict[str, Any]:
+    """The first row of JSON lines or of a JSON list; DataError if it is no object."""
+    row: Any = None
+    reader = io.BufferedReader(cast(io.RawIOBase, file), READ_BYTES)
+    if reader.peek(READ_BYTES).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+        row = next(iter(_JsonList(decoded(cast(BinaryIO, reader), str(path)), path)), None)
+    elif line := next((line for line in reader if line.strip()), b""):
+        row = _parsed(line.decode("utf-8-sig", "replace"), str(path))
+    if not isinstance(row, dict):
+        raise DataError(f'{path}: begins with no JSON object, such as {{"text": …}}')
+    return row
+
+
 class _JsonList:
     """The items of a JSON list, one at a time: what is held is one of them and a block."""
 

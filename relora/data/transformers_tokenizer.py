@@ -21,6 +21,7 @@ from tokenizers import Tokenizer
 from relora import files
 from relora.data.beginning import begin_ids, drop_beginning
 from relora.errors import ConfigError, DataError, UserError
+from relora.hub import fetch
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -182,10 +183,7 @@ def _find(name: str, where: str) -> Path:
         raise DataError(f"{where} is a file; name its directory, or a sentencepiece .model file")
     if name.startswith(("/", ".", "~")) or name.count("/") > 1:
         raise DataError(f"{where}: no such directory (looked from {Path.cwd()})")
-    from huggingface_hub import snapshot_download  # likewise
-
-    with _loadable(DataError, where):  # else it is the network, the hub or the name
-        return Path(snapshot_download(name, allow_patterns=[*_FILES, "config.json"]))
+    return fetch(name, [*_FILES, "config.json"], DataError, "data.tokenizer.path")
 
 
 def _copy_files(source: Path, directory: Path) -> None:

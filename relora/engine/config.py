@@ -13,26 +13,34 @@ from relora.section import Section
 class BatchConfig(Section):
     """Sequences per optimizer step; gradient accumulation is derived from the world size."""
 
-    global_batch_size: int = Field(ge=1)  # sequences per optimizer step, over all ranks
-    micro_batch_size: int = Field(ge=1)  # sequences per forward, per rank
+    global_batch_size: int = Field(ge=1)
+    """Sequences of an optimizer step, over all ranks; accumulation follows from it."""
+    micro_batch_size: int = Field(ge=1)
+    """Sequences of a forward pass, on each rank."""
 
 
 class OptimizerConfig(Section):
     """AdamW with decoupled weight decay, none of it on norms and biases."""
 
-    # How matrices step: W where it trains in full, A and B. muon keeps one moment of them and not
-    # two, see `engine.muon`; embeddings, head, norms and biases are AdamW's in any case.
     matrices: Literal["adamw", "muon"] = "adamw"
-    momentum: float = Field(default=0.95, ge=0, lt=1)  # of muon
-    lr: float = Field(gt=0)  # of matrices; of adapters too, unless relora.lr or lora.lr says more
-    # Of embeddings, head, norms and biases, which restarts leave alone: their rate neither falls
-    # nor warms up again with the adapters'. null = lr, in every phase and method; adapters = that
-    # of the adapters once there are some, restarts included, as published.
+    """How matrices step: W where it trains in full, A and B, or blocks. muon keeps one moment of
+    them and not two; embeddings, head, norms and biases are AdamW's in any case."""
+    momentum: float = Field(default=0.95, ge=0, lt=1)
+    """Of muon."""
+    lr: float = Field(gt=0)
+    """Learning rate of matrices; of adapters too, unless relora.lr or lora.lr says another."""
     lr_embeddings: Annotated[float, Field(gt=0)] | Literal["adapters"] | None = None
+    """Learning rate of embeddings, head, norms and biases, which restarts leave alone. null = lr,
+    in every phase and method; adapters = that of the adapters once there are some, restarts
+    included, as published."""
     betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of AdamW's two moments, each in [0, 1)."""
     eps: float = Field(default=1e-8, gt=0)
+    """Of AdamW."""
     weight_decay: float = Field(default=0.0, ge=0)
-    grad_clip: float | None = Field(default=1.0, gt=0)  # global norm; null = off
+    """Decoupled; none of it on norms and biases."""
+    grad_clip: float | None = Field(default=1.0, gt=0)
+    """Largest global norm of the gradient; null = no clipping."""
 
     @model_validator(mode="before")
     @classmethod
@@ -63,10 +71,16 @@ class DeepSpeedConfig(Section):
     """
 
     zero_stage: Stage = 2
+    """What ranks share: 1 optimizer state, 2 gradients too, 3 weights too."""
     precision: Name = "bf16"
+    """bf16, fp16: trainable parameters in fp32, frozen ones in bf16, products in half precision;
+    deepspeed_bf16: all in bf16 with fp32 masters; fp32."""
     offload_optimizer: bool = False
-    # In which gradients travel between ranks: bf16 halves the traffic and rounds each rank's, and
-    # their sum. null = as they are: fp32, or with deepspeed_bf16 bf16.
+    """Keep optimizer state and its step in host memory."""
     reduce_dtype: Literal["fp32", "bf16"] | None = None
-    timeout_minutes: float = Field(default=30.0, gt=0)  # of a collective, before a hang is an error
+    """In which gradients travel between ranks: bf16 halves the traffic and rounds each rank's, and
+    their sum. null = as they are: fp32, or with deepspeed_bf16 bf16."""
+    timeout_minutes: float = Field(default=30.0, gt=0)
+    """Of a collective, before a hang is an error."""
     extra: dict[str, Any] = Field(default_factory=dict)
+    """Merged into DeepSpeed's own JSON last."""

@@ -18,56 +18,75 @@ UNDECAYED = ("norms and biases", "undecayed adapters")
 # The layer of a tensor of all experts' weights is named after it, see `experts`.
 OF_EXPERTS = "_of_experts"
 
+# What PEFT calls these settings.
+_OF_PEFT = {
+    "r": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "target_modules": "targets",
+}
+
 
 class LoRAConfig(Section):
     """Adapters y += s·B·A·x on the chosen weights; embeddings, norms and the head train in full."""
 
     rank: int | None = Field(default=None, ge=1)
-    # In place of a rank: blocks of W train by themselves, each a k-th of its rows by a k-th of its
-    # columns, one in each band of either, so 1/k of W's entries and any rank at once. A restart
-    # moves every block on by one band.
+    """Rank r of A (r, in) and B (out, r); either this or `blocks`."""
     blocks: int | None = Field(default=None, ge=2, le=256)
+    """In place of a rank: k blocks of W train by themselves, each a k-th of its rows by a k-th of
+    its columns, one in each band of either, so 1/k of W's entries and any rank at once. A restart
+    moves every block on by one band."""
     alpha: float = Field(default=32.0, gt=0)
-    scaling: Literal["standard", "rslora"] = "standard"  # s = alpha/r, or alpha/√r
+    """The adapters' output is scaled by s = alpha / rank."""
+    scaling: Literal["standard", "rslora"] = "standard"
+    """standard: s = alpha/r; rslora: s = alpha/√r."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    # Last parts of module names (`q_proj`), or null: every projection of the attention and MLP
-    # blocks, that is every linear layer but the output head, and the weights of experts. Embeddings
-    # and convolutions get adapters where they are named.
+    """On the adapters' input alone."""
     targets: list[str] | None = Field(default=None, min_length=1)
-    # Rank and alpha of layers whose names end in a pattern, a regular expression; the first that
-    # matches counts, as in PEFT.
+    """Last parts of module names (`q_proj`), or null: every projection of the attention and MLP
+    blocks, that is every linear layer but the output head, and the weights of experts. Embeddings
+    and convolutions get adapters where they are named."""
     rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field(default={})
+    """Rank by layer: {regular expression that the name ends in: rank}; the first that matches
+    counts, as in PEFT."""
     alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field(default={})
-
-    # Whether the biases of the layers that adapters go to train, as those of all others do.
+    """Alpha by layer, likewise."""
     bias: Literal["all", "none"] = "all"
-
-    # Which factors train between restarts. With b, A stays as it was drawn until the next restart:
-    # it has no gradient and no optimizer state, and lies in the base weights' precision.
+    """Whether the biases of the layers that adapters go to train, as those of all others do."""
     train: Literal["both", "b"] = "both"
-    # With train: b, layers of one block that read the same input may have the same A, by lists of
-    # last parts of names such as [[q_proj, k_proj, v_proj], [gate_proj, up_proj]]; what A makes of
-    # the input is then computed and kept once for all of a list.
+    """Which factors train between restarts. With b, A stays as it was drawn until the next restart:
+    it has no gradient and no optimizer state, and lies in the base weights' precision."""
     share_a: list[list[str]] | None = Field(default=None, min_length=1)
-
-    # How adapted layers are computed, see `graphs`: through r features beside the base's output, or
-    # with W + s·B·A in its place. The same function, and other products; auto takes the fewer.
+    """With train: b, layers of one block that read the same input may have the same A, by lists of
+    last parts of names such as [[q_proj, k_proj, v_proj], [gate_proj, up_proj]]; what A makes of
+    the input is then computed and kept once for all of a list."""
     graph: Literal["auto", "low_rank", "effective"] = "auto"
-    # Whether W + s·B·A is formed once a step and kept, which takes the base's bytes once more, or
-    # for each micro-batch; null = kept where forming it would cost more than 5 % of its products.
+    """How adapted layers are computed: through r features beside the base's output (low_rank), or
+    with W + s·B·A in its place (effective). The same function, and other products; auto takes the
+    fewer."""
     keep_effective: bool | None = None
-
-    # What the frozen weights are held in for products: codes with a scale for each 64 entries, one
-    # byte an entry (int8, fp8) or half of one (nf4), with the exact values beside them in host
-    # memory, see `quantised`; null = as deepspeed.precision says.
+    """Whether W + s·B·A is formed once a step and kept, which takes the base's bytes once more, or
+    for each micro-batch; null = kept where forming it would cost more than 5 % of its products."""
     base: Literal["int8", "fp8", "nf4"] | None = None
-
-    # Learning rate of adapters; null = optimizer.lr. `relora.lr` is the same for runs that merge.
+    """What products read the frozen weights as: codes with a scale for each 64 entries, one byte an
+    entry (int8, fp8) or half of one (nf4), with the exact values beside them in host memory; null =
+    as deepspeed.precision says."""
     lr: float | None = Field(default=None, gt=0)
-
-    # What optimizer.weight_decay acts on: A and B, each by itself, or W + s·B·A as a whole, as in
-    # full-rank training. Neither touches norms and biases.
+    """Learning rate of adapters in runs without merges; null = optimizer.lr. With merges it is
+    relora.lr."""
     decay: Literal["factors", "merged"] = "factors"
+    """What optimizer.weight_decay acts on: A and B, each by itself, or W + s·B·A as a whole, as in
+    full-rank training. Neither touches norms and biases."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _takes_pefts_names(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        both = [name for name in values if values.get(_OF_PEFT.get(name, "")) is not None]
+        if both:
+            raise ValueError(f"{both[0]} is {_OF_PEFT[both[0]]} here, which is given too")
+        return {_OF_PEFT.get(name, name): value for name, value in values.items()}
 
     @model_validator(mode="after")
     def _has_a_size(self) -> LoRAConfig:

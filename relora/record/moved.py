@@ -14,7 +14,8 @@ from relora.data.config import DataConfig
 from relora.data.shards import open_shards, shard_directory
 from relora.errors import UserError
 from relora.files import exists, is_file
-from relora.load import PATHS, differences, load_run_config
+from relora.load import differences, load_run_config
+from relora.locate import PATHS
 from relora.record.checkpoint import is_checkpoint, named_checkpoints, newest_state
 from relora.record.layout import MANIFEST, RunDirectory
 from relora.record.loaded import is_run_or_checkpoint

@@ -8,7 +8,8 @@ from pathlib import Path
 from relora.config import Config
 from relora.errors import CheckpointError, ConfigError, UserError
 from relora.files import exists, is_dir, is_file
-from relora.load import MAY_CHANGE, PATHS, differences, load_run_config
+from relora.load import MAY_CHANGE, differences, load_run_config
+from relora.locate import PATHS
 from relora.model import ModelConfig, load_model_config
 from relora.record.checkpoint import complete_checkpoints, newest_state
 from relora.record.layout import RunDirectory, step_of

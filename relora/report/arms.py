@@ -15,7 +15,8 @@ from typing import NamedTuple
 import numpy as np
 
 from relora.errors import ConfigError
-from relora.load import PATHS, differences
+from relora.load import differences
+from relora.locate import PATHS
 from relora.report.read import Evaluations, RunFiles
 from relora.report.records import Spread
 

@@ -26,8 +26,11 @@ class ScheduleConfig(Section):
     """The learning-rate curve under the restarts, as a factor of the learning rate."""
 
     base: Literal["cosine", "linear", "constant"] = "cosine"
+    """The curve from the end of the warm-up to the end of the run."""
     warmup_steps: int = Field(default=0, ge=0)
-    min_lr_ratio: float = Field(default=0.1, ge=0, le=1)  # final factor; `constant` has none
+    """Steps of linear warm-up at the start."""
+    min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
+    """Last factor of the learning rate; `constant` has none."""
 
 
 class Clock(NamedTuple):

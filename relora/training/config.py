@@ -31,38 +31,55 @@ class SpikeConfig(Section):
     """
 
     sigmas: float = Field(default=6.0, gt=0)
-    window: int = Field(default=128, ge=2)  # steps; before so many there is no jump
-    max_rollbacks: int = Field(default=3, ge=1)  # in the whole run; one more ends it
+    """How far a loss lies above the mean of the window to be a jump, in standard deviations."""
+    window: int = Field(default=128, ge=2)
+    """Steps that mean and deviation are taken of; before so many there is no jump."""
+    max_rollbacks: int = Field(default=3, ge=1)
+    """In the whole run; one more ends it."""
 
 
 class TrainConfig(Section):
     """How long, and how often what. Lengths and intervals may change when a run is continued."""
 
     steps: int | None = Field(default=None, ge=1)
-    tokens: int | None = Field(default=None, ge=1)  # instead of steps; 1.2B is understood
+    """Optimizer steps; either this or `tokens`. 20k is understood."""
+    tokens: int | None = Field(default=None, ge=1)
+    """Length in tokens, rounded up to whole steps; 1.2B is understood."""
     log_every: int = Field(default=10, ge=1)
-    # Dashboards that get the figures too, each an optional package; TensorBoard always does.
+    """Steps between lines of the log."""
     log_to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(
         default=["tensorboard"]
     )
-    eval_every: int | None = Field(default=None, ge=1)  # null = at the end only
-    eval_sequences: int | None = Field(default=None, ge=1)  # null = the whole validation split
-    # Text that each evaluation continues by the likeliest tokens, for TensorBoard; null = none.
+    """Where figures go beside metrics.jsonl: TensorBoard in any case, the others as optional
+    packages."""
+    eval_every: int | None = Field(default=None, ge=1)
+    """Steps between evaluations; null = at the end only."""
+    eval_sequences: int | None = Field(default=None, ge=1)
+    """Sequences of an evaluation; null = the whole validation split."""
     sample_prompt: str | None = Field(default=None, min_length=1)
-    save_every: int | None = Field(default=None, ge=1)  # null = at the end only
-    background_save: bool = False  # write checkpoints beside the training; needs host memory
+    """Text that each evaluation continues by the likeliest tokens, for TensorBoard; null = none."""
+    save_every: int | None = Field(default=None, ge=1)
+    """Steps between checkpoints; null = at the end only."""
+    background_save: bool = False
+    """Write checkpoints beside the training; needs host memory for a copy."""
     keep_checkpoints: int = Field(default=3, ge=1)
-    # Checkpoints that stay for ever, and are not counted: each N steps, or at each merge (`cycle`).
+    """How many of the newest stay."""
     keep_every: int | Literal["cycle"] | None = None
-    stop_after: int | None = Field(default=None, ge=1)  # stop, resumable, once this step is done
-    max_skipped: int = Field(default=10, ge=1)  # non-finite updates in a row before giving up
-    compile: Literal["blocks"] | None = None  # each block by torch.compile; null = nothing
-    spike: SpikeConfig | None = None  # null = train on through a jump of the loss
+    """Checkpoints that stay for ever, and are not counted: each N steps, or at each merge
+    (cycle)."""
+    stop_after: int | None = Field(default=None, ge=1)
+    """Stop, resumable, once this step is done."""
+    max_skipped: int = Field(default=10, ge=1)
+    """Non-finite updates in a row before giving up."""
+    compile: Literal["blocks"] | None = None
+    """Each block by torch.compile; null = nothing."""
+    spike: SpikeConfig | None = None
+    """Go back and past the data when the loss jumps; null = train on."""
 
-    @field_validator("tokens", mode="before")
+    @field_validator("steps", "tokens", mode="before")
     @classmethod
     def _count(cls, value: object) -> object:
-        return None if value is None else parse_count(value)
+        return parse_count(value) if isinstance(value, str) else value
 
     @field_validator("keep_every", mode="before")
     @classmethod
@@ -92,8 +109,10 @@ class SpectraConfig(Section):
     directory), and well below 1 % of the training time at the default interval.
     """
 
-    every: int | None = Field(default=None, ge=1)  # steps; null = at each merge, and at the end
-    # Step that the cumulative update is counted from: null = the birth of adapters, or 0. In full
-    # rank it may be set to the step at which the runs to compare with get their adapters.
+    every: int | None = Field(default=None, ge=1)
+    """Steps between measurements; null = at each merge, and at the end."""
     start: int | None = Field(default=None, ge=0)
-    directions: int = Field(default=8, ge=1)  # leading singular vectors kept of each update
+    """Step that the cumulative update is counted from: null = the birth of adapters, or 0. In full
+    rank it may be set to the step at which the runs to compare with get their adapters."""
+    directions: int = Field(default=8, ge=1)
+    """Leading singular vectors kept of each update."""
