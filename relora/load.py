@@ -14,6 +14,7 @@ from relora.errors import ConfigError
 from relora.files import exists
 from relora.hub import fetch, is_hub_name
 from relora.locate import find_config, look_beside, shipped_directory
+from relora.lora.config import NAMES_OF_PEFT
 from relora.record.layout import RunDirectory
 from relora.yaml_config import apply_override, examine, read_yaml, report, without
 
@@ -47,11 +48,12 @@ OF_SPEED = (
 )
 # Files of a model on the hub that are wanted: no pickle, no code.
 _OF_MODEL = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json")
-# What transformers calls settings of ours (and PEFT, see `LoRAConfig`).
+# What transformers and PEFT call settings of ours.
 _OTHER_NAMES = {
-    "train.max_steps": "steps",
-    "optimizer.learning_rate": "lr",
-    "optimizer.max_grad_norm": "grad_clip",
+    "train.max_steps": "train.steps",
+    "optimizer.learning_rate": "optimizer.lr",
+    "optimizer.max_grad_norm": "optimizer.grad_clip",
+    **{f"lora.{theirs}": f"lora.{ours}" for theirs, ours in NAMES_OF_PEFT.items()},
 }
 
 
@@ -70,8 +72,10 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     of_run = file == RunDirectory(Path(path)).config
     if of_run:
         values["run_dir"] = str(path)
+    _rename(values)
     for override in overrides:
-        apply_override(values, override)
+        key, equals, value = override.partition("=")
+        apply_override(values, f"{_OTHER_NAMES.get(key.strip(), key)}{equals}{value}")
     for folder in (file.parent, shipped_directory()):
         look_beside(values, folder)
     if not of_run:
@@ -90,7 +94,8 @@ def load_run_config(run_dir: Path) -> Config:
 
 def build_config(values: dict[str, Any], where: str, read_model: bool = True) -> Config:
     """Validate a tree of plain values; `where` names it in messages."""
-    problems = list(_take_other_names(values))
+    _rename(values)
+    problems = list(_take_out_foreign(values))
     config, wrong = examine(Config, values)
     problems += [mistake.text for mistake in wrong]
     # Keys that are wrong in themselves left out, what others say together may be wrong too.
@@ -115,15 +120,22 @@ def _fetch_pretrained(model: Any) -> None:
         model["pretrained"] = str(fetch(name, _OF_MODEL, ConfigError, "model.pretrained"))
 
 
-def _take_other_names(values: dict[str, Any]) -> Iterator[str]:
-    """Call settings by their names here, in place; says what cannot be taken so."""
-    for path, name in _OTHER_NAMES.items():
+def _rename(values: dict[str, Any]) -> None:
+    """Call settings by their names here, in place, where those are not given as well."""
+    for path, ours in _OTHER_NAMES.items():
+        (section, other), name = path.split("."), ours.partition(".")[2]
+        node = values.get(section)
+        if isinstance(node, dict) and other in node and node.get(name) is None:
+            node[name] = node.pop(other)
+
+
+def _take_out_foreign(values: dict[str, Any]) -> Iterator[str]:
+    """Take settings of other tools out of a tree; says what to write in their place."""
+    for path, ours in _OTHER_NAMES.items():
         section, other = path.split(".")
         node = values.get(section)
-        if isinstance(node, dict) and other in node:
-            if node.get(name) is not None:
-                yield f"{path}: is {section}.{name} here, which is given too; remove one"
-            node[name] = node.pop(other)
+        if isinstance(node, dict) and node.pop(other, None) is not None:
+            yield f"{path}: is {ours} here, which is given too; remove one"
     train = values.get("train")
     if isinstance(train, dict) and train.pop("epochs", None) is not None:
         yield (

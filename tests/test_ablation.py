@@ -1,4 +1,4 @@
-"""The README says of the ablation what the committed report says, and nothing else."""
+"""The page of results says of the ablation what the committed report says, nothing else."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from relora.report.records import Report
 from relora.training.arms import read_arms
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf8")
+PAGE = (ROOT / "configs/experiments/README.md").read_text(encoding="utf8")
 
 
 @pytest.fixture
@@ -23,8 +23,8 @@ def report() -> Report:
     return Report.model_validate_json((COMMITTED / "report.json").read_text(encoding="utf8"))
 
 
-def test_the_readme_s_tables_are_those_of_the_report() -> None:
-    assert tables(COMMITTED, COMMITTED / "arms.json") in README
+def test_the_page_s_tables_are_those_of_the_report() -> None:
+    assert tables(COMMITTED, COMMITTED / "arms.json") in PAGE
 
 
 def test_the_report_is_of_the_shipped_arms_and_whole(
@@ -41,7 +41,7 @@ def test_the_report_is_of_the_shipped_arms_and_whole(
         assert arm.status == "finished"
     commits = {run.commit for arm in report.arms for run in arm.seeds}
     assert len(commits) == 1
-    assert f"commit `{commits.pop()[:7]}`" in README
+    assert f"commit `{commits.pop()[:7]}`" in PAGE
 
 
 def test_each_arm_has_the_best_of_the_rates_it_tried(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,7 +42,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("relora.training",),
     ("relora.report", "relora.integrations"),
     ("relora.commands",),
-    ("relora.reflexes",),
+    ("relora.reflexes", "relora.argument_types"),
+    ("relora.verbs",),
     ("relora.cli", "relora"),
     ("relora.__main__",),
 )

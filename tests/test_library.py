@@ -26,7 +26,7 @@ from runs import make_config, metric_lines, series, train, undisturbed
 from runs import relora as run_relora
 from test_method_reference import SEQUENCE, run_reference, settings, shards
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+PAGE = (Path(relora.__file__).parent / "README.md").read_text()
 
 
 # --- what it is -----------------------------------------------------------------------------------
@@ -62,12 +62,12 @@ def test_training_from_python_leaves_the_process_as_it_was(tmp_path: Path) -> No
         assert {number: signal.getsignal(number) for number in numbers} == before
 
 
-# --- the example of the README --------------------------------------------------------------------
+# --- the example of relora/README.md --------------------------------------------------------------
 
 
 def example() -> tuple[str, str]:
-    """The README's Python block: what it sets up, and its loop."""
-    (text,) = re.findall(r"```python\n(import torch\n.*?)```", README, flags=re.DOTALL)
+    """The page's Python block: what it sets up, and its loop."""
+    (text,) = re.findall(r"```python\n(import torch\n.*?)```", PAGE, flags=re.DOTALL)
     before, after = text.split("# --- the loop\n")
     return before, after
 
@@ -76,7 +76,7 @@ def example() -> tuple[str, str]:
 def test_the_readmes_loop_is_relora_train_bit_for_bit(
     matrices: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As it stands, and with `relora.Muon` in place of torch's optimizer, as the README says."""
+    """As it stands, and with `relora.Muon` in place of torch's optimizer, as the page says."""
     monkeypatch.chdir(tmp_path)
     changes = {
         "batch": {"global_batch_size": 4, "micro_batch_size": 4},

@@ -35,7 +35,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tree.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree)
-    shutil.copytree(ROOT / "relora", tree / "relora", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("relora", "configs"):
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
     options = ("--no-deps", "--no-build-isolation", "--no-index", "-q")
     run(sys.executable, "-m", "pip", "wheel", *options, "-w", tree / "made", tree, cwd=tree)
     (found,) = (tree / "made").glob("*.whl")
@@ -54,6 +55,10 @@ def site(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_file_of_the_package_is_in_the_wheel_and_nothing_else(wheel: Path) -> None:
     files = (path for path in (ROOT / "relora").rglob("*") if path.is_file())
     ours = {str(p.relative_to(ROOT)) for p in files if "__pycache__" not in p.parts}
+    # The configs are data of the package; what was measured with them stays in the repository.
+    configs = (path for path in (ROOT / "configs").rglob("*") if path.is_file())
+    kept = (path.relative_to(ROOT) for path in configs if "experiments" not in path.parts)
+    ours |= {f"relora/{path}" for path in kept if "__pycache__" not in path.parts}
     packed = set(zipfile.ZipFile(wheel).namelist())
     assert "relora/py.typed" in ours
     assert {name for name in packed if ".dist-info/" not in name} == ours
@@ -69,5 +74,7 @@ def test_the_installed_package_is_the_library_and_the_command(site: Path, tmp_pa
 
 def test_a_run_is_planned_from_any_folder(site: Path, tmp_path: Path) -> None:
     config = make_config(tmp_path / "run")
-    page = run(sys.executable, "-m", "relora", "plan", config, cwd=tmp_path, site=site)
-    assert "ReLoRA" in page
+    for what in (config, "llama_60m_relora"):
+        page = run(sys.executable, "-m", "relora", "plan", what, cwd=tmp_path, site=site)
+        assert "ReLoRA" in page
+    assert f"from {site}" in page

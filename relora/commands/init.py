@@ -22,6 +22,7 @@ from relora.errors import ConfigError, DataError
 from relora.files import exists, is_dir, is_file, write_atomically
 from relora.load import build_config
 from relora.locate import find_config, look_beside, shipped_directory, shipped_names
+from relora.plan.gpus import Pace
 from relora.plan.page import page
 from relora.reference import as_yaml
 from relora.structure import context_of, has_transformers_weights, read_model_json
@@ -113,7 +114,7 @@ def _checked(values: dict[str, Any], base: Path, to: Path, vocabulary: Path | No
         look_beside(tried, folder)
     try:
         config = build_config(tried, str(to))
-        for _ in page(config, str(to), 1, None):
+        for _ in page(config, str(to), 1, Pace()):
             pass
     except Exception:
         if vocabulary is not None:

@@ -9,5 +9,6 @@ from relora.reference import as_markdown, as_schema
 
 def schema(markdown: bool = False) -> int:
     """Print the JSON schema of config files, or every key with its meaning as Markdown tables."""
-    print(as_markdown() if markdown else json.dumps(as_schema(), indent=1, ensure_ascii=False))
+    text = as_markdown() if markdown else json.dumps(as_schema(), indent=1, ensure_ascii=False)
+    print(text.removesuffix("\n"))
     return 0

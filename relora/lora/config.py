@@ -19,7 +19,7 @@ UNDECAYED = ("norms and biases", "undecayed adapters")
 OF_EXPERTS = "_of_experts"
 
 # What PEFT calls these settings.
-_OF_PEFT = {
+NAMES_OF_PEFT = {
     "r": "rank",
     "lora_alpha": "alpha",
     "lora_dropout": "dropout",
@@ -83,10 +83,10 @@ class LoRAConfig(Section):
     def _takes_pefts_names(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        both = [name for name in values if values.get(_OF_PEFT.get(name, "")) is not None]
+        both = [name for name in values if values.get(NAMES_OF_PEFT.get(name, "")) is not None]
         if both:
-            raise ValueError(f"{both[0]} is {_OF_PEFT[both[0]]} here, which is given too")
-        return {_OF_PEFT.get(name, name): value for name, value in values.items()}
+            raise ValueError(f"{both[0]} is {NAMES_OF_PEFT[both[0]]} here, which is given too")
+        return {NAMES_OF_PEFT.get(name, name): value for name, value in values.items()}
 
     @model_validator(mode="after")
     def _has_a_size(self) -> LoRAConfig:

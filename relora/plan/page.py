@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from relora.config import Config
+from relora.data.absent import absent_parts
 from relora.data.shards import read_index, shard_directory
 from relora.engine.config import STAGES
 from relora.engine.options import refusal
@@ -32,6 +33,7 @@ from relora.plan.estimate import (
     training_flops,
     uncounted,
 )
+from relora.plan.gpus import Pace, room, time_lines
 from relora.plan.shape import count_by_group, shape_of
 from relora.plan.timeline import curve, timeline
 from relora.record.loaded import is_run_or_checkpoint, structure_of
@@ -51,7 +53,7 @@ class Facts:
 
     config: Config
     devices: int  # ranks
-    tokens_per_s: float | None  # of all ranks together
+    pace: Pace  # what hours are told from
     model: Any  # on the meta device, with its adapters
     lean: Lean
     parameters: int  # of it in full rank
@@ -59,17 +61,17 @@ class Facts:
     corpus: int | None  # training tokens; None before they are prepared
 
 
-def page(config: Config, path: str, devices: int, tokens_per_s: float | None) -> Iterator[str]:
+def page(config: Config, path: str, devices: int, pace: Pace) -> Iterator[str]:
     """The blocks of the page: verdict, method, timeline, parameters, memory, arithmetic, warnings.
 
     Args:
         path: of the config, as its user calls it.
-        tokens_per_s: of the whole job, over all devices; then hours are told too.
+        pace: what hours are told from.
 
     Raises:
         ConfigError: the config does not fit its model.
     """
-    facts = _gather(config, devices, tokens_per_s)
+    facts = _gather(config, devices, pace)
     for lines in (
         _header(facts, path),
         timeline(facts.config),
@@ -86,7 +88,7 @@ def page(config: Config, path: str, devices: int, tokens_per_s: float | None) ->
         yield "\n".join(lines)
 
 
-def _gather(config: Config, devices: int, tokens_per_s: float | None) -> Facts:
+def _gather(config: Config, devices: int, pace: Pace) -> Facts:
     config = _with_its_model(config)
     model = build_meta_model(config.model)
     source = config.model.config or config.model.pretrained
@@ -97,7 +99,7 @@ def _gather(config: Config, devices: int, tokens_per_s: float | None) -> Facts:
         add_adapters(model, config.lora, seed=None)
     shapes = {n: tuple(layer.matrix(layer.weight).shape[-2:]) for n, layer in adapted_layers(model)}
     corpus = _corpus_tokens(config)
-    return Facts(config, devices, tokens_per_s, model, lean, parameters, shapes, corpus)
+    return Facts(config, devices, pace, model, lean, parameters, shapes, corpus)
 
 
 def _with_its_model(config: Config) -> Config:
@@ -187,6 +189,7 @@ def _memory(facts: Facts) -> list[str]:
     rows.append(["  peak", *map(format_bytes, peaks.values())])
     lines = format_table(rows, "<" + ">" * len(columns))
     lines[-1] += "   the largest parts do not all meet"
+    lines += room(config, devices, facts.pace.gpu)
     if config.warm_start:
         lines.append("  the warm start is full rank and needs its memory until adapters are born")
     start = format_bytes(4 * facts.parameters)
@@ -204,7 +207,7 @@ def _memory(facts: Facts) -> list[str]:
 
 def _arithmetic(facts: Facts) -> list[str]:
     """FLOPs, traffic, and time at a given throughput; all beside full rank."""
-    config, devices, tokens_per_s = facts.config, facts.devices, facts.tokens_per_s
+    config, devices = facts.config, facts.devices
     full, even = flops_per_token(config, False), break_even(config)
     whole = training_flops(config, config.total_steps)
     a_token = f"FLOPs        {format_count(full.total)} a token in full rank"
@@ -229,18 +232,7 @@ def _arithmetic(facts: Facts) -> list[str]:
             traffic += f", {format_bytes(bytes_per_step(config, devices, True))} with adapters"
         lines.append(traffic)
         lines += [_wrapped("", hint) for hint in replicated_base(config, devices)]
-    if tokens_per_s is None:
-        return [*lines, "time         give --tokens-per-s for hours and GPU-hours"]
-    hours = config.total_steps * config.tokens_per_step / tokens_per_s / 3600
-    lines.append(
-        f"time         {hours:,.3g} hours, {hours * devices:,.3g} GPU-hours on {devices} at "
-        f"{format_count(tokens_per_s)} tokens/s together"
-    )
-    if adapters:
-        lines.append(
-            f"             full rank at the same FLOPs per second: {hours / even.flops:,.3g} hours"
-        )
-    return lines
+    return [*lines, *time_lines(config, devices, facts.pace)]
 
 
 def _budget(facts: Facts) -> list[str]:
@@ -257,10 +249,13 @@ def _budget(facts: Facts) -> list[str]:
         f"engine       ZeRO {config.deepspeed.zero_stage}, {config.deepspeed.precision}",
     ]
     if corpus is None:
-        return [*lines, "corpus       not prepared yet: relora prepare counts its tokens"]
+        lines.append("corpus       not prepared yet: relora prepare counts its tokens")
+        return [*lines, *(_wrapped("absent", what) for what in absent_parts(config.data))]
+    epoch = -(-corpus // per_step)
     return [
         *lines,
-        f"corpus       {format_count(corpus)} training tokens: {tokens / corpus:.3g} epochs",
+        f"corpus       {format_count(corpus)} training tokens: {tokens / corpus:.3g} epochs; an "
+        f"epoch is {epoch:,} steps",
     ]
 
 
