@@ -45,7 +45,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -741,37 +741,59 @@ def tokens_of(args: argparse.Namespace) -> list[np.ndarray[Any, Any]]:
 # ── results
 
 
-def table(results: Path) -> list[str]:
-    """The results as Markdown: an arm a line at its best rate, the best first."""
+class Row(NamedTuple):
+    """An arm of the results at its best rate; those with the most seeds count."""
+
+    source: str
+    width: int
+    layers: int
+    steps: int
+    arm: str
+    rate: str
+    losses: list[float]  # by seed
+    others: dict[str, float]  # mean loss by rate
+    state: float  # bytes an entry of W
+
+    @property
+    def mean(self) -> float:
+        return sum(self.losses) / len(self.losses)
+
+
+def rows(results: Path) -> list[Row]:
+    """The arms of a file of results, those of one setting together, the best first."""
     found: dict[tuple[Any, ...], dict[str, list[dict[str, Any]]]] = {}
     for line in map(json.loads, results.read_text().splitlines()):
         arm, _, rate = line["arm"].rpartition(" lr=")
         key = (line["source"], line["width"], line["layers"], line["steps"], arm)
         found.setdefault(key, {}).setdefault(rate, []).append(line)
-    lines = ["| source, width, layers, steps | arm | mean | by seed | rate | other rates | state |"]
-    lines.append("|" + "---|" * 7)
 
     def mean(runs: list[dict[str, Any]]) -> float:
         return sum(x["loss"] for x in runs) / len(runs)
 
-    best = {
-        key: min(rates, key=lambda r: (-len(rates[r]), mean(rates[r])))
-        for key, rates in found.items()
-    }
-    for key in sorted(found, key=lambda k: (*k[:4], mean(found[k][best[k]]))):
-        rates, (source, width, layers, steps, arm) = found[key], key
-        runs = rates[best[key]]
-        by_seed = " ".join(f"{x['loss']:.3f}" for x in sorted(runs, key=lambda x: x["seed"]))
-        others = ", ".join(
-            f"{r}: {mean(rates[r]):.3f}" for r in sorted(rates, key=float) if r != best[key]
-        )
+    made = []
+    for key, rates in found.items():
+        best = min(rates, key=lambda r: (-len(rates[r]), mean(rates[r])))
+        runs, arm = rates[best], key[-1]
         one_moment = "opt=muon" in arm or "opt=spectral" in arm
         state = runs[0]["share"] * (8 if one_moment else 12)
         if "m=full" in arm:
             state = 4 * runs[0]["share"] + 4
+        losses = [x["loss"] for x in sorted(runs, key=lambda x: x["seed"])]
+        others = {r: mean(rates[r]) for r in sorted(rates, key=float) if r != best}
+        made.append(Row(*key, best, losses, others, state))
+    return sorted(made, key=lambda row: (*row[:4], row.mean))
+
+
+def table(results: Path) -> list[str]:
+    """The results as Markdown: an arm a line at its best rate, the best first."""
+    lines = ["| source, width, layers, steps | arm | mean | by seed | rate | other rates | state |"]
+    lines.append("|" + "---|" * 7)
+    for row in rows(results):
+        by_seed = " ".join(f"{loss:.3f}" for loss in row.losses)
+        others = ", ".join(f"{rate}: {loss:.3f}" for rate, loss in row.others.items())
         lines.append(
-            f"| {source}, {width}, {layers}, {steps:,} | `{arm}` | {mean(runs):.3f} | {by_seed} "
-            f"| {best[key]} | {others} | {state:.1f} B |"
+            f"| {row.source}, {row.width}, {row.layers}, {row.steps:,} | `{row.arm}` "
+            f"| {row.mean:.3f} | {by_seed} | {row.rate} | {others} | {row.state:.1f} B |"
         )
     return lines
 
