@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import relora
 from relora.errors import CheckpointError, ConfigError
@@ -145,6 +147,27 @@ def test_tensors_of_other_shapes_are_refused(tmp_path: Path) -> None:
     save_file({name: tensor[:7] for name, tensor in tensors.items()}, path)
     with pytest.raises(CheckpointError, match=r"layers\.0\.mlp\.experts: A .* none of rank 2"):
         relora.load_adapter(plain("mixtral"), tmp_path)
+
+
+def test_one_expert_alone_is_refused_where_peft_computes_it_otherwise(tmp_path: Path) -> None:
+    for kind in ("mixtral", "gpt_oss"):
+        values = tiny_values(kind, num_local_experts=1, num_experts_per_tok=1)
+        torch.manual_seed(0)
+        model: Any = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(values.pop("model_type"), **values)
+        )
+        base = copy.deepcopy(model)
+        relora.add_adapters(model, relora.LoRAConfig(rank=RANK))
+        train_a_little(model)
+        if kind == "gpt_oss":
+            with pytest.raises(ConfigError, match=r"experts\.gate_up_proj: PEFT takes one expert"):
+                relora.save_adapter(model, tmp_path / kind)
+            assert not (tmp_path / kind).exists()
+        else:
+            relora.save_adapter(model, tmp_path / kind)
+            theirs = PeftModel.from_pretrained(base, str(tmp_path / kind))
+            found, right = output(theirs, tokens()), output(model, tokens())
+            torch.testing.assert_close(found, right, atol=1e-5, rtol=0)
 
 
 # --- of runs --------------------------------------------------------------------------------------

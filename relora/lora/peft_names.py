@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from relora.errors import ConfigError
 from relora.lora.config import OF_EXPERTS
-from relora.lora.experts import WEIGHTS, Experts, name_experts
+from relora.lora.experts import WEIGHTS, Experts, TransposedExperts, name_experts
 from relora.lora.layers import AdaptedLayer
 from relora.lora.names import layer_of, names_of
 
@@ -134,12 +134,17 @@ def as_peft(name: PeftName, layer: Any, a: Tensor, b: Tensor) -> dict[str, Tenso
     """A and B of a layer, adapted or plain, by the names and in the shapes that PEFT has them in.
 
     Raises:
-        ConfigError: a convolution that PEFT computes in another way.
+        ConfigError: a convolution that PEFT computes in another way, or a lone expert (1, in, out).
     """
     plain = layer.plain if isinstance(layer, AdaptedLayer) else type(layer)
     if issubclass(plain, nn.Embedding):
         return {f"{name.stem}.lora_embedding_A": a, f"{name.stem}.lora_embedding_B": b}
     if issubclass(plain, Experts):
+        if issubclass(plain, TransposedExperts) and len(a) == 1:
+            raise ConfigError(
+                f"{name.target}: PEFT takes one expert alone for a matrix (out, in), and this is "
+                "(in, out); leave it out of lora.targets, or export the merged model (--format hf)"
+            )
         a, b = a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)
     elif issubclass(plain, nn.Conv1d | nn.Conv2d):
         if layer.groups != 1 or set(layer.dilation) != {1} or layer.padding_mode != "zeros":
