@@ -223,12 +223,6 @@ def test_adapters_of_experts_take_turns_on_one_base() -> None:
     assert torch.equal(first(tokens()).logits, output)
 
 
-def test_adapters_of_experts_are_not_written_as_pefts(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"experts\.gate_up_proj: adapters of experts are beyond"):
-        relora.save_adapter(adapted("mixtral"), tmp_path / "adapter")
-    assert not (tmp_path / "adapter").exists()
-
-
 def test_the_plan_counts_the_adapters_of_experts(tmp_path: Path) -> None:
     path = tmp_path / "model.json"
     path.write_text(json.dumps(tiny_values("mixtral")))

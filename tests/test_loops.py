@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import re
@@ -62,14 +63,35 @@ def names(model_json: str, ranks: Any) -> dict[str, Any]:
         "rate": config.optimizer.lr,
         "seed": config.seed,
         "loader": DataLoader(data, micro, shuffle=False),  # type: ignore[arg-type]
+        "dataset": data,
+        "batch_size": micro,
+        "save_every": 5,
+        "resume": None,
     }
 
 
-def run_block(ranks: Any, title: str, model_json: str, stage: int) -> dict[str, Any]:
-    """All parameters after the seventeen updates of a block, and the losses on the way."""
+def halved(model: Any, *arguments: Any) -> None:
+    """`relora.add_adapters`, with a frozen base in bf16."""
+    relora.add_adapters(model, *arguments)
+    for _, layer in adapted_layers(model):
+        layer.weight.data = layer.weight.data.bfloat16()
+
+
+def run_block(
+    ranks: Any, title: str, model_json: str, stage: int, half: bool = False, **changes: Any
+) -> dict[str, Any]:
+    """All parameters after the seventeen updates of a block, and the losses on the way.
+
+    Args:
+        half: frozen weights in bf16, which products are in too.
+        changes: what the block finds there.
+    """
     forget()
     os.environ["ACCELERATE_USE_CPU"] = "true"  # as `accelerate launch --cpu` says it
-    found = names(model_json, ranks)
+    found = names(model_json, ranks) | changes
+    if half:
+        os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
+        found["relora"] = SimpleNamespace(**{**vars(relora), "add_adapters": halved})
     config = {
         "train_micro_batch_size_per_gpu": GLOBAL_BATCH // ranks.world,
         "gradient_clipping": 1.0,
@@ -108,15 +130,44 @@ def run_block(ranks: Any, title: str, model_json: str, stage: int) -> dict[str, 
     return {"losses": [x / ranks.world for x in ranks.sum(losses)], "values": values}
 
 
+def gone_on(
+    ranks: Any, place: str, title: str, *settings: Any, **changes: Any
+) -> dict[str, dict[str, Any]]:
+    """A block whole, and one that has nothing but its checkpoint of update 5, in mid-cycle."""
+    Path(place).mkdir(exist_ok=True)
+    with contextlib.chdir(place):
+        whole = run_block(ranks, title, *settings, **changes)
+        (resume,) = (str(path) for path in Path("checkpoints").glob("*step[_=]5*"))
+        rest = run_block(ranks, title, *settings, **changes, resume=resume)
+    return {"whole": whole, "rest": rest}
+
+
+def assert_bit_equal(found: dict[str, Any]) -> None:
+    """All losses after update 5, over three merges, and all parameters at the end."""
+    whole, rest = found["whole"], found["rest"]
+    assert rest["losses"] == whole["losses"][5:]
+    assert len(rest["losses"]) == STEPS - 5
+    assert rest["values"].keys() == whole["values"].keys()
+    for name, value in whole["values"].items():
+        assert (value == rest["values"][name]).all(), name
+
+
 @pytest.fixture(scope="module")
-def two_ranks(tiny_llama: Path) -> Outcomes:
-    scenarios = [("Accelerate", 0), ("Accelerate", 2)]
-    scenarios += [("A DeepSpeed engine", 1), ("A DeepSpeed engine", 3)]
-    return run_ranks(
-        2,
-        [Scenario(f"{t} {z}", run_block, (t, str(tiny_llama), z)) for t, z in scenarios],
-        timeout=300,
-    )
+def two_ranks(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+    place, model = tmp_path_factory.mktemp("loops"), str(tiny_llama)
+    scenarios = [
+        Scenario(f"A DeepSpeed engine {z}", run_block, ("A DeepSpeed engine", model, z))
+        for z in (1, 3)
+    ]
+    for name, stage, half in (
+        ("Accelerate 0", 0, False),
+        ("Accelerate 0 bf16", 0, True),
+        ("Accelerate 2", 2, False),
+        ("Accelerate 3", 3, False),
+    ):
+        arguments = (str(place / name), "Accelerate", model, stage, half)
+        scenarios.append(Scenario(name, gone_on, arguments))
+    return run_ranks(2, scenarios, timeout=300)
 
 
 @pytest.mark.parametrize(
@@ -126,19 +177,40 @@ def test_on_two_ranks_a_block_is_the_reference(
     name: str, two_ranks: Outcomes, tiny_llama: Path
 ) -> None:
     for found in two_ranks[name]:
-        compare_with_reference(found, tiny_llama, AS_ON_THE_PAGE)
+        compare_with_reference(found.get("whole", found), tiny_llama, AS_ON_THE_PAGE)
 
 
+@pytest.mark.parametrize(
+    "name", ["Accelerate 0", "Accelerate 0 bf16", "Accelerate 2", "Accelerate 3"]
+)
+def test_on_two_ranks_a_block_goes_on_bit_for_bit(name: str, two_ranks: Outcomes) -> None:
+    for found in two_ranks[name]:
+        assert_bit_equal(found)
+
+
+@pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("title", ["Accelerate", "Lightning"])
-def test_a_block_is_the_reference(
-    title: str, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_block_is_the_reference_and_goes_on_bit_for_bit(
+    title: str, half: bool, tiny_llama: Path, tmp_path: Path
 ) -> None:
     if title == "Lightning":
         pytest.importorskip("lightning")
-    monkeypatch.chdir(tmp_path)
     alone = SimpleNamespace(world=1, rank=0, sum=lambda values: values)
-    found = run_block(alone, title, str(tiny_llama), 0)
-    compare_with_reference(found, tiny_llama, AS_ON_THE_PAGE)
+    found = gone_on(alone, str(tmp_path), title, str(tiny_llama), 0, half)
+    assert_bit_equal(found)
+    if not half:
+        compare_with_reference(found["whole"], tiny_llama, AS_ON_THE_PAGE)
+
+
+@pytest.mark.parametrize("batches", [5, 3])
+def test_lightning_goes_on_from_the_end_of_an_epoch_and_within_a_later_one(
+    batches: int, tiny_llama: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("lightning")
+    alone = SimpleNamespace(world=1, rank=0, sum=lambda values: values)
+    data = [{"input_ids": row, "labels": row} for row in sequences(0)[: batches * GLOBAL_BATCH]]
+    settings = (str(tiny_llama), 0, False)
+    assert_bit_equal(gone_on(alone, str(tmp_path), "Lightning", *settings, dataset=data))
 
 
 def test_the_block_of_the_trainer_leaves_a_model_of_transformers(

@@ -110,7 +110,8 @@ def forget() -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     unset_hf_deepspeed_config()
-    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+    for name in ("USE_DEEPSPEED", "MIXED_PRECISION"):
+        os.environ.pop(f"ACCELERATE_{name}", None)
 
 
 def trained(ranks: Any, kind: str, model_json: str, place: str) -> dict[str, Any]:

@@ -21,12 +21,12 @@ from relora.lora.choose import find_targets, projections
 from relora.lora.inject import remove_adapters
 from relora.lora.kinds import kind_of
 from relora.lora.layers import adapted_layers
+from relora.lora.names import names_of
 from relora.lora.peft_format import (
     SETTINGS,
     TASKS,
     AdapterWeights,
     adapter_of,
-    refuse_experts,
     write_adapter,
 )
 from relora.model import GENERATION_CONFIG
@@ -148,41 +148,48 @@ def difference(run: LoadedRun, form: Form) -> tuple[PreTrainedModel, AdapterWeig
     end = run.merged_model()
     start = run.first_model()
     names = find_targets(end, run.config.lora) if run.config.lora else list(projections(end))
-    refuse_experts(names)
     factors, scales, wanted, missed, least = {}, {}, 0.0, 0.0, 0.0
     for name in names:
         layer: Any = end.get_submodule(name)
         kind: Any = kind_of(layer)
-        begin: Any = start.get_submodule(name).weight
+        begin = start.get_parameter(names_of(name).weight)
         with torch.no_grad():
             delta = kind.matrix(layer.weight.double() - begin.double())
             u, sizes, v = torch.linalg.svd(delta, full_matrices=False)
             rank = _rank_of(sizes, form)
-            root = sizes[:rank].sqrt()
-            b, a = (u[:, :rank] * root).float(), (root[:, None] * v[:rank]).float()
+            root = sizes[..., :rank].sqrt()
+            b = (u[..., :rank] * root[..., None, :]).float()
+            a = (root[..., None] * v[..., :rank, :]).float()
             wanted += sizes.square().sum().item()
-            least += sizes[rank:].square().sum().item()
+            least += sizes[..., rank:].square().sum().item()
             missed += (delta - b.double() @ a.double()).square().sum().item()
             layer.weight.copy_(begin)
         factors[name], scales[name] = (a, b), 1.0
     total = max(wanted, 1e-300)
-    ranks = [b.shape[1] for _, b in factors.values()]
+    ranks = [b.shape[-1] for _, b in factors.values()]
+    count = sum(b.shape[:-2].numel() for _, b in factors.values())
     error, best = (missed / total) ** 0.5, (least / total) ** 0.5
     print(
-        f"W_end - W_start of {len(names)} matrices at rank {min(ranks)} to {max(ranks)}: relative "
+        f"W_end - W_start of {count} matrices at rank {min(ranks)} to {max(ranks)}: relative "
         f"Frobenius error {error:.3e}, the best possible {best:.3e}"
     )
     return end, AdapterWeights(factors, scales, {})
 
 
 def _rank_of(sizes: Tensor, form: Form) -> int:
-    """How many singular values are kept: so many, or until the others are small enough."""
+    """How many singular values are kept: so many, or until the others are small enough.
+
+    Args:
+        sizes: all of a matrix, (n,), or of each expert's, (E, n), which have one rank.
+    """
+    count = sizes.shape[-1]
     if form.rank is not None:
-        return min(form.rank, len(sizes))
+        return min(form.rank, count)
     assert form.tolerance is not None
-    left = sizes.square().flip(0).cumsum(0).flip(0)  # of the values from each one on
+    squares = sizes.square().view(-1, count).sum(0)
+    left = squares.flip(0).cumsum(0).flip(0)  # of the values from each one on
     small = left <= (form.tolerance**2) * left[0]
-    return max(1, len(sizes) - int(small.sum()))
+    return max(1, count - int(small.sum()))
 
 
 def write_export(
@@ -209,8 +216,7 @@ def write_export(
             place_tokenizer(run.tokenizer_dir, base, CheckpointError)
             if adapter is not None:
                 place_tokenizer(run.tokenizer_dir, temporary, CheckpointError)
-                layers = {name: model.get_submodule(name) for name in adapter.factors}
-                write_adapter(adapter, layers, temporary, str(target / BASE), TASKS["CausalLM"])
+                write_adapter(adapter, model, temporary, str(target / BASE), TASKS["CausalLM"])
             card = model_card(run, model) + ("" if adapter is None else LOADING.format(base=BASE))
             (temporary / "README.md").write_text(card, encoding="utf8")
     except (OSError, SafetensorError) as error:

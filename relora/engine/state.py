@@ -6,7 +6,7 @@ rank holds everything, once. Under ZeRO see `views`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -136,6 +136,28 @@ class EngineState:
             step = source.adam_step(view.name)
             if step is not None:
                 self.set_adam_step_(view, step)
+        for _, layer in adapted_layers(self.model):
+            layer.requantise_()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Exact values (fp32, in host memory) of the weights that keep a remainder, by name, whole.
+
+        What checkpoints of the model and its optimizer lack: nothing, where frozen weights are
+        fp32. Collective.
+        """
+        views = [view for view in self if view.remainder is not None]
+        return {view.name: self.gather([view], "value")[0].cpu() for view in views}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take what `state_dict` gave, once the model has its weights back. Collective."""
+        for name, whole in state.items():
+            flat = whole.flatten()
+
+            def read(start: int, stop: int, flat: Tensor = flat) -> Tensor:
+                return flat[start:stop]
+
+            self[name].write_pieces_(read)
         for _, layer in adapted_layers(self.model):
             layer.requantise_()
 

@@ -2,16 +2,15 @@
 adapter_model.safetensors (huggingface/peft, `LoraConfig` and `get_peft_model_state_dict`).
 
 What is written here loads in `peft.PeftModel.from_pretrained(base, directory)`, and what PEFT wrote
-loads here, of linear layers, GPT-2's Conv1D, embeddings and convolutions without groups. Several of
-them can lie in memory beside one base, and take turns: see `using_adapter`.
+loads here, of linear layers, GPT-2's Conv1D, embeddings, convolutions without groups and weights of
+experts. Several of them can lie in memory beside one base, and take turns: see `using_adapter`.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,12 +18,23 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from relora.errors import CheckpointError, ConfigError
 from relora.files import making, read_json
-from relora.lora.config import OF_EXPERTS, LoRAConfig
+from relora.lora.config import LoRAConfig
+from relora.lora.experts import name_experts
 from relora.lora.inject import add_adapters
-from relora.lora.layers import AdaptedLayer, adapted_layers
+from relora.lora.kinds import kind_of
+from relora.lora.layers import adapted_layers
+from relora.lora.peft_names import (
+    NOT_HERE,
+    SINCE,
+    as_peft,
+    from_peft,
+    names_from_peft,
+    peft_names,
+)
 
 SETTINGS, TENSORS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 # What changes nothing of the function that A and B make, or is read below; any other key must be
@@ -33,8 +43,8 @@ UNDERSTOOD = {
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "ensure_weight_tying",
     "fan_in_fan_out", "inference_mode", "init_lora_weights", "lora_alpha", "lora_dropout",
     "modules_to_save", "peft_type", "peft_version", "r", "rank_pattern", "revision",
-    "target_modules", "task_type", "use_rslora", "exclude_modules", "layers_to_transform",
-    "layers_pattern", "megatron_core", "qalora_group_size", "runtime_config",
+    "target_modules", "target_parameters", "task_type", "use_rslora", "exclude_modules",
+    "layers_to_transform", "layers_pattern", "megatron_core", "qalora_group_size", "runtime_config",
 }  # fmt: skip
 # Beginnings that leave the base as it is; others (pissa, loftq, …) put a part of it into A and B.
 TASKS = {"CausalLM": "CAUSAL_LM", "SequenceClassification": "SEQ_CLS"}  # by a class's last words
@@ -45,7 +55,8 @@ class AdapterWeights(NamedTuple):
     """The adapters of a model, apart from it.
 
     Attributes:
-        factors: by layer's name, A and B as the layer has them: (r, in) and (out, r).
+        factors: by layer's name, A and B as the layer has them: (r, in) and (out, r), of experts
+            (E, r, in) and (E, out, r).
         scales: by layer's name, s.
         others: weights and biases that were trained in full and kept, by their own names.
         dropout: of what A reads, in training.
@@ -91,40 +102,37 @@ def save_adapter(model: nn.Module, directory: Path | str, base: str | None = Non
         base: what PEFT is to load the base from, if nobody tells it; the model's own name without.
 
     Raises:
-        ConfigError: see `adapter_of`; or a convolution with groups, or experts, which PEFT's
-            format does not have like this.
+        ConfigError: see `adapter_of`; or a convolution with groups, which PEFT's format does not
+            have like this.
     """
     config = getattr(model, "config", None)
     name = base or getattr(config, "_name_or_path", "") or None
-    kinds = dict(adapted_layers(model))
     adapter, task = adapter_of(model), TASKS.get(type(model).__name__.rpartition("For")[2])
     with making(Path(directory), replace=True) as temporary:
-        write_adapter(adapter, kinds, temporary, name, task)
+        write_adapter(adapter, model, temporary, name, task)
 
 
 def write_adapter(
-    adapter: AdapterWeights,
-    layers: Mapping[str, Any],
-    directory: Path,
-    base: str | None,
-    task: str | None,
+    adapter: AdapterWeights, model: nn.Module, directory: Path, base: str | None, task: str | None
 ) -> None:
     """The two files of `save_adapter`, of adapters that may be in no model.
 
     Args:
-        layers: by name, those that they are of, adapted or plain.
+        model: what they are of, with adapters or without.
         directory: which exists.
         task: by which PEFT's AutoPeftModel finds the class of the base, of TASKS.
     """
+    names = peft_names(model, adapter.factors)
+    layers = {name: model.get_submodule(name) for name in names}
     tensors: dict[str, Tensor] = {}
     for name, (a, b) in adapter.factors.items():
-        for key, tensor in zip(*_as_peft(name, layers[name], a, b), strict=True):
+        for key, tensor in as_peft(names[name], layers[name], a, b).items():
             tensors[PREFIX + key] = tensor.detach().cpu().contiguous()
-    ranks = {name: b.shape[-1] for name, (_, b) in adapter.factors.items()}
+    ranks = {names[name].target: b.shape[-1] for name, (_, b) in adapter.factors.items()}
     # α = s·r, whatever the scaling was called.
-    alphas = {name: adapter.scales[name] * rank for name, rank in ranks.items()}
+    alphas = {x.target: adapter.scales[name] * ranks[x.target] for name, x in names.items()}
     rank, alpha = (max(set(x.values()), key=list(x.values()).count) for x in (ranks, alphas))
-    transposed = any("Conv1D" in _plain(layer).__name__ for layer in layers.values())
+    parameters = [x.target for x in names.values() if x.is_parameter]
     settings = {
         "peft_type": "LORA",
         "task_type": task,
@@ -132,16 +140,18 @@ def write_adapter(
         "inference_mode": True,
         "r": rank,
         "lora_alpha": alpha,
-        "lora_dropout": adapter.dropout,
-        "target_modules": list(ranks),
+        "lora_dropout": 0.0 if parameters else adapter.dropout,  # of parameters PEFT has none
+        "target_modules": [x.target for x in names.values() if not x.is_parameter],
         "rank_pattern": {re.escape(name): r for name, r in ranks.items() if r != rank},
         "alpha_pattern": {re.escape(name): x for name, x in alphas.items() if x != alpha},
         "bias": "none",
-        "fan_in_fan_out": transposed,
+        "fan_in_fan_out": any(isinstance(layer, Conv1D) for layer in layers.values()),
         "use_rslora": False,
         "init_lora_weights": True,
         "modules_to_save": None,
     }
+    if parameters:
+        settings |= {"target_parameters": parameters, "peft_version": SINCE}
     save_file(tensors, directory / TENSORS, metadata={"format": "pt"})
     (directory / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf8")
 
@@ -161,7 +171,7 @@ def read_adapter(directory: Path | str) -> AdapterWeights:
         tensors = load_file(path)
     except Exception as error:  # safetensors has many
         raise CheckpointError(f"{path}: cannot be read: {error}") from None
-    factors: dict[str, tuple[Tensor, Tensor]] = {}
+    pairs: dict[str, tuple[Tensor, Tensor]] = {}
     others: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         if not key.startswith(PREFIX):
@@ -172,12 +182,11 @@ def read_adapter(directory: Path | str) -> AdapterWeights:
             other = key.replace("lora_A", "lora_B").replace("lora_embedding_A", "lora_embedding_B")
             if other not in tensors:
                 raise CheckpointError(f"{path}: {key} has no {other} beside it")
-            factors[found[1]] = (tensor, tensors[other])
+            pairs[found[1]] = (tensor, tensors[other])
         elif not re.search(r"\.lora_(embedding_)?B(\.weight)?$", name):
             others[
                 re.sub(r"\.(modules_to_save\.default|modules_to_save|base_layer)\.", ".", name)
             ] = tensor
-    flat = {name: (a.flatten(1), b.flatten(1)) for name, (a, b) in factors.items()}
     own = LoRAConfig(
         rank=settings["r"],
         alpha=settings["lora_alpha"],
@@ -185,8 +194,16 @@ def read_adapter(directory: Path | str) -> AdapterWeights:
         rank_pattern=settings.get("rank_pattern") or {},
         alpha_pattern=settings.get("alpha_pattern") or {},
     )
-    scales = {name: own.for_layer(name).scale for name in flat}
-    return AdapterWeights(flat, scales, others, float(settings.get("lora_dropout") or 0.0))
+    factors, scales = {}, {}
+    for name, known in names_from_peft(pairs, settings, str(directory / SETTINGS)).items():
+        size = own.for_layer(known.target)
+        assert size.rank is not None
+        try:
+            factors[name] = from_peft(name, *pairs[known.stem], size.rank)
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {known.stem}: {error}") from None
+        scales[name] = size.scale
+    return AdapterWeights(factors, scales, others, float(settings.get("lora_dropout") or 0.0))
 
 
 def load_adapter(model: nn.Module, directory: Path | str) -> None:
@@ -269,55 +286,29 @@ def _check(settings: dict[str, Any], path: Path) -> None:
     if odd:
         key, value = next(iter(odd.items()))
         raise ConfigError(
-            f"{path}: {key}: {value} is more than A and B, and cannot be loaded here; in PEFT "
-            "merge it into its base (merge_and_unload) and load that, or train it without"
+            f"{path}: {key}: {value} is more than A and B, and cannot be loaded here; {NOT_HERE}"
         )
 
 
 def _check_fits(model: nn.Module, adapter: AdapterWeights, where: str) -> None:
+    name_experts(model)
     modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
-    for name in adapter.factors:
-        if name not in modules:
+    for name, (a, b) in adapter.factors.items():
+        layer: Any = modules.get(name)
+        if layer is None:
             raise ConfigError(f"{where}: the model has no layer {name}; it is of another model")
+        kind = kind_of(layer)
+        if kind is None:
+            raise ConfigError(
+                f"{where}: {name} is a {type(layer).__name__}, which has no adapters here; "
+                f"{NOT_HERE}"
+            )
+        shape = kind.matrix(layer.weight).shape if layer.weight.numel() else None  # as by ZeRO 3
+        if shape not in (None, (*b.shape[:-1], a.shape[-1])):
+            raise ConfigError(
+                f"{where}: A {tuple(a.shape)} and B {tuple(b.shape)} of {name} are of no matrix "
+                f"{tuple(shape)}, which the model has; it is of another model"
+            )
     for name in adapter.others:
         if name not in parameters:
             raise ConfigError(f"{where}: the model has no {name}; it is of another model")
-
-
-def refuse_experts(layers: Iterable[str]) -> None:
-    """Whether layers of these names can be written.
-
-    Raises:
-        ConfigError: one is the experts of a mixture.
-    """
-    for name in layers:
-        if name.endswith(OF_EXPERTS):
-            raise ConfigError(
-                f"{name.removesuffix(OF_EXPERTS)}: adapters of experts are beyond what is written "
-                "for PEFT; export the merged model (--format hf), or leave experts out of "
-                "lora.targets"
-            )
-
-
-def _plain(layer: Any) -> type[nn.Module]:
-    return layer.plain if isinstance(layer, AdaptedLayer) else type(layer)
-
-
-def _as_peft(name: str, layer: Any, a: Tensor, b: Tensor) -> tuple[list[str], list[Tensor]]:
-    """The names and shapes that PEFT has A and B of a layer under."""
-    refuse_experts([name])
-    plain = _plain(layer)
-    if issubclass(plain, nn.Embedding):
-        return [f"{name}.lora_embedding_A", f"{name}.lora_embedding_B"], [a, b]
-    keys = [f"{name}.lora_A.weight", f"{name}.lora_B.weight"]
-    if not issubclass(plain, nn.Conv1d | nn.Conv2d):
-        return keys, [a, b]
-    if layer.groups != 1 or set(layer.dilation) != {1} or layer.padding_mode != "zeros":
-        raise ConfigError(
-            f"{name}: PEFT computes convolutions with groups, dilation or a padding_mode in "
-            "another way; leave it out of lora.targets"
-        )
-    kernel = layer.weight.shape[2:]
-    inputs = a.shape[1] // math.prod(kernel)
-    ones = [1] * len(kernel)
-    return keys, [a.view(a.shape[0], inputs, *kernel), b.view(*b.shape, *ones)]

@@ -37,7 +37,7 @@ def keep_adapters(run: Run, cycle: int) -> None:
             try:
                 directory.parent.mkdir(exist_ok=True)
                 with making(directory, replace=True) as temporary:
-                    write_adapter(weights, layers, temporary, None, TASKS["CausalLM"])
+                    write_adapter(weights, run.state.model, temporary, None, TASKS["CausalLM"])
             except (OSError, SafetensorError) as error:
                 raise CheckpointError(
                     f"{directory}: cannot be written: {error}; the checkpoints are intact; make "

@@ -20,7 +20,6 @@ from relora.engine.distributed import Ranks
 from relora.errors import ConfigError, DataError
 from relora.files import is_dir
 from relora.lora.choose import find_targets
-from relora.lora.peft_format import refuse_experts
 from relora.model import build_meta_model, check_causal, check_pretrained
 from relora.record.checkpoint import (
     complete_checkpoints,
@@ -78,9 +77,7 @@ def check_model(config: Config, thorough: bool = True) -> PreTrainedModel:
     where = str(config.model.config or pretrained)
     check_context(model.config, config.data.sequence_length, where)
     if config.lora is not None:
-        targets = find_targets(model, config.lora)
-        if config.relora is not None and config.relora.keep_adapters:
-            refuse_experts(targets)
+        find_targets(model, config.lora)
     if config.train.compile:
         find_blocks(model)
     return model
