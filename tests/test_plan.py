@@ -30,10 +30,12 @@ from relora.plan.estimate import (
     peak_memory,
     training_flops,
 )
+from relora.plan.gpus import GPUS
 from relora.plan.shape import count_by_group, shape_of
 from relora.plan.timeline import phases
 from relora.training.config import parse_count
 from relora.training.log_lines import phases_line
+from relora.verbs import GPU_NAMES
 from relora.words import format_bytes, format_count
 from runs import make_config
 
@@ -508,7 +510,7 @@ def test_hours_follow_from_the_throughput_of_the_whole_job(
     ratio = training_flops(run, 100) / training_flops(full_rank_twin(run), 100)
     assert f"in the whole run, {ratio:.3g} of full rank's over the same tokens" in page
     assert f"full rank at the same FLOPs per second: {25_600 / 36_000 / ratio:.3g} hours" in page
-    assert "give --tokens-per-s for hours" in page_of(capsys, str(config))
+    assert "give --gpu h100 for an estimate, or --tokens-per-s" in page_of(capsys, str(config))
     for wrong in ("0", "-1", "inf", "nan", "x"):
         with pytest.raises(SystemExit, match="2"):
             main(["plan", str(config), f"--tokens-per-s={wrong}"])
@@ -620,7 +622,7 @@ def test_the_page_says_what_keeps_less(
     "name",
     ["60m", *(pytest.param(n, marks=pytest.mark.slow) for n in ("130m", "250m", "350m", "1b3"))],
 )
-def test_the_readmes_peaks_are_the_planners(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_pages_peaks_are_the_planners(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     config_path = Path(f"configs/published/llama_{name}.yaml")
     plain = ["model.lean=false", "model.loss_chunk=null"]
@@ -642,7 +644,7 @@ def test_the_readmes_peaks_are_the_planners(name: str, monkeypatch: pytest.Monke
     title = {"1b3": "1.3B"}.get(name, name.upper())
     row = f"| {title} | {' | '.join(numbers)} | {steps[0]:.2f} | {steps[1]:.2f} |"
     print(row)
-    assert row in (ROOT / "README.md").read_text()
+    assert row in (ROOT / "configs/experiments/cost.md").read_text()
 
 
 def test_the_readmes_quickstart_holds_and_saves_what_the_planner_says(
@@ -651,20 +653,57 @@ def test_the_readmes_quickstart_holds_and_saves_what_the_planner_says(
     monkeypatch.chdir(ROOT)
     readme = (ROOT / "README.md").read_text()
 
-    def parts(name: str, *overrides: str) -> tuple[str, str]:
-        config = load_config(Path(f"configs/quickstart_{name}.yaml"), overrides)
+    def parts(name: str) -> tuple[str, str]:
+        config = load_config(Path(f"configs/quickstart_{name}.yaml"))
         found = memory_by_part(config, 2, config.lora is not None)
         state = sum(found[part] for part in ("weights", "gradients", "masters", "moments"))
         held, saved = format_bytes(state), format_bytes(found["activations"])
         return held.replace("MB", " MB"), saved.replace("MB", " MB")
 
-    for name, row in {"full": "full rank", "relora": "two blocks"}.items():
-        cells = re.search(rf"^\| {row}.*$", readme, re.MULTILINE)
-        assert cells
-        assert tuple(cells[0].split(" | ")[6:8]) == parts(name)
-    plain = parts("full", "model.lean=false")[1]
-    said = f"with transformers' own layers {plain}"
-    assert said in " ".join(readme.split())
+    for name, row in {"full": "full rank, AdamW", "relora": "two blocks, Muon"}.items():
+        cells = re.findall(rf"^\| {row}.*$", readme, re.MULTILINE)[-1]
+        assert tuple(cells.split(" | ")[6:8]) == parts(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "hours"),
+    [("h100", "bf16", True), ("4090", "deepspeed_bf16", True), ("a100", "fp32", False)],
+)
+def test_hours_on_a_gpu_are_estimated_from_its_peak(
+    name: str, precision: str, hours: bool, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--devices", "2", "--gpu", name, "--mfu", "0.3", "--price", "2"]
+    setting = f"deepspeed.precision={precision}"
+    page = page_of(capsys, str(config), *options, setting)
+    run = load_config(config, [setting])
+    flops, gpu = training_flops(run, run.total_steps), GPUS[name]
+    together = 2 * flops / (2 * gpu.flops * 0.3) / 3600
+    assert (f"{together:,.3g} GPU-hours on 2 {gpu.name}: an estimate," in page) == hours
+    assert (f"for 30% of {gpu.flops / 1e12:,.0f} TFLOPS" in page) == hours
+    assert (f"cost         {together * 2:,.4g} at 2 a GPU-hour" in page) == hours
+    assert (f"no estimate for deepspeed.precision: {precision}" in page) != hours
+    assert f"of {format_bytes(gpu.memory)} on each {gpu.name}: fits" in page
+
+
+def test_what_does_not_fit_is_told_with_ways_out(capsys: pytest.CaptureFixture[str]) -> None:
+    page = page_of(capsys, "llama_60m_full", "--gpu", "3090", "batch.micro_batch_size=1152")
+    assert "on each RTX 3090: does not fit with a tenth to spare;" in page
+    assert "model.gradient_checkpointing" in page
+
+
+def test_each_kind_of_gpu_can_be_named() -> None:
+    assert list(GPUS) == list(GPU_NAMES)
+
+
+def test_what_is_not_there_is_told_before_anything_is_prepared(
+    config: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    own = ["data.source={files: [none/*.txt]}", "data.tokenizer={path: ./no_tokenizer}"]
+    page = " ".join(page_of(capsys, str(config), *own, f"data.dir={tmp_path}").split())
+    assert "absent data.source.files: 'none/*.txt'" in page or "absent none/*.txt" in page
+    assert "absent data.tokenizer.path: ./no_tokenizer is not here" in page
+    saved = ["data.source={saved: none}", f"data.dir={tmp_path}"]
+    assert "data.source.saved: no such directory none" in page_of(capsys, str(config), *saved)
 
 
 @pytest.mark.parametrize("model", [LLAMA, GPT2], ids=["llama", "gpt2"])
