@@ -221,14 +221,9 @@ def _check_lengths(config: Config) -> Iterator[str]:
 
 
 def _check_saving(config: Config) -> Iterator[str]:
-    train, every = config.train, config.train.keep_every
+    every = config.train.keep_every
     if every == "cycle" and config.relora is None:
         yield "train.keep_every: cycle would do nothing without relora; give a number of steps"
-    if train.background_save and train.save_every is None and every is None:
-        yield (
-            "train.background_save: would do nothing without train.save_every or keep_every: the "
-            "last checkpoint is waited for"
-        )
 
 
 def _check_model_json(config: Config, model: dict[str, Any]) -> Iterator[str]:

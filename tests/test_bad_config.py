@@ -62,11 +62,6 @@ IN_THE_FILE = {
         ["relora.tolerance=1e9"],
         "relora.tolerance: '1e9': must be less than 1",
     ),
-    "a background save of nothing": (
-        ["train.background_save=true"],
-        "train.background_save: would do nothing without train.save_every or keep_every: the last "
-        "checkpoint is waited for",
-    ),
     "unknown section": (
         ["optimiser.lr=1e-3"],
         "optimiser: unknown key; did you mean optimizer? allowed here: run_dir, seed, "

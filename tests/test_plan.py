@@ -326,7 +326,6 @@ WARNINGS = {
     "schedule.warmup_steps=0": "schedule.warmup_steps 0: full learning rate on random weights",
     "lora.rank=24": "lora.rank 24: 3 cycles add up to rank 72, and no adapted weight goes beyond",
     "train.eval_every=null": "train.eval_every null: one validation loss at the end, no curve",
-    "train.steps=2000": "train.save_every null: a crash loses the whole run",
 }
 
 

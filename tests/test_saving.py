@@ -21,6 +21,7 @@ import pytest
 from ranks import Outcomes, Scenario, run_ranks
 from relora.record import saving
 from relora.training.phases import log_step
+from relora.training.run import save
 from runs import (
     Process,
     checkpoint,
@@ -244,6 +245,32 @@ def test_milestones_are_written_stay_and_are_not_counted(
     if every == "cycle":  # with the merge done
         state = json.loads((checkpoint(tmp_path / "run", 12) / "state.json").read_text())
         assert state["merges"] == 1
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_without_an_interval_a_save_falls_due_by_the_clock(
+    background: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After half an hour of training: here at once, then never again but for the end."""
+    changes = {"train__save_every": None, "train__keep_checkpoints": 99}
+    changes["train__background_save"] = background
+    run_dir = tmp_path / "never"
+    assert train(run_dir, **changes) == 0
+    assert checkpoints(run_dir) == ["step_00000024"]
+    monkeypatch.setattr("relora.training.run.LONGEST_UNSAVED_S", -1.0)
+    real = save
+
+    def save_once(run: Any, background: bool) -> None:
+        real(run, background)
+        monkeypatch.setattr("relora.training.run.LONGEST_UNSAVED_S", 1800.0)
+
+    assert train(tmp_path / "run", save=save_once, **changes) == 0
+    assert checkpoints(tmp_path / "run") == ["step_00000001", "step_00000024"]
+    assert trajectory(tmp_path / "run") == trajectory(run_dir)
+    # An interval is the whole of the matter where there is one.
+    monkeypatch.setattr("relora.training.run.LONGEST_UNSAVED_S", -1.0)
+    assert train(tmp_path / "often", **changes | {"train__save_every": 10}) == 0
+    assert checkpoints(tmp_path / "often") == [f"step_000000{n}" for n in (10, 20, 24)]
 
 
 @pytest.mark.parametrize("stop", [2, 8], ids=["full rank", "with adapters"])

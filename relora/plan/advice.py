@@ -304,8 +304,6 @@ def _budget(config: Config, parameters: int, corpus: int | None) -> Iterator[str
         yield f"the corpus is read {tokens / corpus:.2g} times; beyond 4 times repetition costs"
     if config.schedule.warmup_steps == 0 and config.model.config:
         yield "schedule.warmup_steps 0: full learning rate on random weights"
-    if config.train.save_every is None and config.total_steps > 1000:
-        yield "train.save_every null: a crash loses the whole run"
     if config.train.eval_every is None:
         yield "train.eval_every null: one validation loss at the end, no curve"
 

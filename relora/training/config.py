@@ -59,7 +59,8 @@ class TrainConfig(Section):
     sample_prompt: str | None = Field(default=None, min_length=1)
     """Text that each evaluation continues by the likeliest tokens, for TensorBoard; null = none."""
     save_every: int | None = Field(default=None, ge=1)
-    """Steps between checkpoints; null = at the end only."""
+    """Steps between checkpoints; null = after half an hour of training without one, and at the
+    end."""
     background_save: bool = False
     """Write checkpoints beside the training; needs host memory for a copy."""
     keep_checkpoints: int = Field(default=3, ge=1)

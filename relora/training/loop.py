@@ -44,7 +44,7 @@ def train_run(run: Run, stop: StopRequest, phases: Phases = PHASES) -> bool | No
         lr = config.learning_rate(run.step)
         result = phases.update(run, micro_batches, config.rates(run.step))
         progress.consumed += config.batch.global_batch_size
-        loss, stops = result.loss, _heed(run, result.notes)
+        loss, (stops, overdue) = result.loss, _heed(run, result.notes)
         progress.interval.append(time.perf_counter() - began)
         saved = None if run.saves.under_way else run.saves.newest
         stop.note(run.step, saved, progress.interval[-1])
@@ -72,7 +72,8 @@ def train_run(run: Run, stop: StopRequest, phases: Phases = PHASES) -> bool | No
         if last or due(run.step, config.train.eval_every):
             phases.evaluate(run)
             halt = halt or ranks.any(bool(stop))  # it may have taken long
-        if last or halt or due(run.step, config.train.save_every) or config.is_milestone(run.step):
+        overdue = overdue or due(run.step, config.train.save_every)
+        if last or halt or overdue or config.is_milestone(run.step):
             phases.save(run, config.train.background_save and not (last or halt))
         if halt and not last:
             return False
@@ -114,18 +115,19 @@ def _follow_clock(run: Run, phases: Phases, batch: Tensor) -> None:
         keep_adapters(run, clock.merges_before(run.step) + 1)
 
 
-def _heed(run: Run, notes: Sequence[float]) -> bool:
-    """What the ranks told each other with a step; returns whether some rank was asked to stop.
+def _heed(run: Run, notes: Sequence[float]) -> tuple[bool, bool]:
+    """What the ranks told each other with a step; returns whether some rank was asked to stop, and
+    whether a checkpoint is overdue by rank 0's clock.
 
     A background save that every rank has written is completed, and a rank that cannot write its
     figures ends the run.
     """
-    stops, writers, troubles = notes
+    stops, writers, troubles, overdue = notes
     if troubles:
         run.ranks.agree(run.metrics.problem)
     if writers == run.ranks.world:
         finish_save(run)
-    return stops > 0
+    return stops > 0, overdue > 0
 
 
 def _batches(run: Run) -> Iterator[list[Tensor]]:

@@ -22,6 +22,8 @@ from relora.record.rollbacks import Rollback
 from relora.record.rundir import installed_versions, write_run_state
 from relora.record.saving import Saving
 
+LONGEST_UNSAVED_S = 1800.0  # of training, where no interval of saves is set
+
 
 @dataclass
 class Progress:
@@ -46,6 +48,7 @@ class Saves:
     """A run's checkpoints: the newest, the one under way, and what goes once that is complete."""
 
     newest: int = -1  # step of the last one that was begun
+    begun: float = field(default_factory=time.monotonic)  # when that was, or the run
     under_way: Saving | None = None
     wanted: Path | None = None  # to go on from in place of the newest, until the next save
     abandoned: list[Path] = field(default_factory=list)  # later ones than the run went on from
@@ -87,11 +90,14 @@ class Run:
 
     def notes(self) -> list[float]:
         """What this rank tells the others with each step: whether it is asked to stop, has written
-        its part of the save under way, and cannot write its figures."""
+        its part of the save under way, cannot write its figures, and (rank 0's clock alone counts)
+        has trained for too long since the last save."""
         saving = self.saves.under_way
         written = saving is not None and saving.written
         full = self.metrics.problem is not None
-        return [float(bool(self.progress.stop)), float(written), float(full)]
+        waits = self.config.train.save_every is None and self.ranks.is_main
+        overdue = waits and time.monotonic() - self.saves.begun > LONGEST_UNSAVED_S
+        return [float(bool(self.progress.stop)), float(written), float(full), float(overdue)]
 
 
 def save(run: Run, background: bool) -> None:
@@ -124,7 +130,7 @@ def save(run: Run, background: bool) -> None:
     )
     began = time.perf_counter()
     run.saves.under_way = Saving(run.config.run_dir, run.state, state, run.ranks)
-    run.saves.newest = run.step
+    run.saves.newest, run.saves.begun = run.step, time.monotonic()
     if not background:
         _commit_save(run)
     run.metrics.write(run.step, {keys.SAVE_S: time.perf_counter() - began})
