@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file
 
 from relora.commands import compare as command
 from relora.commands.compare import read_report
@@ -19,6 +20,7 @@ from relora.report.spectra import last_of_cycles
 from relora.report.spectra_figures import draw_heat
 from relora.report.style import LIGHT
 from relora.report.tables import tables
+from relora.words import format_bytes
 from runs import held, metric_lines, relora, series, train
 from spectra_files import low_rank, write_spectra
 
@@ -57,7 +59,7 @@ def altered(run: Path, to: Path, **changes: str) -> Path:
     return copy
 
 
-def test_the_tables_are_what_the_metrics_say(runs: Path) -> None:
+def test_the_tables_are_what_the_metrics_say(runs: Path, tmp_path: Path) -> None:
     report = read_report([str(runs / "relora"), str(runs / "full")])
     rows, speeds = table(report, "arms"), table(report, "speed")
     assert [row["arm"] for row in rows] == ["relora", "full"]
@@ -82,6 +84,13 @@ def test_the_tables_are_what_the_metrics_say(runs: Path) -> None:
     assert cost[0]["one merge"] == f"{np.median(merges):.2f} s"
     assert cost[1]["one merge"] == "–"
     assert cost[0]["of it warm start"].endswith(" for 1.54K tokens")
+    assert relora("export", runs / "relora", "--format", "peft", "--to", tmp_path / "peft") == 0
+    adapter = load_file(tmp_path / "peft" / "adapter_model.safetensors").values()
+    model = load_file(tmp_path / "peft" / "base" / "model.safetensors").values()
+    sizes = [sum(tensor.numel() * 4 for tensor in found) for found in (adapter, model)]
+    assert cost[0]["adapter alone, fp32"] == format_bytes(sizes[0])
+    assert cost[1]["adapter alone, fp32"] == "–"
+    assert {row["model, fp32"] for row in cost} == {format_bytes(sizes[1])}
     size = sum(p.stat().st_size for p in (runs / "full/checkpoints/step_00000024").iterdir())
     assert report.arms[1].figures.checkpoint_bytes.mean == size
     assert report.warnings == []  # this pair is a fair one
@@ -119,7 +128,7 @@ def test_one_command_writes_a_page_a_text_and_every_figure(
     assert "| relora |" in printed
     for name in FILES:
         assert str(to / name) in printed
-    pictures = ["curves_tokens", "curves_time", "memory", "training_loss"]
+    pictures = ["curves_tokens", "difference", "curves_time", "memory", "training_loss"]
     assert sorted(p.name for p in to.iterdir()) == sorted(FILES + [f"{p}.png" for p in pictures])
     for picture in pictures:
         assert (to / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
@@ -130,7 +139,7 @@ def test_one_command_writes_a_page_a_text_and_every_figure(
 
     json.loads((to / "report.json").read_text(), parse_constant=refuse)
     report = Report.model_validate_json((to / "report.json").read_text())
-    assert report.format == 2
+    assert report.format == 3
     assert report.baseline == "full"
     mean = report.arms[0].curves.mean
     evaluations = series(runs / "relora", "eval/loss")

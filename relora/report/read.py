@@ -39,6 +39,7 @@ COLUMNS = (
 MACHINE = ("device", "world_size", "threads_per_rank", "platform")
 LARGEST = 1e300  # no figure is beyond it; sums of such stay finite
 AT_WORK = ("running", "preempted", "unknown")  # these may still get further by themselves
+CPUS = ("x86_64", "aarch64", "arm64", "AMD64")  # what environment.json calls a device without GPU
 UNTOLD = ("running", "unknown")  # what run_state.json says until a run ends, or has saved once
 DIED = "died"  # of a run that has not said how it ended, and that no process holds
 
