@@ -83,6 +83,7 @@ def test_tensorboard_calls_a_run_by_its_directory_and_says_what_its_figures_are(
     tmp_path: Path,
 ) -> None:
     from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
+    from tensorboard.compat.proto.summary_pb2 import DATA_CLASS_SCALAR
     from tensorboard.plugins.custom_scalar import layout_pb2
 
     for name in ("full", "relora"):
@@ -92,7 +93,9 @@ def test_tensorboard_calls_a_run_by_its_directory_and_says_what_its_figures_are(
         metrics.close()
     runs = EventMultiplexer().AddRunsFromDirectory(str(tmp_path)).Reload()
     assert runs.Runs().keys() == {"full", "full/tokens", "relora", "relora/tokens"}
-    about = runs.SummaryMetadata("full", "train/loss").summary_description
+    metadata = runs.SummaryMetadata("full", "train/loss")
+    assert metadata.data_class == DATA_CLASS_SCALAR  # for the fast reader
+    about = metadata.summary_description
     assert about.endswith("in nats per token.")
     assert runs.SummaryMetadata("full/tokens", "tokens/train/loss").summary_description == about
     (layout,) = runs.Tensors("full", "custom_scalars__config__")

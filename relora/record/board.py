@@ -13,7 +13,7 @@ from pathlib import Path
 from textwrap import indent
 from typing import Any
 
-from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+from tensorboard.compat.proto.summary_pb2 import DATA_CLASS_SCALAR, Summary, SummaryMetadata
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
@@ -140,6 +140,12 @@ def _end(writer: SummaryWriter, tag: str, level: _Level) -> None:
 def _write(
     writer: SummaryWriter, tag: str, value: float, place: int, description: str = ""
 ) -> None:
-    about = SummaryMetadata(summary_description=description) if description else None
+    about = None
+    if description:
+        about = SummaryMetadata(
+            summary_description=description,
+            plugin_data=SummaryMetadata.PluginData(plugin_name="scalars"),
+            data_class=DATA_CLASS_SCALAR,  # else TensorBoard's fast reader drops the description
+        )
     summary = Summary(value=[Summary.Value(tag=tag, simple_value=value, metadata=about)])
     writer._get_file_writer().add_summary(summary, place)
