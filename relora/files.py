@@ -280,14 +280,19 @@ def settle(directory: Path) -> None:
     sync(directory)
 
 
-def hold(file: IO[Any], wait: bool = False) -> bool:
+def hold(file: IO[Any], wait: bool = False, shared: bool = False) -> bool:
     """Lock an open file for as long as it stays open; False if another process holds it.
+
+    Args:
+        wait: until it can be had.
+        shared: with others who share it too; a file that is open to read is enough.
 
     The system frees it when this process ends, however it ends. The holder may write in the file
     who it is.
     """
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+        fcntl.flock(file, kind | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         return False
     return True

@@ -251,6 +251,11 @@ def _add_export(verbs: Verbs) -> None:
     export.add_argument(
         "--max-shard-size", default="50GB", metavar="SIZE", help="of a file of weights: 5GB"
     )
+    export.add_argument(
+        "--license",
+        metavar="ID",
+        help="for the model card: apache-2.0, say; otherwise that of the base model's card, if any",
+    )
     export.add_argument("--force", action="store_true", help="replace an earlier export")
 
 

@@ -30,6 +30,7 @@ from safetensors.torch import load_file
 from relora.cli import main
 from relora.commands import train as command
 from relora.engine.signals import LAUNCHER_GONE, SIGNALS
+from relora.files import hold
 from relora.training.guard import guarded
 from relora.training.phases import Phases
 
@@ -279,6 +280,14 @@ def differing(one: Path, other: Path) -> list[tuple[str, str]]:
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two fp32 tensors hold the same bits."""
     return a.shape == b.shape and torch.equal(a.view(torch.int32), b.view(torch.int32))
+
+
+@contextlib.contextmanager
+def held(run_dir: Path) -> Iterator[None]:
+    """A run directory as one in which a process trains."""
+    with (run_dir / ".lock").open("a") as file:
+        assert hold(file)
+        yield
 
 
 def run_state(run_dir: Path) -> dict[str, Any]:

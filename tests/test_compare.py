@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file
 
 from relora.commands import compare as command
 from relora.commands.compare import read_report
@@ -19,7 +20,8 @@ from relora.report.spectra import last_of_cycles
 from relora.report.spectra_figures import draw_heat
 from relora.report.style import LIGHT
 from relora.report.tables import tables
-from runs import metric_lines, relora, series, train
+from relora.words import format_bytes
+from runs import held, metric_lines, relora, series, train
 from spectra_files import low_rank, write_spectra
 
 FULL: dict[str, Any] = {"lora": None, "relora": None, "warm_start": None}
@@ -57,7 +59,7 @@ def altered(run: Path, to: Path, **changes: str) -> Path:
     return copy
 
 
-def test_the_tables_are_what_the_metrics_say(runs: Path) -> None:
+def test_the_tables_are_what_the_metrics_say(runs: Path, tmp_path: Path) -> None:
     report = read_report([str(runs / "relora"), str(runs / "full")])
     rows, speeds = table(report, "arms"), table(report, "speed")
     assert [row["arm"] for row in rows] == ["relora", "full"]
@@ -82,6 +84,13 @@ def test_the_tables_are_what_the_metrics_say(runs: Path) -> None:
     assert cost[0]["one merge"] == f"{np.median(merges):.2f} s"
     assert cost[1]["one merge"] == "–"
     assert cost[0]["of it warm start"].endswith(" for 1.54K tokens")
+    assert relora("export", runs / "relora", "--format", "peft", "--to", tmp_path / "peft") == 0
+    adapter = load_file(tmp_path / "peft" / "adapter_model.safetensors").values()
+    model = load_file(tmp_path / "peft" / "base" / "model.safetensors").values()
+    sizes = [sum(tensor.numel() * 4 for tensor in found) for found in (adapter, model)]
+    assert cost[0]["adapter alone, fp32"] == format_bytes(sizes[0])
+    assert cost[1]["adapter alone, fp32"] == "–"
+    assert {row["model, fp32"] for row in cost} == {format_bytes(sizes[1])}
     size = sum(p.stat().st_size for p in (runs / "full/checkpoints/step_00000024").iterdir())
     assert report.arms[1].figures.checkpoint_bytes.mean == size
     assert report.warnings == []  # this pair is a fair one
@@ -119,7 +128,7 @@ def test_one_command_writes_a_page_a_text_and_every_figure(
     assert "| relora |" in printed
     for name in FILES:
         assert str(to / name) in printed
-    pictures = ["curves_tokens", "curves_time", "memory", "training_loss"]
+    pictures = ["curves_tokens", "difference", "curves_time", "memory", "training_loss"]
     assert sorted(p.name for p in to.iterdir()) == sorted(FILES + [f"{p}.png" for p in pictures])
     for picture in pictures:
         assert (to / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
@@ -130,7 +139,7 @@ def test_one_command_writes_a_page_a_text_and_every_figure(
 
     json.loads((to / "report.json").read_text(), parse_constant=refuse)
     report = Report.model_validate_json((to / "report.json").read_text())
-    assert report.format == 2
+    assert report.format == 3
     assert report.baseline == "full"
     mean = report.arms[0].curves.mean
     evaluations = series(runs / "relora", "eval/loss")
@@ -233,7 +242,8 @@ def test_a_running_run_is_compared_while_it_writes(runs: Path, tmp_path: Path) -
     at = next(i for i, line in enumerate(lines) if '"eval/loss"' in line)
     (run / "metrics.jsonl").write_text("".join(lines[: at + 2]) + '{"step": 6, "train/lo')
     (run / "run_state.json").write_text('{"status": "running", "reason": "", "step": 5, "code": 0}')
-    report = read_report([str(run)])
+    with held(run):
+        report = read_report([str(run)])
     assert table(report, "arms")[0]["status"] == "running"
     assert report.arms[0].curves.mean.step == [4]
 
@@ -252,7 +262,8 @@ def test_a_run_without_an_evaluation_is_listed_beside_others(runs: Path, tmp_pat
     lines = [line for line in metric_lines(run) if line["step"] < 4]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (run / "run_state.json").write_text('{"status": "running", "reason": "", "step": 3, "code": 0}')
-    assert relora("compare", runs / "full", run, "--to", tmp_path / "report") == 0
+    with held(run):
+        assert relora("compare", runs / "full", run, "--to", tmp_path / "report") == 0
     report = Report.model_validate_json((tmp_path / "report" / "report.json").read_text())
     assert table(report, "arms")[1]["perplexity"] == "no evaluation yet"
     assert [row.arm for row in report.questions.tokens.rows] == ["full"]
@@ -356,7 +367,8 @@ def test_a_watch_ends_with_the_last_run(
             (run / "run_state.json").write_text(done)
 
     monkeypatch.setattr(command.time, "sleep", sleep)
-    assert relora("compare", run, "--to", page.parent, "--watch", "7") == 0
+    with held(run):
+        assert relora("compare", run, "--to", page.parent, "--watch", "7") == 0
     assert slept == [7, 7]
     assert 'http-equiv="refresh"' not in page.read_text()
     printed = capsys.readouterr().out
@@ -376,6 +388,46 @@ def test_a_watch_does_not_wait_for_a_run_that_failed(
     assert "has no evaluation yet" in capsys.readouterr().err
     report = read_report([str(runs / "full"), str(run)])
     assert table(report, "arms")[1]["perplexity"] == "no evaluation"
+
+
+@pytest.mark.parametrize("told", ["running", None])
+def test_a_run_that_was_killed_has_died_and_no_watch_waits_for_it(
+    told: str | None, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also one that was killed before its first save, and has said nothing of itself."""
+    run = shutil.copytree(runs / "full", tmp_path / "killed")
+    lines = [line for line in metric_lines(run) if line["step"] <= 9]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (run / "run_state.json").unlink()
+    if told:
+        state = {"status": told, "reason": "", "step": 9, "code": 0}
+        (run / "run_state.json").write_text(json.dumps(state))
+    with held(run):
+        report = read_report([str(run)])
+        assert (report.arms[0].status, report.unfinished) == ("running", True)
+    assert relora("compare", run, "--to", tmp_path / "report", "--watch", "1") == 0
+    assert "killed 9/24 (died)" in capsys.readouterr().out
+    report = Report.model_validate_json((tmp_path / "report" / "report.json").read_text())
+    assert (report.arms[0].status, report.unfinished) == ("died", False)
+    (warning,) = report.warnings
+    assert warning.startswith("killed has died, killed perhaps: it has not said how it ended")
+    # It is compared as far as it has come, since the same command goes on.
+    assert read_report([str(runs / "full"), str(run)]).questions.tokens.at == 8 * 256
+
+
+@pytest.mark.parametrize("lock", ["of another machine", "missing", "a directory"])
+def test_whether_a_run_is_alive_elsewhere_is_not_guessed(
+    lock: str, runs: Path, tmp_path: Path
+) -> None:
+    run = shutil.copytree(runs / "full", tmp_path / "copy")
+    (run / "run_state.json").write_text('{"status": "running", "reason": "", "step": 9, "code": 0}')
+    holder = json.loads((run / ".lock").read_text())
+    (run / ".lock").write_text(json.dumps({**holder, "host": "elsewhere"}))
+    if lock != "of another machine":
+        (run / ".lock").unlink()
+    if lock == "a directory":
+        (run / ".lock").mkdir()
+    assert read_report([str(run)]).arms[0].status == "running"
 
 
 def test_an_interrupt_ends_a_watch_with_the_report_whole(

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
+from safetensors.torch import load_file
 
 from runs import (
     VOCABULARY,
@@ -125,8 +129,6 @@ def test_the_export_of_other_runs_too(changes: dict[str, Any], tmp_path: Path) -
 
 def test_a_bf16_run_exports_the_exact_sums(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Right after a merge B is 0, so the export holds W + s·B·A + s·B·A in fp32, not in bf16."""
-    from safetensors.torch import load_file
-
     import relora.restart.restart as under_test
 
     sums: dict[str, torch.Tensor] = {}
@@ -154,8 +156,6 @@ def test_a_bf16_run_exports_the_exact_sums(tmp_path: Path, monkeypatch: pytest.M
 
 def test_decay_of_the_merged_weights_is_exported_in_the_middle_of_a_cycle(tmp_path: Path) -> None:
     """Frozen weights stay as they are in the checkpoint; what decay has left is a factor."""
-    from safetensors.torch import load_file
-
     run_dir = tmp_path / "run"
     assert train(run_dir, "train.stop_after=16", lora__decay="merged") == 75
     rates = series(run_dir, "train/lr")
@@ -238,7 +238,91 @@ def test_the_model_card_states_the_run_s_figures(exported: tuple[Path, Path]) ->
     for figure in (f"{loss:.4f}", "24 of 24", "ReLoRA", "rank 4, alpha 8", "38.4K", "6.14K"):
         assert figure in card, figure
     assert "| merges | 2 |" in card
+    assert "| base model | none: trained from scratch |" in card
+    assert "| dtype | float32 |" in card
+    parameters = sum(t.numel() for t in load_file(to / "model.safetensors").values())
+    assert f"| tokens per parameter | {24 * 256 / parameters:.3g} |" in card
+    assert "license" not in front_matter(card)  # nobody has said one
     assert str(Path.cwd()) not in card
+
+
+def test_a_run_that_has_diverged_is_exported_too(
+    exported: tuple[Path, Path], tmp_path: Path
+) -> None:
+    run = shutil.copytree(exported[0], tmp_path / "run")
+    lines = metric_lines(run)
+    lost = dict.fromkeys(("eval/loss", "eval/perplexity"))
+    text = "".join(
+        json.dumps({**line, **lost} if "eval/loss" in line else line) + "\n" for line in lines
+    )
+    (run / "metrics.jsonl").write_text(text)
+    assert relora("export", run, "--to", tmp_path / "export") == 0
+    card = (tmp_path / "export" / "README.md").read_text()
+    assert "| validation perplexity | not finite |" in card
+
+
+def front_matter(card: str) -> dict[str, str]:
+    """What the Hub reads of a card."""
+    _, front, _ = card.split("---\n", 2)
+    return yaml.safe_load(front)
+
+
+def test_the_model_loads_and_writes_as_its_card_says(
+    exported: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    to = tmp_path / "b"
+    assert relora("export", exported[0], "--to", to, "--dtype", "bfloat16") == 0
+    (code,) = re.findall(r"```python\n(.*?)```", (to / "README.md").read_text(), re.DOTALL)
+    capsys.readouterr()
+    found: dict[str, Any] = {}
+    with contextlib.chdir(to):
+        exec(code, found)
+    assert found["model"].dtype == torch.bfloat16
+    assert capsys.readouterr().out.startswith("The")
+
+
+BASE_CARD = """---
+language: en
+license: other
+license_name: 'house-rules'
+license_link: https://example.org/rules
+tags: [a]
+---
+# A base
+license: mit
+"""
+
+
+@pytest.mark.parametrize("asked", [None, "apache-2.0"])
+def test_a_model_is_under_the_licence_of_its_base_unless_another_is_asked_for(
+    asked: str | None, exported: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """The base's name is known where huggingface_hub has put it."""
+    base = tmp_path / "models--some-lab--tiny-1" / "snapshots" / "0123"
+    shutil.copytree(exported[1], base)
+    (base / "README.md").write_text(BASE_CARD)
+    changes = {"model": {"pretrained": str(base)}, "train__steps": 5, "warm_start": None}
+    changes["relora"] = None
+    assert train(tmp_path / "run", **changes) == 0
+    more = ["--license", asked] if asked else []
+    assert relora("export", tmp_path / "run", "--to", tmp_path / "export", *more) == 0
+    card = (tmp_path / "export" / "README.md").read_text()
+    front = front_matter(card)
+    assert front["base_model"] == "some-lab/tiny-1"
+    assert front["license"] == (asked or "other")
+    assert front.get("license_name") == (None if asked else "house-rules")
+    assert front.get("license_link") == (None if asked else "https://example.org/rules")
+    assert "| base model | some-lab/tiny-1 |" in card
+    assert f"| licence | {asked or 'other'} |" in card
+
+
+def test_a_licence_is_an_identifier(
+    exported: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    to = tmp_path / "export"
+    assert relora("export", exported[0], "--to", to, "--license", "mine: all\nof it") == 2
+    assert "--license: 'mine: all\\nof it': must be an identifier" in capsys.readouterr().err
+    assert not to.exists()
 
 
 def test_the_card_of_an_earlier_checkpoint_has_its_own_figures(tmp_path: Path) -> None:
@@ -251,8 +335,6 @@ def test_the_card_of_an_earlier_checkpoint_has_its_own_figures(tmp_path: Path) -
 
 
 def test_bfloat16_is_a_rounding_of_float32(exported: tuple[Path, Path], tmp_path: Path) -> None:
-    from safetensors.torch import load_file
-
     assert relora("export", exported[0], "--to", tmp_path / "b", "--dtype", "bfloat16") == 0
     exact = load_file(exported[1] / "model.safetensors")
     rounded = load_file(tmp_path / "b" / "model.safetensors")
@@ -302,8 +384,6 @@ def test_an_export_can_be_made_elsewhere(
     exported: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From another directory, the run moved, the model's file gone; parents of --to are made."""
-    import yaml
-
     moved = shutil.copytree(exported[0], tmp_path / "moved")
     values = yaml.safe_load((moved / "config.yaml").read_text())
     values["model"]["config"] = "no/such/file.json"

@@ -33,7 +33,7 @@ FILES = (
     "tokenizer",
     "tokenizer/tokenizer.json",
     "tokenizer/tokenizer_config.json",
-    "tensorboard",
+    "tokens",
     "checkpoints",
     "checkpoints/step_00000010",
     "checkpoints/step_00000014",

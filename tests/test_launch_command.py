@@ -499,6 +499,22 @@ def test_a_run_dir_is_waited_for_only_if_its_holder_is_about_to_leave(
             holder.kill()
 
 
+def test_who_asks_whether_a_run_dir_is_held_keeps_nobody_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that starts at that moment tries again, also where nobody has said who holds it."""
+    from relora.files import hold
+    from relora.record import rundir
+
+    (tmp_path / ".lock").touch()
+    asking = (tmp_path / ".lock").open()
+    assert hold(asking, shared=True)
+    monkeypatch.setattr(rundir.time, "sleep", lambda seconds: asking.close())
+    with rundir.lock(tmp_path):
+        assert rundir.is_held(tmp_path) is True
+    assert rundir.is_held(tmp_path) is False
+
+
 @pytest.mark.slow
 def test_one_ctrl_c_under_the_deepspeed_launcher_is_one_wish(tmp_path: Path) -> None:
     """The terminal tells every process; the launcher then tells its ranks once more."""

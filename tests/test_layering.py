@@ -53,8 +53,8 @@ NEIGHBOURS: set[tuple[str, str]] = set()
 DOORS = {
     "deepspeed": ("relora.engine.deepspeed",),
     "datasets": ("relora.data.corpus",),
-    "torch.utils.tensorboard": ("relora.record.metrics",),
-    "tensorboard": ("relora.record.metrics",),
+    "torch.utils.tensorboard": ("relora.record.board",),
+    "tensorboard": ("relora.record.board",),
     # Optional, so imported by their names: none of them by a statement.
     "wandb": (),
     "mlflow": (),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,78 @@ def test_what_is_no_number_is_null_in_the_file_and_itself_on_the_board(tmp_path:
     assert line["train/loss"] is None
     assert line["train/grad_norm"] is None
     assert line["eval/loss"] == 2.5
-    board = read_board(tmp_path / "tensorboard")
+    board = read_board(tmp_path)
     assert math.isnan(board["train/loss"][1])
     assert math.isinf(board["train/grad_norm"][1])
+
+
+def scalars(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
+    """All points of each scalar, as TensorBoard reads them."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
+    return {t: [(e.step, e.value) for e in events.Scalars(t)] for t in events.Tags()["scalars"]}
+
+
+def test_what_does_not_change_is_on_the_board_where_it_begins_and_ends(tmp_path: Path) -> None:
+    """And not as a slope from its first value to the next."""
+    metrics = Metrics(tmp_path, active=True, resumed_at=0)
+    skipped = [0, 0, 0, 0, 1, 1, 1, 2, 1, 1]
+    for step, count in enumerate(skipped, 1):
+        metrics.write(step, {"train/skipped": count, "train/loss": 10.0 - step, "train/lr": 0.5})
+    metrics.close()
+    board = scalars(tmp_path)
+    assert board["train/skipped"] == [(1, 0), (4, 0), (5, 1), (7, 1), (8, 2), (9, 1), (10, 1)]
+    assert board["train/lr"] == [(1, 0.5), (10, 0.5)]
+    assert board["train/loss"] == [(step, 10.0 - step) for step in range(1, 11)]
+    assert [line["train/skipped"] for line in metric_lines(tmp_path)] == skipped
+
+
+def test_the_main_figures_have_an_axis_of_tokens_that_a_resumed_run_goes_on_with(
+    tmp_path: Path,
+) -> None:
+    """What an earlier process wrote from after the checkpoint is gone there too."""
+    for resumed, last, jump in ((0, 6, 0), (3, 8, 1000)):
+        metrics = Metrics(tmp_path, True, resumed, resumed * 256)
+        for step in range(resumed + 1, last + 1):
+            figures = {"train/loss": resumed + 1.0 / step, "perf/step_ms": 1.0 * step}
+            metrics.write(step, {**figures, "train/tokens": step * 256 + jump})
+            metrics.write(step, {"eval/loss": step + 0.5, "train/tokens": step * 256 + jump})
+        metrics.close()
+        if not resumed:
+            time.sleep(1.1)  # files are read in the order of their names: of whole seconds
+    board = scalars(tmp_path / "tokens")
+    places = [256, 512, 768, *(step * 256 + 1000 for step in range(4, 9))]
+    assert board.keys() == {"tokens/train/loss", "tokens/eval/loss"}
+    assert [place for place, _ in board["tokens/train/loss"]] == places
+    assert board["tokens/train/loss"][3] == (2024, 3.25)
+    assert board["tokens/eval/loss"] == [(p, s + 1.5) for s, p in enumerate(places)]
+
+
+def test_tensorboard_calls_a_run_by_its_directory_and_says_what_its_figures_are(
+    tmp_path: Path,
+) -> None:
+    from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
+    from tensorboard.compat.proto.summary_pb2 import DATA_CLASS_SCALAR
+    from tensorboard.plugins.custom_scalar import layout_pb2
+
+    for name in ("full", "relora"):
+        (tmp_path / name).mkdir()
+        metrics = Metrics(tmp_path / name, active=True, resumed_at=0)
+        metrics.write(1, {"train/loss": 2.0, "train/lr": 0.1, "train/tokens": 256})
+        metrics.close()
+    runs = EventMultiplexer().AddRunsFromDirectory(str(tmp_path)).Reload()
+    assert runs.Runs().keys() == {"full", "full/tokens", "relora", "relora/tokens"}
+    metadata = runs.SummaryMetadata("full", "train/loss")
+    assert metadata.data_class == DATA_CLASS_SCALAR  # for the fast reader
+    about = metadata.summary_description
+    assert about.endswith("in nats per token.")
+    assert runs.SummaryMetadata("full/tokens", "tokens/train/loss").summary_description == about
+    (layout,) = runs.Tensors("full", "custom_scalars__config__")
+    found = layout_pb2.Layout.FromString(layout.tensor_proto.string_val[0])
+    charts = {chart.title: list(chart.multiline.tag) for chart in found.category[0].chart}
+    assert charts["loss"] == ["train/loss$", "eval/loss$"]
+    assert {"learning rate", "norm of the gradient", "memory (GiB)"} < charts.keys()
 
 
 def test_a_line_can_be_read_as_soon_as_it_is_written(tmp_path: Path) -> None:

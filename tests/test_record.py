@@ -30,11 +30,10 @@ NAMES = [
     "checkpoints",
     "state.json",
     "manifest.json",
-    "tensorboard",
     ".lock",
     ".ranks",
 ]
-JOINED = {*NAMES, "model", "tokenizer", "spectra", "config.json"}
+JOINED = {*NAMES, "model", "tokens", "tokenizer", "spectra", "config.json"}
 
 
 def nodes() -> Iterator[tuple[Path, ast.AST]]:
@@ -49,9 +48,7 @@ def test_the_names_in_a_run_directory_are_spelled_in_one_module() -> None:
         if path == LAYOUT:
             continue
         if isinstance(node, ast.Constant):
-            # As a dashboard that `train.log_to` names it is no directory.
-            named = node.value == "tensorboard" and path.name in ("config.py", "trackers.py")
-            assert named or node.value not in NAMES, (path, node.lineno)
+            assert node.value not in NAMES, (path, node.lineno)
         elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
             if isinstance(node.right, ast.Constant) and path.parent.name != "data":
                 assert node.right.value not in JOINED, (path, node.lineno)

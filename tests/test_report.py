@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import html
 import json
 import re
 import shutil
@@ -32,11 +33,12 @@ from relora.report.cells import shown, signed
 from relora.report.page import draw_all, to_html, to_markdown, write_report
 from relora.report.questions import at_equal_memory
 from relora.report.read import Evaluations, RunFiles, read_run
-from relora.report.records import AtEqual, EqualRow, Report, Spread
+from relora.report.records import AtEqual, EqualRow, Report, Similarity, Spread
+from relora.report.setting import setting_lines
 from relora.report.style import DARK, LIGHT, log_ticks
 from relora.report.tables import tables
 from relora.report.verdict import verdict_title, verdicts
-from relora.words import format_bytes
+from relora.words import format_bytes, format_count
 from runs import train
 
 HOSTILE = '<script>alert(1)</script> a|b $x_1$ & "q" _u_'
@@ -67,6 +69,7 @@ def test_spread_is_the_sample_standard_deviation() -> None:
     assert spread([1.0, None]) == Spread(mean=1.0, sd=None, n=1, values=[1.0, None])
     assert spread([float("nan")]).mean is None
     assert shown(spread([1.0, 3.0]), lambda v: f"{v:.1f}") == "2.0 ± 1.4"
+    assert shown(spread([1.0, 1.01]), lambda v: f"{v:.1f}") == "1.0"
     assert shown(spread([1.0, None]), lambda v: f"{v:.1f}") == "1.0 (1 of 2 seeds)"
     assert signed(-0.001) == "0"
 
@@ -423,17 +426,114 @@ def test_the_verdict_comes_first_and_says_what_each_arm_gives_and_costs(run: Run
     assert re.search(r"of full \(\S+ FLOPs in all, 30s in all, \S+B a rank\):$", title)
     assert lines["full"] == "perplexity 20.09, the baseline"
     assert lines["half"].replace("\u00a0", " ") == (
-        "perplexity 33.12 (+64.9 %); 1.00 × FLOPs, 2.00 × time, 1.00 × training state; "
+        "perplexity 33.12: 13.03 (+64.9 %) above the baseline's, with one seed only, so the "
+        "spread over seeds is unknown; 1.00 × FLOPs, 2.00 × time, 1.00 × training state; "
         "never as good"
     )
     assert lines["late"] == "no evaluation yet (running, 6/6)"
-    page, text = to_html(report, {}, None), to_markdown(report, {})
+    page, text = html.unescape(to_html(report, {}, None)), to_markdown(report, {})
     assert page.index(title) < page.index("perplexity 20.09")
     assert title in text
     for name, line in lines.items():
         assert f"<b>{name}</b>: {line}" in page
         assert page.index(f"<b>{name}</b>: {line}") < page.index("Read this first")
         assert f"- **{name}**: {line}" in text
+
+
+@pytest.mark.parametrize(
+    ("ours", "base", "says"),
+    [
+        ((2.9, 2.7), (3.0, 3.2), "(-25.9 %) below the baseline's, more than the spread over seeds"),
+        ((2.9, 3.2), (3.0, 3.2), "(-4.3 %) below the baseline's, no more than the spread"),
+        ((2.9,), (3.0, 3.2), "with one seed of ours only, so the spread over seeds is unknown"),
+        (
+            (2.9, 2.7),
+            (3.0,),
+            "with one seed of the baseline only, so the spread over seeds is unknown",
+        ),
+        ((3.0, 3.2), (3.0, 3.2), ": the baseline's;"),
+    ],
+)
+def test_a_verdict_says_whether_a_difference_is_beyond_the_spread_over_seeds(
+    ours: tuple[float, ...], base: tuple[float, ...], says: str, run: RunFiles
+) -> None:
+    """The deviation of a difference of two runs: of both arms' variances together."""
+    arms = [
+        ArmRuns(name, [like(run, [5.0, loss], seed) for seed, loss in enumerate(losses)])
+        for name, losses in (("full", base), ("ours", ours))
+    ]
+    line = verdicts(build_report(arms))["ours"]
+    assert says.replace("-", "−") in line.replace("\u00a0", " ")
+    found = re.search(r"spread over seeds \(([\d.]+)\)", line)
+    assert bool(found) == (len(ours) == len(base) and ours != base)
+    if found:
+        deviations = [np.std(np.exp(losses), ddof=1) for losses in (ours, base)]
+        assert float(found[1]) == pytest.approx(np.hypot(*deviations), abs=0.005)
+
+
+def test_the_difference_to_the_baseline_is_a_curve_over_tokens(run: RunFiles) -> None:
+    """Interpolated between the baseline's evaluations; there is none where that has none."""
+    base = [like(run, [5.0, 4.0, 3.0], 1), like(run, [5.2, 4.0, 3.2], 2)]
+    ours = [like(run, [4.0, 3.5, 3.0, 2.0], 1), like(run, [4.0, 3.7, 3.0, 2.0], 2)]
+    ours = [
+        replace(one, evaluations=replace(one.evaluations, tokens=np.array([50.0, 150, 250, 350])))
+        for one in ours
+    ]
+    report = build_report([ArmRuns("full", base), ArmRuns("ours", ours)])
+    full, found = (arm.curves.difference for arm in report.arms)
+    assert full is None
+    assert found is not None
+    assert found.tokens == [150, 250]
+    assert found.loss == pytest.approx([3.6 - (5.1 + 4) / 2, 3.0 - (4 + 3.1) / 2])
+    of_base = [np.std(each, ddof=1) for each in ((5.0, 5.2), (4.0, 4.0), (3.0, 3.2))]
+    mean = [(of_base[0] + of_base[1]) / 2, (of_base[1] + of_base[2]) / 2]
+    assert found.sd == pytest.approx(np.hypot(mean, [np.std((3.5, 3.7), ddof=1), 0]))
+    (axes,) = figures.draw_difference(report, LIGHT).axes
+    (line,) = [line for line in axes.lines if line.get_marker() == "o"]
+    assert list(line.get_ydata()) == found.loss
+    assert "difference" in draw_all(report)
+    alone = build_report([ArmRuns("full", base[:1]), ArmRuns("ours", ours)])
+    assert alone.arms[1].curves.difference.sd == []
+    assert "difference" not in draw_all(build_report([ArmRuns("full", base)]))
+
+
+def test_device_model_data_and_sizes_stand_on_top(run: RunFiles) -> None:
+    report = build_report([ArmRuns("a", [run]), ArmRuns("b", [run])])
+    lines = setting_lines(report)
+    assert list(lines) == ["device", "model", "data", "sizes"]
+    assert lines["device"].startswith(f"1 × {run.environment['device']}")
+    assert lines["device"].endswith("fp32, ZeRO 1")
+    parameters = report.arms[0].predicted.parameters
+    assert lines["model"] == f"llama, {format_count(parameters)} parameters"
+    assert "text/*.txt" in lines["data"]
+    assert lines["sizes"].startswith("8 sequences of 32 = 256 tokens a step; 6 steps = 1.54K token")
+    assert lines["sizes"].endswith(f", {6 * 256 / parameters:.3g} a parameter")
+    page, text = to_html(report, {}, None), to_markdown(report, {})
+    assert page.index(lines["sizes"]) < page.index(verdict_title(report))
+    assert text.index("- sizes: 8 sequences") < text.index("At 1.54K tokens")
+    elsewhere = replace(run, stretches=[replace(run.main, environment={"device": "H<100>"})])
+    report = build_report([ArmRuns("a", [run]), ArmRuns("b", [elsewhere])])
+    assert setting_lines(report)["device"].endswith("(a); 1 × H<100>, fp32, ZeRO 1 (b)")
+    assert "H&lt;100&gt;" in to_html(report, {}, None)
+
+
+def test_seeds_are_counted_and_named(run: RunFiles) -> None:
+    two = ArmRuns("two", [like(run, [3.0], 7), like(run, [3.0], 5)])
+    table = tables(build_report([ArmRuns("one", [run]), two]))["arms"]
+    at = table.columns.index("seeds")
+    assert [row[at] for row in table.rows] == ["1 (1)", "2 (7, 5)"]
+
+
+def test_spectra_are_folded_and_tables_show_that_they_go_on(run: RunFiles) -> None:
+    """By style alone: no script is needed for either."""
+    report = build_report([ArmRuns("a", [run])])
+    pair = Similarity(what="arms", of=("a", "b"), layers=1, width=1, phi=[[1.0]], whole=1.0)
+    page = to_html(report.model_copy(update={"similarity": [pair]}), {}, None)
+    folded = re.findall(r'<section id="(\w+)">\s*<details><summary>', page)
+    assert folded == ["similarity"]
+    assert page.count("<details>") == page.count("</details>") == 1
+    assert " no-repeat local" in page
+    assert "<script" not in page
 
 
 def test_training_state_heads_memory_and_a_process_s_memory_is_not_in_it(run: RunFiles) -> None:

@@ -361,7 +361,7 @@ def test_tensorboard_has_the_figures_and_the_merges(undisturbed: Path, tmp_path:
     assert train(run_dir, "train.stop_after=13") == 75
     assert train(run_dir) == 0
     for directory in (undisturbed, run_dir):
-        board = read_board(directory / "tensorboard")
+        board = read_board(directory)
         for key in ("train/loss", "train/lr", "train/grad_norm", "eval/loss", "relora/merge"):
             logged = series(directory, key)
             assert list(board[key]) == list(logged)
@@ -376,11 +376,13 @@ def test_tensorboard_has_each_figure_of_a_step_once(undisturbed: Path) -> None:
     """An evaluation says again how far the run is; the board needs it once."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(undisturbed / "tensorboard")).Reload()
+    events = EventAccumulator(str(undisturbed)).Reload()
     assert "train/tokens" in events.Tags()["scalars"]
     for tag in events.Tags()["scalars"]:
         steps = [event.step for event in events.Scalars(tag)]
         assert len(steps) == len(set(steps)), tag
+        if not tag.startswith("time/"):  # whose name says it
+            assert events.SummaryMetadata(tag).summary_description, tag
 
 
 def test_the_table_of_hyperparameters_begins_with_what_runs_are_compared_by(
@@ -389,7 +391,7 @@ def test_the_table_of_hyperparameters_begins_with_what_runs_are_compared_by(
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.plugins.hparams import plugin_data_pb2
 
-    events = EventAccumulator(str(undisturbed / "tensorboard")).Reload()
+    events = EventAccumulator(str(undisturbed)).Reload()
     data = plugin_data_pb2.HParamsPluginData.FromString(
         events.summary_metadata["_hparams_/experiment"].plugin_data.content
     )

@@ -63,12 +63,14 @@ def contents(directory: Path) -> dict[str, tuple[int, bytes]]:
 
 def test_a_run_is_a_directory_of_plain_files(finished: Path) -> None:
     names = {path.name for path in finished.iterdir()} - {".lock"}
+    (events,) = (name for name in names if name.startswith("events.out.tfevents."))
     assert names == {
         "config.yaml",
         "run_state.json",
         "environment.json",
         "metrics.jsonl",
-        "tensorboard",
+        "tokens",
+        events,
         "checkpoints",
         "log.txt",
         "model",

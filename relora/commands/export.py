@@ -30,24 +30,12 @@ from relora.lora.peft_format import (
     write_adapter,
 )
 from relora.model import GENERATION_CONFIG
-from relora.record import keys
 from relora.record.layout import RunDirectory
-from relora.record.loaded import LoadedRun, load_run, say_aside
-from relora.record.metrics import read_metrics
+from relora.record.loaded import LoadedRun, load_run
+from relora.record.model_card import CARD, model_card
 from relora.structure import has_transformers_weights
-from relora.version import __version__
-from relora.words import format_count
 
 BASE = "base"  # the directory of what adapters are on
-LOADING = """
-These are adapters in PEFT's format; what they are on lies in `{base}`, whose place PEFT knows from
-`adapter_config.json`. Moved, they load by
-
-```python
-model = transformers.AutoModelForCausalLM.from_pretrained("{base}")
-model = peft.PeftModel.from_pretrained(model, ".")
-```
-"""
 
 
 class Form(NamedTuple):
@@ -60,6 +48,8 @@ class Form(NamedTuple):
         rank: of delta, of every layer.
         tolerance: of delta, the largest relative Frobenius error of a layer; instead of a rank.
         max_shard_size: of a file of weights, as transformers reads it: 5GB.
+        license: the Hub's identifier of the licence that the model is under; by default that of the
+            base model's card, if there is one.
     """
 
     format: Literal["hf", "peft", "delta"] = "hf"
@@ -67,6 +57,7 @@ class Form(NamedTuple):
     rank: int | None = None
     tolerance: float | None = None
     max_shard_size: str = "50GB"
+    license: str | None = None
 
 
 def export(
@@ -78,17 +69,18 @@ def export(
     tolerance: float | None,
     max_shard_size: str,
     force: bool,
+    license: str | None = None,
 ) -> int:
     """Write model, tokenizer, generation config and model card to `to`.
 
     Args:
-        format, dtype, rank, tolerance, max_shard_size: see `Form`.
+        format, dtype, rank, tolerance, max_shard_size, license: see `Form`.
         force: replace what is there.
 
     Raises:
         ConfigError: something else is there; the form asks for what the run does not have.
     """
-    form = Form(format, dtype, rank, tolerance, max_shard_size)
+    form = Form(format, dtype, rank, tolerance, max_shard_size, license)
     _check_form(form)
     check_target(to, force)
     run = load_run(path)
@@ -130,6 +122,11 @@ def _check_form(form: Form) -> None:
         raise ConfigError(
             f"--max-shard-size: {form.max_shard_size}: must be a whole number with "
             "its unit, such as 500MB or 5GB"
+        )
+    if form.license is not None and re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", form.license) is None:
+        raise ConfigError(
+            f"--license: {form.license[:80]!r}: must be an identifier as the Hugging Face Hub has "
+            "them: apache-2.0, mit, cc-by-4.0, llama3.1, other"
         )
     if form.format == "delta" and (form.rank is None) == (form.tolerance is None):
         raise ConfigError("--format delta: say either --rank R or --tolerance E (0.1 is a tenth)")
@@ -217,8 +214,9 @@ def write_export(
             if adapter is not None:
                 place_tokenizer(run.tokenizer_dir, temporary, CheckpointError)
                 write_adapter(adapter, model, temporary, str(target / BASE), TASKS["CausalLM"])
-            card = model_card(run, model) + ("" if adapter is None else LOADING.format(base=BASE))
-            (temporary / "README.md").write_text(card, encoding="utf8")
+            below = BASE if adapter is not None else None
+            card = model_card(run, model, form.dtype, form.license, below)
+            (temporary / CARD).write_text(card, encoding="utf8")
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"--to: {to}: the export cannot be written: {error}; what was there is as it was; make "
@@ -261,47 +259,7 @@ def check_target(to: Path, force: bool) -> None:
         if not to.exists() or (to.is_dir() and not any(to.iterdir())):
             return
     is_export = has_transformers_weights(to) or (to / SETTINGS).is_file()
-    if not (is_export and (to / "README.md").is_file()):
+    if not (is_export and (to / CARD).is_file()):
         raise ConfigError(f"--to: {to} exists and is no export; choose another directory")
     if not force:
         raise ConfigError(f"--to: {to} exists; choose another directory, or --force to replace it")
-
-
-def model_card(run: LoadedRun, model: PreTrainedModel) -> str:
-    """A short README with the run's figures, all of them from the run directory."""
-    config, step = run.config, run.checkpoint.step
-    try:
-        metrics = read_metrics(run.run_dir)
-    except CheckpointError as error:  # the weights do not depend on it
-        say_aside(f"{error}; the model card goes without the figures of the training")
-        metrics = []
-    lines = [line for line in metrics if line["step"] <= step]
-    evaluations = [line for line in lines if keys.EVAL_LOSS in line]
-    parameters = sum(p.numel() for p in model.parameters())
-    tokens = run.checkpoint.state.consumed * config.data.sequence_length
-    rows = {
-        "method": config.method,
-        "parameters": format_count(parameters),
-        "steps": f"{step} of {config.total_steps}",
-        "tokens": format_count(tokens),
-        "merges": str(run.checkpoint.state.merges),
-        "sequence length": str(config.data.sequence_length),
-        "global batch": f"{config.batch.global_batch_size} sequences",
-        "seed": str(config.seed),
-    }
-    if config.lora is not None:
-        alpha = f", alpha {config.lora.alpha:g}" if config.lora.rank else ""
-        rows["adapters"] = f"{config.lora.size}{alpha}"
-    if evaluations:
-        last = evaluations[-1]
-        rows["validation loss"] = f"{last['eval/loss']:.4f} nats per token (step {last['step']})"
-        rows["validation perplexity"] = f"{last['eval/perplexity']:.2f}"
-    source = config.data.source
-    text = source.builtin or source.dataset or source.saved or ", ".join(source.files or [])
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-    return (
-        "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n"
-        f"# {run.run_dir.name}\n\n"
-        f"A {model.config.model_type} language model trained on `{text}` with relora "
-        f"{__version__}.\n\n| | |\n|---|---|\n{table}\n"
-    )

@@ -80,6 +80,11 @@ class SourceConfig(Section):
     deduplicate: bool = False
     """Drop a document whose whole text has come before."""
 
+    @property
+    def title(self) -> str:
+        """What the text is called in a report."""
+        return str(self.builtin or self.dataset or self.saved or ", ".join(self.files or []))
+
     @field_validator("cut", mode="before")
     @classmethod
     def _shorthand(cls, value: object) -> object:

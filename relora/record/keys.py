@@ -4,6 +4,7 @@ Those of spectra are medians over layers: `SPECTRA_PREFIX` and the name of a lay
 """
 
 SPECTRA_PREFIX = "spectra/"
+OVER_TOKENS_PREFIX = "tokens/"  # TensorBoard's alone: of a figure whose axis is the tokens
 
 AUXILIARY_LOSS = "train/auxiliary_loss"
 GRAD_NORM = "train/grad_norm"
@@ -49,3 +50,33 @@ WRITE_S = "time/write_s"
 CYCLE_EFFECTIVE_RANK = "spectra/cycle_effective_rank"
 OVERLAP = "spectra/overlap"
 SINGULAR_VALUES = "spectra/singular_values"
+TOTAL_RATIO = "spectra/total_ratio"
+
+# What TensorBoard says of a figure.
+MEANINGS = {
+    TRAIN_LOSS: "Mean over the tokens of this step's global batch, in nats per token.",
+    EVAL_LOSS: "Mean over the tokens of the validation split, in nats per token.",
+    EVAL_ERROR: "Standard error of the validation loss: of its mean over sequences.",
+    PERPLEXITY: "exp of the validation loss.",
+    EVAL_TOKENS: "Tokens that the validation loss is a mean over.",
+    AUXILIARY_LOSS: "What a router's balance adds to the loss that is minimised.",
+    LR: "Of this step's update.",
+    GRAD_NORM: "L2 norm over all gradients, before clipping.",
+    TOKENS: "Trained on so far.",
+    SKIPPED: "Updates left out so far, because a gradient was not finite.",
+    LOSS_SCALE: "Of fp16.",
+    ROLLBACK_COUNT: "Times that the run has gone back behind a spike of the loss.",
+    BIRTH: "1 where the warm start ends and the adapters are born.",
+    CYCLE: "Number of the cycle that this step belongs to.",
+    MERGE: "Number of the merge after this step.",
+    PROBE_DEVIATION: "How far the merge has moved the logits, relative to the largest.",
+    ROUNDING_LOSS: "Largest share of a layer's merged update that rounding has lost.",
+    UPDATE_RATIO: "Norm of what a merge adds, by that of the weights.",
+    ZEROED_SHARE: "Share of the adapters' moments that the reset has zeroed.",
+    MEMORY_GIB: "Peak of rank 0 so far: of its GPU, or without one of its process.",
+    STEP_MS: "Mean over the steps since the last line.",
+    TOKENS_PER_S: "Mean over the steps since the last line, of all ranks together.",
+    ELAPSED_S: "In the training loop, over all processes of this run.",
+    OVERLAP: "Share of this cycle's subspace that lies in that of the cycle before; a median.",
+    TOTAL_RATIO: "Norm of all updates since the start by that of the weights then; a median.",
+}

@@ -4,7 +4,9 @@ config.yaml             the resolved config
 run_state.json          how the run stands or ended, with its exit code
 environment.json        what each stretch of it ran on
 metrics.jsonl           every figure, a JSON object a line
-log.txt  tensorboard/   the same for people
+log.txt                 the same for people
+events.out.tfevents.*   the same for TensorBoard, which calls a run as the directory is called;
+tokens/                 and its main figures over tokens
 model/  tokenizer/      the model's structure, and the tokenizer, as transformers keeps them
 checkpoints/step_XXXXXXXX/
     rank_XXXXX.safetensors …  state.json  manifest.json
@@ -57,7 +59,7 @@ class RunDirectory:
         self.environment = path / ENVIRONMENT
         self.metrics = path / METRICS
         self.log = path / "log.txt"
-        self.tensorboard = path / "tensorboard"
+        self.over_tokens = path / "tokens"
         self.rollbacks = path / ROLLBACKS
         self.trackers = path / TRACKERS
         self.lock = path / ".lock"

@@ -15,16 +15,13 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from textwrap import indent
 from typing import Any
-
-from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
 
 from relora.engine.distributed import on_terminal
 from relora.errors import CheckpointError
 from relora.files import explain, replacing, supplied
 from relora.record import keys
+from relora.record.board import Board
 from relora.record.layout import RunDirectory
 from relora.record.rundir import check_plain
 from relora.record.trackers import Tracker, close_trackers, log_figures, open_trackers
@@ -39,19 +36,21 @@ class Metrics:
         run_dir: the run directory, which exists.
         active: whether this rank writes.
         resumed_at: step the run goes on from; later lines of an earlier process are dropped.
+        resumed_tokens: as many as it has been trained on by then.
 
     What cannot be written (disk full, say) is noted in `problem` and not raised: rank 0 alone would
     leave the others waiting. The run asks for it at each step.
     """
 
-    def __init__(self, run_dir: Path, active: bool, resumed_at: int) -> None:
+    def __init__(
+        self, run_dir: Path, active: bool, resumed_at: int, resumed_tokens: int = 0
+    ) -> None:
         self.run_dir = run_dir
         self.active = active
         self.problem: CheckpointError | None = None
         self._terminal = active and on_terminal()
         self._bar = ""
         self._trackers: list[Tracker] = []
-        self._drawn: tuple[int, set[str]] = (-1, set())  # what TensorBoard has of the newest step
         if not active:
             return
         complaints = []
@@ -63,7 +62,7 @@ class Metrics:
             complaints = drop_after(path, resumed_at)
             self._lines = path.open("a", encoding="utf8")
             self._log = log.open("a", encoding="utf8")
-            self._board = SummaryWriter(str(files.tensorboard), purge_step=resumed_at + 1)
+            self._board = Board(run_dir, resumed_at, resumed_tokens)
         for complaint in complaints:
             self.say(complaint)
 
@@ -98,16 +97,7 @@ class Metrics:
         with self.noting_trouble():
             self._lines.write(json.dumps(line) + "\n")
             self._lines.flush()
-            if step != self._drawn[0]:
-                self._drawn = (step, set())
-            for key, value in values.items():
-                if key in self._drawn[1]:  # an evaluation says again where it stands
-                    continue
-                self._drawn[1].add(key)
-                if isinstance(value, str):
-                    self._board.add_text(key, value, step)
-                elif not isinstance(value, bool | list):
-                    self._board.add_scalar(key, value, step)
+            self._board.add(step, values)
         for complaint in log_figures(self._trackers, step, values):
             self.say(complaint)
 
@@ -115,24 +105,19 @@ class Metrics:
         """A text for TensorBoard, as it is."""
         if self.active and not self.problem:
             with self.noting_trouble():
-                # Indented by four it is code to Markdown, which keeps its lines and signs.
-                self._board.add_text(key, indent(text, "    ", lambda _: True), step)
+                self._board.add_text(step, key, text)
 
     def figure(self, step: int, key: str, figure: Any) -> None:
         """A matplotlib figure for TensorBoard."""
         if self.active and not self.problem:
             with self.noting_trouble():
-                self._board.add_figure(key, figure, step)
+                self._board.add_figure(step, key, figure)
 
     def conclude(self, settings: Mapping[str, Any], results: Mapping[str, float]) -> None:
         """The run's settings and final figures, for TensorBoard's HParams tab."""
-        if not self.active or self.problem:
-            return
-        plain = {k: v if isinstance(v, bool | int | float) else str(v) for k, v in settings.items()}
-        with self.noting_trouble():
-            # SummaryWriter.add_hparams would make a run of its own beside this one.
-            for summary in hparams(plain, dict(results)):
-                self._board._get_file_writer().add_summary(summary)
+        if self.active and not self.problem:
+            with self.noting_trouble():
+                self._board.conclude(settings, results)
 
     def say(self, text: str) -> None:
         """A line on the console and in log.txt."""

@@ -27,6 +27,7 @@ from relora.record.layout import LEFTOVER, RunDirectory
 
 PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "tokenizers", "sentencepiece")
 LOCK_CHARACTERS = 4096
+GLANCE_S = 0.05  # more than `is_held` takes
 PATIENCE_S = 60.0  # for an orphan to finish its step, save and leave
 
 
@@ -93,7 +94,7 @@ def lock(run_dir: Path, patience_s: float = PATIENCE_S) -> IO[str]:
     check_plain(path)
     file = path.open("a+", encoding="utf8", errors="replace")
     deadline, told = time.monotonic() + patience_s, False
-    while not hold(file):
+    while not (hold(file) or _hold_after_a_glance(file)):
         holder = _read_holder(file)
         pid = holder.get("pid", "unknown")
         if time.monotonic() > deadline or not _is_leaving(holder):
@@ -112,6 +113,29 @@ def lock(run_dir: Path, patience_s: float = PATIENCE_S) -> IO[str]:
     file.write(json.dumps(values))
     file.flush()
     return file
+
+
+def _hold_after_a_glance(file: IO[str]) -> bool:
+    """Try again: whoever asks `is_held` shares the lock for a moment."""
+    time.sleep(GLANCE_S)
+    return hold(file)
+
+
+def is_held(run_dir: Path) -> bool | None:
+    """Whether a process trains in a run directory, without disturbing it.
+
+    None where that cannot be told: the lock is not there (in a copy, say), is that of another
+    machine (a network disk may keep its locks to itself), or cannot be asked.
+    """
+    path = RunDirectory(run_dir).lock
+    try:
+        check_plain(path)
+        with path.open(encoding="utf8", errors="replace") as file:
+            if not hold(file, shared=True):
+                return True
+            return False if _read_holder(file).get("host") == platform.node() else None
+    except (OSError, CheckpointError):
+        return None
 
 
 def check_plain(path: Path) -> None:

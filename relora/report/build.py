@@ -16,13 +16,13 @@ from relora.report.curves import curves_of, place_of
 from relora.report.fair import differences_between, searches_of, warnings_about
 from relora.report.paired import beside_baseline, unsure
 from relora.report.predict import Prediction, predict
-from relora.report.read import AT_WORK, RunFiles
+from relora.report.read import AT_WORK, CPUS, RunFiles
 from relora.report.records import ArmReport, Figures, Questions, Report, SeedReport, Spread
+from relora.report.setting import setting_of
 from relora.report.spectra import spectra_of_arms
 from relora.version import __version__
 
 FINAL = ("loss", "perplexity")  # compared only where they are of the same step
-CPUS = ("x86_64", "aarch64", "arm64", "AMD64")  # what environment.json calls a device without GPU
 
 
 def build_report(arms: Sequence[ArmRuns], baseline: str | None = None) -> Report:
@@ -48,12 +48,13 @@ def build_report(arms: Sequence[ArmRuns], baseline: str | None = None) -> Report
     unpredicted = {p.complaint for p in predictions.values() if p.complaint}
     complaints += [f"not predicted: {complaint}" for complaint in sorted(unpredicted)]
     paired = beside_baseline(evaluated, base)
-    figures = [_arm(arm, predictions[arm.name]) for arm in arms]
+    figures = [_arm(arm, predictions[arm.name], base) for arm in arms]
     return Report(
         relora=__version__,
         written=datetime.now().astimezone().isoformat(timespec="seconds"),
         unfinished=any(run.status in AT_WORK for arm in arms for run in arm.runs),
         baseline=base.name,
+        setting=setting_of(arms, {name: p.figures for name, p in predictions.items()}),
         warnings=[*warnings_about(arms, base), *complaints],
         notes=[*unsure(paired, base), *searches_of(arms)],
         arms=figures,
@@ -102,7 +103,7 @@ def _answers(
     )
 
 
-def _arm(arm: ArmRuns, prediction: Prediction) -> ArmReport:
+def _arm(arm: ArmRuns, prediction: Prediction, base: ArmRuns) -> ArmReport:
     seeds = [_seed(run, prediction) for run in arm.runs]
     furthest = [run in arm.furthest for run in arm.runs]
 
@@ -128,7 +129,7 @@ def _arm(arm: ArmRuns, prediction: Prediction) -> ArmReport:
         predicted=prediction.figures,
         warm_start=spread([tokens for tokens, _ in warm]),
         warm_start_seconds=spread([seconds for _, seconds in warm]),
-        curves=curves_of(arm),
+        curves=curves_of(arm, base),
     )
 
 

@@ -12,9 +12,11 @@ Format = str | Callable[[Any], str]  # as for `str.format`, or a function
 
 
 def shown(value: Any, form: Format = str) -> str:
-    """A value or a dash; of seeds mean ± sd, or the mean alone where there is no spread."""
+    """A value or a dash; of seeds mean ± sd, or the mean alone where no spread would be seen."""
     if isinstance(value, Spread):
-        text = shown(value.mean, form) + (f" ± {shown(value.sd, form)}" if value.sd else "")
+        text = shown(value.mean, form)
+        if value.sd and (sd := shown(value.sd, form)) != shown(0.0, form):
+            text += f" ± {sd}"
         seeds = len(value.values)
         return text if value.n in (0, seeds) else f"{text} ({value.n} of {seeds} seeds)"
     if value is None:

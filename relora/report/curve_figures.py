@@ -15,6 +15,7 @@ from relora.words import format_bytes, format_count
 
 MOST_MARKS = 200  # marks of an arm; more would hide its curve
 SMOOTHED = 50  # the running mean is over this share of a curve: one fiftieth
+EARLY = 0.1  # of the tokens: what is larger only before then does not set the axis
 UNITS = ((86400 * 3, "days", 86400.0), (7200, "hours", 3600.0), (180, "minutes", 60.0))
 
 
@@ -62,6 +63,39 @@ def draw_curves(report: Report, style: Style, axis: str) -> Any:
     marks = [mark for mark in ((":", "merge"), ("--", "adapters born")) if mark[0] in drawn]
     legend(figure, style, {arm.name: report.numbers[arm.name] for arm in arms}, marks=marks)
     return figure
+
+
+def has_difference(report: Report) -> bool:
+    """Whether there is anything beside the baseline."""
+    return any(_differences(report))
+
+
+def draw_difference(report: Report, style: Style) -> Any:
+    """Validation loss less the baseline's over tokens; below the line an arm is better."""
+    figure, (axes,) = panels(1, 1, height=3.0)
+    axes.axhline(0, color=style.muted, linewidth=1)
+    drawn = _differences(report)
+    end = max(float(np.max(_column(curve.tokens))) for curve in drawn.values())
+    heights = [0.0]
+    for name, curve in drawn.items():
+        number, x, y = report.numbers[name], _column(curve.tokens), _column(curve.loss)
+        sd = _column(curve.sd) if curve.sd else np.zeros_like(y)
+        axes.fill_between(x, y - sd, y + sd, color=style.colour(number), alpha=0.18, linewidth=0)
+        axes.plot(x, y, **style.line(number, marker="o", markersize=2.2))
+        late = x >= EARLY * end
+        heights += [*(y - sd)[late], *(y + sd)[late]]
+    low, high = min(heights), max(heights)
+    room = max(0.08 * (high - low), 1e-6)
+    axes.set_ylim(low - room, high + room)
+    axes.set_ylabel("validation loss less\nthe baseline's (nats per token)")
+    _set_x(axes, "tokens")
+    legend(figure, style, {name: report.numbers[name] for name in drawn})
+    return figure
+
+
+def _differences(report: Report) -> dict[str, Curve]:
+    found = {arm.name: arm.curves.difference for arm in report.arms}
+    return {name: curve for name, curve in found.items() if curve is not None and curve.step}
 
 
 def draw_training(report: Report, style: Style) -> Any:

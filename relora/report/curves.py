@@ -16,8 +16,9 @@ from relora.report.records import Curve, Curves
 LR_POINTS = 400  # of a learning-rate curve, beside its corners
 
 
-def curves_of(arm: ArmRuns) -> Curves:
+def curves_of(arm: ArmRuns, base: ArmRuns) -> Curves:
     """Mean and spread over the arm's seeds, each seed's own curves, and what happened when."""
+    compared = arm is not base and arm.evaluated and base.evaluated
     leader = arm.leader
     merges, births = (
         [float(line["step"]) for line in leader.events_with(key)]
@@ -34,6 +35,7 @@ def curves_of(arm: ArmRuns) -> Curves:
         rewarm_from=_at(leader, starts),
         rewarm_to=_at(leader, [min(step + rewarm, leader.step) for step in starts]),
         lr=_learning_rate(leader),
+        difference=_difference(arm, base) if compared else None,
     )
 
 
@@ -95,6 +97,32 @@ def _mean(arm: ArmRuns) -> Curve:
     losses = np.transpose([run.evaluations.at(mean.step).loss for run in arm.furthest]).tolist()
     spreads = [spread([perplexity_of(loss) for loss in each]) for each in losses]
     return _evaluated(mean, perplexity=[s.mean for s in spreads], sd=[s.sd for s in spreads])
+
+
+def _difference(arm: ArmRuns, base: ArmRuns) -> Curve:
+    """Mean loss less the baseline's where both have been evaluated by then, and its spread.
+
+    That is the standard deviation of a run of the arm less one of the baseline; with a single seed
+    of either there is none.
+    """
+    own, its = mean_over_seeds(arm), mean_over_seeds(base)
+    within = (own.tokens >= its.tokens[0]) & (own.tokens <= its.tokens[-1])
+    own = own.at(own.step[within])
+
+    def between(values: np.ndarray) -> np.ndarray:
+        return np.interp(own.tokens, its.tokens, values)
+
+    more = {}
+    if min(len(arm.furthest), len(base.furthest)) > 1:
+        more["sd"] = np.hypot(_deviation(arm, own), between(_deviation(base, its)))
+    losses = own.loss - between(its.loss)
+    return _curve(step=own.step, tokens=own.tokens, seconds=own.seconds, loss=losses, **more)
+
+
+def _deviation(arm: ArmRuns, at: Evaluations) -> np.ndarray:
+    """Sample standard deviation of the loss over the furthest seeds."""
+    losses = [run.evaluations.at(at.step).loss for run in arm.furthest]
+    return np.std(losses, axis=0, ddof=1)
 
 
 def _learning_rate(run: RunFiles) -> Curve:

@@ -11,7 +11,7 @@ from relora.files import is_file, read_json
 from relora.load import leaves
 from relora.record.layout import ARMS_FILE
 from relora.report.arms import ArmRuns, only_moved, plain
-from relora.report.read import MACHINE, RunFiles, Stretch
+from relora.report.read import DIED, MACHINE, RunFiles, Stretch
 from relora.report.records import Difference
 from relora.words import format_duration
 
@@ -160,7 +160,12 @@ def _other_machines(runs: Sequence[tuple[str, RunFiles]]) -> Iterator[str]:
 
 
 def _state_of(title: str, run: RunFiles) -> Iterator[str]:
-    if run.status != "finished":
+    if run.status == DIED:
+        yield (
+            f"{title} has died, killed perhaps: it has not said how it ended, and no process "
+            f"trains in it; {run.step} of {run.config.total_steps} steps; the same command goes on"
+        )
+    elif run.status != "finished":
         reason = f" ({run.reason})" if run.reason and run.status == "failed" else ""
         yield (
             f"{title} is {run.status}{reason}: unfinished, {run.step} of {run.config.total_steps} "

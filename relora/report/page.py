@@ -19,10 +19,11 @@ from relora.errors import CheckpointError
 from relora.files import replacing, write_atomically
 from relora.report import curve_figures, spectra_figures
 from relora.report.records import Report
+from relora.report.setting import setting_lines
 from relora.report.spectra_figures import MAPS
 from relora.report.style import DARK, LIGHT, Style, to_png
 from relora.report.tables import Table, tables
-from relora.report.verdict import verdict_title, verdicts
+from relora.report.verdict import SPREAD_NOTE, verdict_title, verdicts
 
 
 class Picture(NamedTuple):
@@ -31,6 +32,7 @@ class Picture(NamedTuple):
     table: str
     draw: Callable[[Report, Style], Any]
     caption: str
+    wanted: Callable[[Report], bool] = lambda report: True
 
 
 PICTURES = {
@@ -39,6 +41,14 @@ PICTURES = {
         partial(curve_figures.draw_curves, axis="tokens"),
         "Validation perplexity over tokens. Points are evaluations, of every seed; the band is ± "
         "one standard deviation over seeds. Shaded: the learning rate warms up again.",
+    ),
+    "difference": Picture(
+        "tokens",
+        curve_figures.draw_difference,
+        "Mean validation loss less the baseline's, which is interpolated in tokens; below the line "
+        "an arm is better. The band is ± one standard deviation of a run less one of the "
+        "baseline's, where both have several seeds. The first tenth may lie outside.",
+        curve_figures.has_difference,
     ),
     "curves_time": Picture(
         "seconds",
@@ -72,6 +82,7 @@ PICTURES = {
         spectra_figures.draw_heat,
         f"Effective rank of each cycle's update, layer by layer; of more than {MAPS} arms the "
         "first.",
+        spectra_figures.has_heat,
     ),
     "similarity": Picture(
         "similarity",
@@ -80,6 +91,9 @@ PICTURES = {
         f"{MAPS} pairs the first; the table has all.",
     ),
 }
+
+
+FOLDED = ("spectra", "similarity")  # tables that a page opens on demand, with their pictures
 
 
 class Drawn(NamedTuple):
@@ -93,7 +107,7 @@ def draw_all(report: Report) -> dict[str, Drawn]:
     """Every picture that this report has, by name."""
     found, drawn = tables(report), {}
     for name, picture in PICTURES.items():
-        if picture.table in found and (name != "layers" or spectra_figures.has_heat(report)):
+        if picture.table in found and picture.wanted(report):
             light, dark = (to_png(partial(picture.draw, report, s), s) for s in (LIGHT, DARK))
             drawn[name] = Drawn(light, dark)
     return drawn
@@ -106,8 +120,11 @@ def to_markdown(report: Report, pictures: Mapping[str, str]) -> str:
         pictures: file names by picture.
     """
     parts = ["# Comparison", f"Written {report.written}, baseline: {_md(report.baseline)}."]
+    setting = setting_lines(report)
+    parts.append(_md_list(f"{what}: {_md(text)}" for what, text in setting.items()))
     parts.append(_md(verdict_title(report)))
     parts.append(_md_list(f"**{_md(arm)}**: {_md(line)}" for arm, line in verdicts(report).items()))
+    parts.append(SPREAD_NOTE)
     if report.warnings:
         parts += ["Read this first:", _md_list(map(_md, report.warnings))]
     if report.notes:
@@ -137,6 +154,9 @@ def to_html(report: Report, drawn: Mapping[str, Drawn], refresh_s: float | None)
         report=report,
         verdict_title=verdict_title(report),
         verdicts=verdicts(report),
+        setting=setting_lines(report),
+        spread_note=SPREAD_NOTE,
+        folded=FOLDED,
         tables=tables(report),
         drawn=drawn,
         pictures=PICTURES,

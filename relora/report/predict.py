@@ -34,7 +34,9 @@ def predict(run: RunFiles) -> Prediction:
     try:
         config = _as_of_main(config.model_copy(update={"model": structure_of(config)}), run)
         lora = config.lora
-        sizes = shape_of(config).sizes(lora)
+        shape = shape_of(config)
+        sizes = shape.sizes(lora)
+        adapter = sum(size for size, _ in sizes[len(shape.parameters) :])
         trainable = sum(size for size, trained in sizes if trained)
         frozen = sum(size for size, trained in sizes if not trained)
         figures = Predicted(
@@ -42,10 +44,11 @@ def predict(run: RunFiles) -> Prediction:
             memory_by_part=memory_by_part(config, run.world),
             bytes_per_step=bytes_per_step(config, run.world, lora is not None),
             checkpoint_bytes=checkpoint_bytes(
-                trainable, frozen, shape_of(config).of_one_moment(config, lora is not None)
+                trainable, frozen, shape.of_one_moment(config, lora is not None)
             ),
             trainable=trainable,
-            parameters=sum(size for size, _ in shape_of(config).parameters),
+            parameters=sum(size for size, _ in shape.parameters),
+            adapter=adapter or None,
         )
         before = training_flops(config, 0)  # nothing; what cannot be counted is known here
         if run.start is not None:

@@ -23,7 +23,7 @@ from relora.record.checkpoint import Standing, newest_state
 from relora.record.layout import CHECKPOINT_STATE, RunDirectory
 from relora.record.metrics import iter_metrics
 from relora.record.moved import moved_path
-from relora.record.rundir import read_run_state, read_stretches
+from relora.record.rundir import is_held, read_run_state, read_stretches
 
 COLUMNS = (
     "step",
@@ -39,6 +39,9 @@ COLUMNS = (
 MACHINE = ("device", "world_size", "threads_per_rank", "platform")
 LARGEST = 1e300  # no figure is beyond it; sums of such stay finite
 AT_WORK = ("running", "preempted", "unknown")  # these may still get further by themselves
+CPUS = ("x86_64", "aarch64", "arm64", "AMD64")  # what environment.json calls a device without GPU
+UNTOLD = ("running", "unknown")  # what run_state.json says until a run ends, or has saved once
+DIED = "died"  # of a run that has not said how it ended, and that no process holds
 
 
 @dataclass(frozen=True)
@@ -156,11 +159,13 @@ def read_run(run_dir: Path) -> RunFiles:
     Raises:
         CheckpointError: it is none, or a file in it is broken; names the file and the line.
     """
-    files, state = RunDirectory(run_dir), read_run_state(run_dir)
+    files = RunDirectory(run_dir)
+    held = is_held(run_dir)  # asked first: a run says how it ended before it lets go
+    state = read_run_state(run_dir)
     lacking = None
     if not is_file(files.config):
         lacking = "it has no config.yaml" if exists(run_dir) else "no such directory"
-    elif not exists(files.metrics) and state.status in ("finished", "unknown"):
+    elif not exists(files.metrics) and state.status in ("finished", "unknown") and not held:
         lacking = "it has no metrics.jsonl"
     if lacking:
         raise CheckpointError(f"{run_dir}: is no run directory that has started: {lacking}")
@@ -176,11 +181,13 @@ def read_run(run_dir: Path) -> RunFiles:
         )
     log, evaluations, events, last = _read_metrics(run_dir, start)
     newest = _read_newest(run_dir, complaints)
-    running = state.status == "running"
+    status = state.status
+    if status in UNTOLD and held is not None:
+        status = "running" if held else DIED
     return RunFiles(
         path=run_dir,
         config=config,
-        status=state.status,
+        status=status,
         reason=state.reason,
         model=read_json(files.model_json, CheckpointError) if exists(files.model_json) else None,
         stretches=_read_stretches(run_dir, _last_step(log, evaluations), complaints),
@@ -190,7 +197,7 @@ def read_run(run_dir: Path) -> RunFiles:
         checkpoint_bytes=newest and newest.bytes,
         data=newest and newest.state.data,
         start=start,
-        silent_s=max(0.0, time.time() - last) if running and last else None,
+        silent_s=max(0.0, time.time() - last) if status == "running" and last else None,
         complaints=complaints,
     )
 

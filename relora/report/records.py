@@ -39,7 +39,7 @@ class Curve(StrictModel):
     seconds: Column
     loss: Column = []
     perplexity: Column = []
-    sd: Column = []  # of the perplexity, over seeds
+    sd: Column = []  # over seeds: of the perplexity, or of a difference's loss
     lr: Column = []  # of the updates that follow the steps
 
 
@@ -54,6 +54,8 @@ class Curves(StrictModel):
     rewarm_from: Curve
     rewarm_to: Curve
     lr: Curve
+    # Mean loss less the baseline's, which is interpolated in tokens; None of the baseline itself.
+    difference: Curve | None = None
 
 
 class Figures(StrictModel, Generic[Value]):
@@ -93,7 +95,8 @@ class Predicted(StrictModel):
     bytes_per_step: Figure = None  # received by a rank in a step of the run's last phase
     checkpoint_bytes: Figure = None
     trainable: int | None = None  # parameters, in the last phase
-    parameters: int | None = None
+    parameters: int | None = None  # of the model, without adapters
+    adapter: int | None = None  # entries of A and B of all layers; None where there are none
 
     @property
     def state(self) -> float | None:
@@ -265,11 +268,12 @@ class Similarity(StrictModel):
 class Report(StrictModel):
     """A comparison."""
 
-    format: int = 2
+    format: int = 3
     relora: str
     written: str
     unfinished: bool
     baseline: str
+    setting: dict[str, dict[str, list[str]]]  # device, model, data, sizes: what, and of which arms
     warnings: list[str]
     notes: list[str] = []  # which differences mean nothing, which rates were tried
     arms: list[ArmReport]

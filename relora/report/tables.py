@@ -29,6 +29,7 @@ OPTIONAL = {
     "in host memory",
     "peak GiB on the GPU",
     "predicted",
+    "adapter alone, fp32",
 }  # only where an arm has any
 NO_FIGURE = ("not reached", "no evaluation yet", "no evaluation")
 
@@ -102,6 +103,11 @@ def _of(path: str, form: Format = str) -> Cell:
     return lambda row: shown(value(row), form)
 
 
+def _in_fp32(path: str) -> Cell:
+    """Bytes of so many parameters."""
+    return _of(path, lambda count: format_bytes(4 * count))
+
+
 def _spent(key: str, form: Format) -> Cell:
     """What was spent until the baseline's perplexity, by those that have it."""
     cell = _of(key, form)
@@ -158,7 +164,7 @@ ARMS: dict[str, Cell] = {
     "step": _of("progress"),
     "status": _of("status"),
     "merges": _of("figures.merges", "{:,.0f}"),
-    "seeds": lambda arm: ", ".join(str(seed.seed) for seed in arm.seeds),
+    "seeds": lambda arm: f"{len(arm.seeds)} ({', '.join(str(seed.seed) for seed in arm.seeds)})",
     "method": _of("method"),
 }
 AT_EQUAL: dict[str, Cell] = {
@@ -217,6 +223,8 @@ COST: dict[str, Cell] = {
     "one merge": _of("figures.merge_s", seconds_text),
     "checkpoint": _of("figures.checkpoint_bytes", format_bytes),
     "predicted": _of("predicted.checkpoint_bytes", format_bytes),
+    "adapter alone, fp32": _in_fp32("predicted.adapter"),
+    "model, fp32": _in_fp32("predicted.parameters"),
 }
 SEEDS: dict[str, Cell] = {
     "run": _of("seed.run"),
@@ -256,7 +264,7 @@ _FLOPS = (
 )
 NOTES = {
     "arms": "Mean ± sample standard deviation (n − 1) over the seeds of an arm; without ± there is "
-    "one seed, or all are equal.",
+    "one seed, or all are equal in these digits. Seeds: how many, and which.",
     "tokens": "At the smallest number of tokens at which every run has an evaluation, but for runs "
     f"that failed or diverged; each run's last evaluation at or before it. {_WARM}",
     "paired": "Last losses of finished runs beside those of the baseline's run of the same seed, "
@@ -279,7 +287,8 @@ NOTES = {
     "a step and what is called predicted are computed from config, model and number of ranks "
     "alone, as relora plan does.",
     "cost": f"{_WARM} {_FLOPS} One merge is the median of a run's. A checkpoint is the newest on "
-    "disk; predicted: its tensors alone.",
+    "disk; predicted: its tensors alone. An adapter is A and B of all layers, as export --format "
+    "peft writes them; the model is without them.",
     "spectra": "Medians over layers, at the last measurement. cycle: s·B·A of one cycle; all: W + "
     "s·B·A minus W₀, the weights at the first of the steps. Overlap: with the cycle before. "
     "Amplification: how many times W₀ the update is in its own leading directions (LoRA, arXiv "

@@ -64,7 +64,8 @@ def start_run(
             "on so far; put the old shards back, or start in another run_dir"
         )
     files, made_anew = describe_files(config, shards, ranks, checkpoint, step)
-    metrics = Metrics(config.run_dir, ranks.is_main, resumed_at=step)
+    tokens = checkpoint.state.consumed * config.data.sequence_length if checkpoint else 0
+    metrics = Metrics(config.run_dir, ranks.is_main, step, tokens)
     ranks.agree(metrics.problem)
     with ranks.together():
         if ranks.is_main:
