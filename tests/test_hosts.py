@@ -11,15 +11,18 @@ import json
 import os
 import shlex
 import signal
+import socket
 import sys
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+import torch
 import yaml
 
 from relora.engine import devices, hosts
+from relora.engine.distributed import Ranks, be_found_by_others
 from relora.engine.launcher import decode_argument, encode_argument
 from relora.errors import ConfigError
 from relora.load import load_config
@@ -214,6 +217,37 @@ def test_an_argument_is_the_same_behind_every_shell(argument: str) -> None:
 def test_a_word_that_only_looks_encoded_is_for_the_command_line_to_judge() -> None:
     for word in ("--encoded=!", "--encoded=e30x", "seed=3"):
         assert decode_argument(word) == word
+
+
+def test_gloo_takes_the_interface_on_the_way_to_rank_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test of two machines has what happens else: tests/test_two_hosts.py."""
+    own = {
+        each.address: interface
+        for interface, addresses in psutil.net_if_addrs().items()
+        for each in addresses
+        if each.family == socket.AF_INET and not each.address.startswith("127.")
+    }
+    if not own:
+        pytest.skip("this machine has no network")
+    address, interface = own.popitem()
+    name = "GLOO_SOCKET_IFNAME"
+
+    def chosen(master: str, local_world: int = 1, before: str | None = None) -> str | None:
+        monkeypatch.setenv(name, before or "")
+        if before is None:
+            monkeypatch.delenv(name)
+        monkeypatch.setenv("MASTER_ADDR", master)
+        monkeypatch.setenv("MASTER_PORT", "29500")
+        be_found_by_others(Ranks(0, 2, 0, local_world, torch.device("cpu")))
+        monkeypatch.delenv("MASTER_ADDR")
+        monkeypatch.delenv("MASTER_PORT")
+        return os.environ.get(name)
+
+    assert chosen(address) == interface
+    assert chosen(address, local_world=2) is None  # one machine
+    assert chosen(address, before="ib0") == "ib0"
+    assert chosen("127.0.1.1") is None  # no way to anybody
+    assert chosen("no-such-host.invalid") is None  # joining says so
 
 
 def nobody(pids: list[int]) -> bool:

@@ -548,7 +548,8 @@ for ((task = 0; task < SLURM_NTASKS; task++)); do
     SLURM_PROCID=$task SLURM_LOCALID=$((task % (SLURM_NTASKS / SLURM_NNODES))) "$@" &
     tasks+=($!)
 done
-trap 'kill -TERM "${tasks[@]}"' TERM # as srun does
+trap 'kill -USR1 "${tasks[@]}"' USR1
+trap 'kill -KILL "${tasks[@]}"' TERM # as srun does
 code=0
 for task in "${tasks[@]}"; do
     while kill -0 "$task" 2>/dev/null; do
@@ -571,7 +572,7 @@ esac
 """
 )
 FAKE_RANK = r"""#!/usr/bin/env bash
-[[ ${DEAF-} ]] || trap 'echo "rank $RANK stops" >>"$LOG"; stop=1' TERM # before it says it is here
+[[ ${DEAF-} ]] || trap 'echo "rank $RANK stops" >>"$LOG"; stop=1' USR1 # before it says it is here
 place="rank $RANK/$WORLD_SIZE local $LOCAL_RANK/$LOCAL_WORLD_SIZE"
 echo "$place at $MASTER_ADDR:$MASTER_PORT: $*" >>"$LOG"
 [[ ${WAIT-} ]] || exit "${CODE-0}"
@@ -586,6 +587,7 @@ def slurm(tree: Tree) -> Tree:
     """A tree in which sbatch has just started the script, on two nodes of two GPUs."""
     tree.fake("scontrol", FAKE_SCONTROL)
     tree.fake("srun", FAKE_SRUN)
+    tree.fake("squeue", RECORD + 'echo "${STATE-RUNNING None}"\n')
     (tree.root / ".venv/bin").mkdir(parents=True)
     tree.fake("relora", FAKE_RANK, ".venv/bin")
     tree.environment |= {
@@ -672,6 +674,16 @@ def test_slurm_keeps_75_where_a_job_cannot_be_requeued(slurm: Tree) -> None:
     done, log = slurm.run("launch/slurm.sbatch", CODE="75", NO_QUEUE="1")
     assert done.returncode == 75
     assert log[-1] == "scontrol requeue 4711"
+
+
+@pytest.mark.parametrize(
+    ("state", "code"), [("COMPLETING None", 75), ("COMPLETING TimeLimit", 0), ("", 0)]
+)
+def test_slurm_does_not_bring_back_what_scancel_ended(state: str, code: int, slurm: Tree) -> None:
+    """Nor asks for what Slurm does by itself; without an answer it asks."""
+    done, log = slurm.run("launch/slurm.sbatch", CODE="75", STATE=state)
+    assert done.returncode == code
+    assert ("scontrol requeue 4711" in log) == (code == 0)
 
 
 @pytest.mark.parametrize("tasks", [1, pytest.param(2, marks=pytest.mark.slow)])

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed import distributed_c10d
 
 from relora.engine.config import DeepSpeedConfig, OptimizerConfig
-from relora.engine.distributed import Ranks
+from relora.engine.distributed import Ranks, be_found_by_others
 from relora.engine.evaluation import Loss
 from relora.engine.memory import give_memory_
 from relora.engine.muon import Muon
@@ -60,6 +60,7 @@ def init_distributed(ranks: Ranks, timeout_minutes: float) -> None:
     deepspeed = _import_deepspeed()
     timeout = timedelta(minutes=timeout_minutes)
     _limit_waiting(timeout)
+    be_found_by_others(ranks)
     deepspeed.init_distributed(
         dist_backend="nccl" if ranks.device.type == "cuda" else "gloo",
         auto_mpi_discovery=False,

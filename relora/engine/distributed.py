@@ -6,15 +6,17 @@ Everything goes through torch.distributed; `engine.deepspeed.init_distributed` h
 from __future__ import annotations
 
 import hashlib
+import ipaddress
 import os
 import resource
 import socket
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -29,6 +31,8 @@ ALONE = {
     "MASTER_ADDR": "127.0.0.1",
     "MASTER_PORT": "0",  # whatever is free: nobody else has to find it
 }
+
+GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
 
 
 @dataclass(frozen=True)
@@ -173,6 +177,32 @@ def _check_devices(needed: int) -> None:
             f"(CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', '')}); start fewer, or "
             "let every rank see all of them (under Slurm: --gpus-per-node, not --gpus-per-task)"
         )
+
+
+def be_found_by_others(ranks: Ranks) -> None:
+    """Have gloo listen where ranks on other machines find this one, unless GLOO_SOCKET_IFNAME says.
+
+    Left to itself it listens at what the machine's name means there, and Debian's and Ubuntu's
+    installers write 127.0.1.1 into /etc/hosts. The way to rank 0 is open, or nothing would be.
+    """
+    if ranks.local_world == ranks.world or GLOO_INTERFACE in os.environ:
+        return
+    own = _address_towards(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    if own is None or ipaddress.ip_address(own).is_loopback:
+        return
+    for interface, addresses in psutil.net_if_addrs().items():
+        if own in (each.address for each in addresses):
+            os.environ[GLOO_INTERFACE] = interface
+
+
+def _address_towards(host: str, port: int) -> str | None:
+    """This machine's address on the way to another; None if there is no way yet."""
+    with suppress(OSError):  # joining tries again, and then says what is wrong
+        (family, *_, where), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(where)  # which sends nothing
+            return str(probe.getsockname()[0])
+    return None
 
 
 def lone_rank() -> Ranks:
