@@ -120,8 +120,8 @@ def to_markdown(report: Report, pictures: Mapping[str, str]) -> str:
         pictures: file names by picture.
     """
     parts = ["# Comparison", f"Written {report.written}, baseline: {_md(report.baseline)}."]
-    setting = setting_lines(report)
-    parts.append(_md_list(f"{what}: {_md(text)}" for what, text in setting.items()))
+    if setting := setting_lines(report):
+        parts.append(_md_list(f"{what}: {_md(text)}" for what, text in setting.items()))
     parts.append(_md(verdict_title(report)))
     parts.append(_md_list(f"**{_md(arm)}**: {_md(line)}" for arm, line in verdicts(report).items()))
     parts.append(SPREAD_NOTE)

@@ -273,7 +273,8 @@ class Report(StrictModel):
     written: str
     unfinished: bool
     baseline: str
-    setting: dict[str, dict[str, list[str]]]  # device, model, data, sizes: what, and of which arms
+    # Device, model, data, sizes: what, and of which arms; reports of format 2 have none.
+    setting: dict[str, dict[str, list[str]]] = {}
     warnings: list[str]
     notes: list[str] = []  # which differences mean nothing, which rates were tried
     arms: list[ArmReport]
