@@ -314,7 +314,7 @@ def _with_config(verb: str, arguments: dict[str, Any]) -> dict[str, Any]:
     path, overrides = arguments["config"], arguments["overrides"]
     checked = {name: value for name, value in arguments.items() if name != "overrides"}
     checked["config"] = config = load_config(path, overrides)
-    if verb in ("plan", "bench", "launch", "arms"):
+    if verb in ("plan", "bench", "train", "launch", "arms"):
         checked["given"] = [str(path), *overrides]
     if verb == "plan":
         check_world(config, arguments["devices"])
@@ -390,6 +390,11 @@ def _resume(parser: argparse.ArgumentParser) -> None:
         metavar="auto|CHECKPOINT",
         help="go on from the newest sound checkpoint (auto), or from this one of the run, after "
         "which later checkpoints and figures go",
+    )
+    parser.add_argument(
+        "--change",
+        action="store_true",
+        help="a run that has begun goes on with this config's rates, schedule and batch, on record",
     )
 
 

@@ -44,6 +44,7 @@ from relora.engine.signals import (
 from relora.errors import PREEMPTED, LostRankError
 from relora.load import check_world
 from relora.record.rundir import RunState, read_run_state, write_run_state
+from relora.record.settled import Typed, settled
 
 OURS = (0, 1, 2, 3, 4, 5, 6, PREEMPTED)  # exit codes that a rank gives on purpose
 LOST = LostRankError.code
@@ -55,15 +56,20 @@ def launch(
     devices: int | None,
     hostfile: Path | None,
     resume: str = "auto",
+    change: bool = False,
 ) -> int:
     """Train on `devices` ranks here, or on the hosts of `hostfile`; returns the run's code.
 
     Args:
         given: the config's path and its overrides, which every rank is started with.
+        change: as for `train`.
     """
-    arguments = ["train", *given]
+    arguments = ["train", *given, *(["--change"] if change else [])]
     if resume != "auto":
         arguments += ["--resume", resume]
+    else:  # the ranks find it out for themselves; here nothing has been started yet
+        on = [f"--{k}={v}" for k, v in (("devices", devices), ("hostfile", hostfile)) if v]
+        config = settled(config, None, change, Typed(["relora", "launch", *on, *given]))
     pass_on: Callable[[int, int], None]
     if hostfile is not None:
         slots, port = read_hostfile(hostfile), free_port()

@@ -70,3 +70,12 @@ def launcher_environment() -> dict[str, str]:
 def speaks_for_machine() -> bool:
     """Whether this process alone, of all ranks on its machine, tells of an error."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def words_of_train() -> list[str]:
+    """How this process's `relora train` is typed: by itself, or by what launched it."""
+    if FRONT in os.environ:
+        return ["relora", "launch"]
+    if "LOCAL_RANK" in os.environ:
+        return ["deepspeed", "--module", "relora", "train"]
+    return ["relora", "train"]

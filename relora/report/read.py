@@ -19,6 +19,7 @@ from relora.errors import CheckpointError, ConfigError
 from relora.files import exists, is_file, read_json
 from relora.load import build_config, leaves, load_run_config
 from relora.record import keys
+from relora.record.changes import Change, eras, read_changes
 from relora.record.checkpoint import Standing, newest_state
 from relora.record.layout import CHECKPOINT_STATE, RunDirectory
 from relora.record.metrics import iter_metrics
@@ -100,6 +101,7 @@ class RunFiles:
     checkpoint_bytes: int | None
     data: str | None  # fingerprint of the token shards, by the newest checkpoint
     start: Start | None = None
+    changes: list[Change] = field(default_factory=list)  # of its settings, on its way
     silent_s: float | None = None  # since the newest line; of a run that says it is running
     complaints: list[str] = field(default_factory=list)
 
@@ -107,6 +109,10 @@ class RunFiles:
     def step(self) -> int:
         """Updates done, as far as the metrics say."""
         return _last_step(self.log, self.evaluations)
+
+    def config_at(self, step: int) -> Config:
+        """What the run was set to for the update that follows `step` finished ones."""
+        return next(c for begin, c in reversed(eras(self.config, self.changes)) if begin <= step)
 
     @property
     def main(self) -> Stretch:
@@ -190,6 +196,7 @@ def read_run(run_dir: Path) -> RunFiles:
         checkpoint_bytes=newest and newest.bytes,
         data=newest and newest.state.data,
         start=start,
+        changes=_read_changes(run_dir, complaints),
         silent_s=max(0.0, time.time() - last) if running and last else None,
         complaints=complaints,
     )
@@ -200,6 +207,15 @@ def _read_newest(place: Path, complaints: list[str]) -> Standing | None:
     found, unsound = newest_state(place)
     complaints += [f"passed over {complaint}" for complaint in unsound]
     return found
+
+
+def _read_changes(run_dir: Path, complaints: list[str]) -> list[Change]:
+    """What a run has changed on its way."""
+    try:
+        return read_changes(run_dir)
+    except CheckpointError as error:
+        complaints.append(f"{error}; what it has changed on its way is unknown")
+        return []
 
 
 def _read_stretches(run_dir: Path, last: int, complaints: list[str]) -> list[Stretch]:
