@@ -21,6 +21,7 @@ from relora.engine.precision import NAMES
 from relora.engine.signals import follow_launcher, undisturbed
 from relora.errors import ConfigError
 from relora.files import as_user_error, mend_standard_streams
+from relora.quiet import quiet_libraries
 from relora.version import __version__
 
 Verbs = argparse._SubParsersAction  # of argparse.ArgumentParser
@@ -266,6 +267,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code (0 done, 1 our bug, 2–6 and 75 as in the README)."""
     mend_standard_streams()
     limit_spinning()
+    quiet_libraries()
     if sys.platform == "win32":  # signals, file locks and DeepSpeed's launcher are another matter
         print("relora: needs Linux; on Windows that is WSL 2", file=sys.stderr)
         return ConfigError.code

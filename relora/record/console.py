@@ -13,13 +13,13 @@ from collections import deque
 from relora.engine.distributed import on_terminal
 from relora.words import format_duration
 
-WIDTH = 100  # columns that lines are made for
+LINE_WIDTH = 100  # columns that lines are made for
 BAR_WIDTH = 24
 PACE = 32  # steps that the speed is a mean of
 WIPE = "\r\x1b[2K"
 # What stands out, by what a line begins with: SGR parameters.
-COLOURS = {"MERGE": "1;35", "BIRTH": "1;35", "EVAL": "1;32", "SPECTRA": "36", "note": "33"}
-COLOURS |= {"changed": "1;33", "rates": "33", "merges": "33", "finished": "1"}
+EMPHASIS = {"MERGE": "1;35", "BIRTH": "1;35", "EVAL": "1;32", "SPECTRA": "36", "note": "33"}
+EMPHASIS |= {"changed": "1;33", "rates": "33", "merges": "33", "finished": "1"}
 
 
 class Console:
@@ -37,10 +37,10 @@ class Console:
 
     def say(self, text: str) -> None:
         """Show a line, above the bar."""
-        colour = COLOURS.get(text.partition(" ")[0]) if self._colours else None
+        colour = EMPHASIS.get(text.partition(" ")[0]) if self._colours else None
         lines = text.split("\n")
         if self.terminal:
-            width = min(WIDTH, shutil.get_terminal_size().columns)
+            width = min(LINE_WIDTH, shutil.get_terminal_size().columns)
             lines = [part for line in lines for part in _wrapped(line, width)]
         if colour:
             lines = [f"\x1b[{colour}m{line}\x1b[0m" for line in lines]

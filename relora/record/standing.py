@@ -7,6 +7,7 @@ from pathlib import Path
 from relora.config import Config
 from relora.errors import CheckpointError, ConfigError, UserError
 from relora.files import exists, is_file
+from relora.load import differences
 from relora.model import ModelConfig, load_model_config
 from relora.record.checkpoint import complete_checkpoints, newest_state
 from relora.record.layout import RunDirectory, step_of
@@ -19,8 +20,11 @@ SHOWN = 3  # differences
 
 def standing(config: Config) -> str | None:
     """In one line what `train` would do with what is in `run_dir`; None for a run yet to begin."""
+    kept = ""
     try:
-        config = settled(config)
+        given, config = config, settled(config)
+        stays = [f"{path} {now}" for path, _, now in differences(given, config)]
+        kept = f", with {', '.join(stays)} by its change" if stays else ""
         if is_finished(config):
             return "is finished: train has nothing to do"
     except AnotherRun as error:
@@ -36,7 +40,7 @@ def standing(config: Config) -> str | None:
     checkpoints = complete_checkpoints(config.run_dir)
     if not checkpoints:
         return "has begun: train starts again, for there is no checkpoint yet"
-    return f"has begun: train goes on from step {step_of(checkpoints[-1]):,}"
+    return f"has begun: train goes on from step {step_of(checkpoints[-1]):,}{kept}"
 
 
 def is_finished(config: Config, wanted: Path | None = None) -> bool:

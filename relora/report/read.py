@@ -19,7 +19,7 @@ from relora.errors import CheckpointError, ConfigError
 from relora.files import exists, is_file, read_json
 from relora.load import build_config, leaves, load_run_config
 from relora.record import keys
-from relora.record.changes import Change, eras, read_changes
+from relora.record.changes import Change, read_changes
 from relora.record.checkpoint import Standing, newest_state
 from relora.record.layout import CHECKPOINT_STATE, RunDirectory
 from relora.record.metrics import iter_metrics
@@ -50,6 +50,7 @@ class Start:
     step: int
     tokens: float
     seconds: float
+    changes: list[Change]  # of its settings, on its way
 
 
 @dataclass(frozen=True)
@@ -109,10 +110,6 @@ class RunFiles:
     def step(self) -> int:
         """Updates done, as far as the metrics say."""
         return _last_step(self.log, self.evaluations)
-
-    def config_at(self, step: int) -> Config:
-        """What the run was set to for the update that follows `step` finished ones."""
-        return next(c for begin, c in reversed(eras(self.config, self.changes)) if begin <= step)
 
     @property
     def main(self) -> Stretch:
@@ -305,4 +302,4 @@ def _read_start(config: Config, run_dir: Path, complaints: list[str]) -> Start |
         before = source.model.pretrained
         complaints.append(f"{given} itself starts from {before}, whose cost is not counted")
     tokens = float(state.consumed * source.data.sequence_length)
-    return Start(source, state.step, tokens, state.elapsed_s)
+    return Start(source, state.step, tokens, state.elapsed_s, state.changes)

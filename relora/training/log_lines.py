@@ -1,6 +1,6 @@
 """The lines a run prints: a header, then one for each log step, merge and evaluation.
 
-They fit in `WIDTH` columns, but for paths.
+They fit in `LINE_WIDTH` columns, but for paths.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from relora.config import Config
 from relora.load import leaves
 from relora.record import keys
 from relora.record.changes import Change
-from relora.record.console import WIDTH
+from relora.record.console import LINE_WIDTH
 from relora.restart.schedule import Clock
 from relora.version import __version__
 from relora.words import format_count, format_duration
@@ -106,7 +106,7 @@ def row(name: str, text: str) -> list[str]:
     """A row of the header, in as many lines as it takes."""
     return textwrap.wrap(
         f"{name:9} {text}",
-        WIDTH,
+        LINE_WIDTH,
         subsequent_indent=" " * 10,
         break_long_words=False,
         break_on_hyphens=False,
@@ -181,12 +181,18 @@ def step_line(clock: Clock, step: int, values: Mapping[str, float]) -> str:
             f"step {step:>{len(str(clock.total))}}/{clock.total}",
             phase(clock, step),
             f"loss {values[keys.TRAIN_LOSS]:.4f}",
-            f"lr {values[keys.LR]:.1e}",
-            f"gnorm {values[keys.GRAD_NORM]:.3g}",
+            f"lr {_short(values[keys.LR])}",
+            f"gnorm {values[keys.GRAD_NORM]:.2f}",
             f"{format_count(values[keys.TOKENS_PER_S])} tok/s",
             f"eta {format_duration(remaining)}",
         ]
     )
+
+
+def _short(value: float) -> str:
+    """4.0e-4."""
+    mantissa, _, exponent = f"{value:.1e}".partition("e")
+    return f"{mantissa}e{int(exponent)}" if exponent else mantissa
 
 
 def phase(clock: Clock, step: int) -> str:
@@ -211,9 +217,9 @@ def merge_line(step: int, layers: int, values: Mapping[str, float]) -> str:
     """A merge, and what was checked about it."""
     return (
         f"MERGE {values['relora/merge']:.0f} at step {step}: {layers} layers, "
-        f"|ΔW|/|W| {values[keys.UPDATE_RATIO]:.1e}, "
-        f"{values[keys.ZEROED_SHARE]:.1%} of moments zeroed, "
-        f"logits moved {values[keys.PROBE_DEVIATION]:.0e} ({values[keys.MERGE_S]:.1f} s)"
+        f"|ΔW|/|W| {_short(values[keys.UPDATE_RATIO])}, "
+        f"moments zeroed {values[keys.ZEROED_SHARE]:.1%}, "
+        f"Δlogits {_short(values[keys.PROBE_DEVIATION])} ({values[keys.MERGE_S]:.1f} s)"
     )
 
 
@@ -221,9 +227,9 @@ def spectra_line(step: int, values: Mapping[str, float]) -> str:
     """What the weights have gained: medians over the layers."""
     parts = [f"effective rank {values['spectra/total_effective_rank']:.1f} in all"]
     if keys.CYCLE_EFFECTIVE_RANK in values:
-        parts.append(f"{values['spectra/cycle_effective_rank']:.1f} in this cycle")
+        parts.append(f"{values['spectra/cycle_effective_rank']:.1f} this cycle")
     if keys.OVERLAP in values:
-        parts.append(f"{values['spectra/overlap']:.0%} shared with the last")
+        parts.append(f"{values['spectra/overlap']:.0%} as in the last")
     return f"SPECTRA at step {step}: {', '.join(parts)} ({values['time/spectra_s']:.1f} s)"
 
 
