@@ -11,10 +11,13 @@ from typing import Any
 import pytest
 
 from ranks import Scenario, run_ranks
+from relora.commands import train as command
 from relora.config import Config
+from relora.errors import ConfigError
 from relora.load import load_config, load_run_config
 from relora.plan.estimate import training_flops
 from relora.record.changes import before_changes, eras, read_changes
+from relora.record.standing import standing
 from relora.report.arms import group_runs
 from relora.report.curves import curves_of
 from relora.report.predict import predict
@@ -32,6 +35,7 @@ from runs import (
     series,
     train,
     trajectory,
+    undisturbed,
     workshop,
 )
 
@@ -349,13 +353,26 @@ def test_a_broken_record_is_named_and_made_anew_without_it(
     assert on(run_dir, "relora.lr=1e-2", "--change", "train.stop_after=16") == 75
     path = run_dir / "changes.json"
     whole = path.read_text()
-    for broken in ("[", "{}", '[{"step": -1, "settings": {}}]', '[{"step": 3}]'):
+    unknown = '[{"step": 3, "settings": {"seed": [1, 2]}}]'
+    for broken in ("[", "{}", '[{"step": -1, "settings": {}}]', '[{"step": 3}]', unknown):
         path.write_text(broken)
         assert on(run_dir, "relora.lr=1e-2") == 4
         assert f"{path}: is broken" in capsys.readouterr().err
     path.unlink()
     assert on(run_dir, "relora.lr=1e-2", "train.stop_after=17") == 75
     assert path.read_text() == whole
+
+
+def test_python_says_it_in_python_and_the_plan_says_what_train_would_do(run_dir: Path) -> None:
+    other = settings_of(run_dir, "relora.lr=1e-2", "train.stop_after=15")
+    with pytest.raises(ConfigError, match=r"relora\.train\(config, change=True\)"):
+        command.train(other)
+    assert standing(other) == "train asks for --change: relora.lr: was 0.02, is now 0.01"
+    with undisturbed():
+        assert command.train(other, change=True) == 75
+    assert standing(settings_of(run_dir)) == (
+        "has begun: train goes on from step 15, with relora.lr 0.01 by its change"
+    )
 
 
 def test_launch_refuses_before_anything_starts_and_passes_the_asking_on(

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from relora.config import Config
 from relora.engine.distributed import Ranks
@@ -58,8 +58,15 @@ class Change(JsonRecord):
 
     step: Count = Field(description="a whole number ≥ 0")  # updates done under the old ones
     settings: dict[str, Annotated[tuple[Any, Any], Field(strict=False)]] = Field(
-        description="[old value, new value] for each setting"
+        description="[old value, new value] for each setting that may change"
     )
+
+    @field_validator("settings")
+    @classmethod
+    def _may_change(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if not value.keys() <= {*ASKED, *LENGTH}:
+            raise ValueError("another setting")
+        return value
 
     @property
     def was_asked(self) -> bool:
@@ -95,13 +102,19 @@ def read_changes(run_dir: Path) -> list[Change]:
 
 
 def with_settings(config: Config, values: Mapping[str, Any]) -> Config:
-    """A config with other values at some paths, all of whose sections it has."""
+    """A config with other values at some paths.
+
+    Raises:
+        ConfigError: it lacks a section, or a value is none that the setting may have.
+    """
     tree = config.model_dump(mode="json")
     for path, value in values.items():
         node = tree
         *sections, key = path.split(".")
         for section in sections:
             node = node[section]
+            if node is None:
+                raise ConfigError(f"{config.run_dir}: {path} has changed, and {section} is null")
         node[key] = value
     return build_config(tree, str(RunDirectory(config.run_dir).config), read_model=False)
 

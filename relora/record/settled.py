@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import shlex
 from collections.abc import Sequence
@@ -71,11 +72,8 @@ class Typed:
 
     def to_begin_from(self, weights: Path, config: Config) -> str:
         """Another run from these weights."""
-        other = next(
-            p
-            for n in range(2, 10**6)
-            if not exists(p := config.run_dir.with_name(f"{config.run_dir.name}_{n}"))
-        )
+        others = (Path(f"{config.run_dir}_{n}") for n in itertools.count(2))
+        other = next(place for place in others if not exists(place))
         overrides = [f"model.pretrained={weights}", f"run_dir={other}"]
         if config.model.config is not None:
             overrides = ["model.config=null", *overrides]
