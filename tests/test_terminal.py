@@ -34,12 +34,13 @@ def on_a_terminal(columns: int, *arguments: object, **environment: str) -> str:
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
     plain = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "FORCE_COLOR", "COLUMNS")}
     more = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TERM": "xterm", **environment}
+    environment = {name: value for name, value in (plain | more).items() if value}
     process = subprocess.Popen(
         [sys.executable, "-m", "relora", *map(str, arguments)],
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,
-        env=plain | more,
+        env=environment,
     )
     os.close(theirs)
     parts = []
@@ -201,6 +202,19 @@ def test_other_libraries_are_silent_unless_the_environment_asks(tmp_path: Path) 
         config = make_config(tmp_path / name, model=model, train__steps=14)
         said[name] = on_a_terminal(140, "train", config, RELORA_VERBOSE=loud, NO_COLOR="1")
     assert "Loading weights" in said["loud"]
-    known = r"(run|model|data|ranks|timeline|in full|note|step|EVAL|BIRTH|MERGE|finished|next| +|$)"
-    strange = [line for line in lines_of(said["quiet"]) if not re.match(known, line)]
-    assert strange == []
+    assert strange_lines(said["quiet"]) == []
+
+
+def strange_lines(screen: str) -> list[str]:
+    """Those that no run of ours says."""
+    ours = r"(run|model|data|ranks|timeline|in full|note|step|EVAL|BIRTH|MERGE|finished|next| +|$)"
+    return [line for line in lines_of(screen) if not re.match(ours, line)]
+
+
+@pytest.mark.launch
+def test_a_launch_has_plain_lines_without_a_bar_or_a_word_of_deepspeed(tmp_path: Path) -> None:
+    config = make_config(tmp_path / "run", train__steps=14)
+    screen = on_a_terminal(140, "launch", "--devices", 2, config, DS_ACCELERATOR="")
+    assert strange_lines(screen) == []
+    assert "█" not in screen
+    assert "\x1b[1;35mMERGE 1 at step 12: " in screen

@@ -21,6 +21,7 @@ from pathlib import Path
 from types import FrameType
 
 import psutil
+import torch
 
 from relora.config import Config
 from relora.engine.devices import choose_devices
@@ -84,11 +85,16 @@ def launch(
         command, parting = one_node_command(chosen, free_port(), arguments), signal.SIGKILL
         pass_on = _pass_on
     before = read_run_state(config.run_dir)
-    return _keep_code(*_run(command, parting, pass_on), config, before)
+    # Of other hosts nothing is known here.
+    environment = launcher_environment(hostfile is None and not torch.cuda.is_available())
+    return _keep_code(*_run(command, environment, parting, pass_on), config, before)
 
 
 def _run(
-    command: Sequence[str], parting: signal.Signals, pass_on: Callable[[int, int], None]
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    parting: signal.Signals,
+    pass_on: Callable[[int, int], None],
 ) -> tuple[int, str | None]:
     """Run the launcher in a session of its own and pass our signals to the ranks.
 
@@ -112,7 +118,7 @@ def _run(
     with caught(forward):
         process = subprocess.Popen(
             command,
-            env=launcher_environment(),
+            env=environment,
             start_new_session=True,
             preexec_fn=following(parting),
         )

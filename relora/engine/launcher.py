@@ -62,9 +62,14 @@ def what_ranks_run(address: str, port: int, arguments: Sequence[str]) -> list[st
     return [*where, "--quiet", "--module", "relora", *arguments]
 
 
-def launcher_environment() -> dict[str, str]:
-    """That of the launcher: nothing is compiled, and the ranks know who counts signals."""
-    return {**os.environ, "DS_BUILD_OPS": "0", FRONT: str(os.getpid())}
+def launcher_environment(on_cpu: bool) -> dict[str, str]:
+    """That of the launcher: nothing is compiled, and the ranks know who counts signals.
+
+    Args:
+        on_cpu: there is no GPU here to look for; each process would warn that it found none.
+    """
+    found = {"DS_ACCELERATOR": "cpu"} if on_cpu else {}
+    return {**found, **os.environ, "DS_BUILD_OPS": "0", FRONT: str(os.getpid())}
 
 
 def speaks_for_machine() -> bool:

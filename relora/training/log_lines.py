@@ -190,7 +190,9 @@ def step_line(clock: Clock, step: int, values: Mapping[str, float]) -> str:
 
 
 def _short(value: float) -> str:
-    """4.0e-4."""
+    """4.0e-4; 0."""
+    if not value:
+        return "0"
     mantissa, _, exponent = f"{value:.1e}".partition("e")
     return f"{mantissa}e{int(exponent)}" if exponent else mantissa
 
