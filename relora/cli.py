@@ -18,6 +18,7 @@ from relora.engine.launcher import speaks_for_machine
 from relora.engine.signals import follow_launcher, undisturbed
 from relora.errors import ConfigError
 from relora.files import as_user_error, mend_standard_streams
+from relora.quiet import quiet_libraries
 from relora.reflexes import translated, what_was_meant
 from relora.verbs import Verbs, build_parser
 
@@ -41,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code (0 done, 1 our bug, 2–6 and 75 as in the README)."""
     mend_standard_streams()
     limit_spinning()
+    quiet_libraries()
     if sys.platform == "win32":  # signals, file locks and DeepSpeed's launcher are another matter
         print("relora: needs Linux; on Windows that is WSL 2", file=sys.stderr)
         return ConfigError.code
@@ -109,7 +111,7 @@ def _with_config(verb: str, arguments: dict[str, Any]) -> dict[str, Any]:
     path, overrides = arguments["config"], arguments["overrides"]
     checked = {name: value for name, value in arguments.items() if name != "overrides"}
     checked["config"] = config = load_config(path, overrides)
-    if verb in ("plan", "bench", "launch", "arms"):
+    if verb in ("plan", "bench", "train", "launch", "arms"):
         checked["given"] = [str(path), *overrides]
     if verb == "plan":
         check_world(config, arguments["devices"])

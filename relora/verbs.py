@@ -323,6 +323,11 @@ def _resume(parser: argparse.ArgumentParser) -> None:
         help="go on from the newest sound checkpoint (auto), or from this one of the run, after "
         "which later checkpoints and figures go",
     )
+    parser.add_argument(
+        "--change",
+        action="store_true",
+        help="a run that has begun goes on with this config's rates, schedule and batch, on record",
+    )
 
 
 def _run_or_checkpoint(parser: argparse.ArgumentParser) -> None:

@@ -18,7 +18,14 @@ MODULES = {
 # Imports go down. What shares a floor does not know each other, but for `NEIGHBOURS`; a package's
 # own files do. The longest prefix decides.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("relora.errors", "relora.section", "relora.cores", "relora.words", "relora.version"),
+    (
+        "relora.errors",
+        "relora.section",
+        "relora.cores",
+        "relora.quiet",
+        "relora.words",
+        "relora.version",
+    ),
     ("relora.files",),
     ("relora.hub",),
     ("relora.record.layout",),

@@ -577,7 +577,10 @@ def test_the_config_is_planned_whatever_its_run_directory_holds(
     assert stands("train.steps=20") == "has begun: train goes on from step 14"
     assert "is at step 14 already" in stands("train.steps=13")
     assert stands("optimizer.lr=0.5") == (
-        "train refuses it: it holds another run: optimizer.lr: was 0.01, is now 0.5"
+        "train asks for --change: optimizer.lr: was 0.01, is now 0.5"
+    )
+    assert stands("seed=2").startswith(
+        "train refuses it: it holds another run: seed: was 1, is now 2: the order of the data"
     )
     # The same file with another model in it: that one is planned.
     model = tmp_path / "other.json"

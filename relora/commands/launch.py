@@ -21,6 +21,7 @@ from pathlib import Path
 from types import FrameType
 
 import psutil
+import torch
 
 from relora.config import Config
 from relora.engine.devices import choose_devices
@@ -44,6 +45,7 @@ from relora.engine.signals import (
 from relora.errors import PREEMPTED, LostRankError
 from relora.load import check_world
 from relora.record.rundir import RunState, read_run_state, write_run_state
+from relora.record.settled import Typed, settled
 
 OURS = (0, 1, 2, 3, 4, 5, 6, PREEMPTED)  # exit codes that a rank gives on purpose
 LOST = LostRankError.code
@@ -55,15 +57,20 @@ def launch(
     devices: int | None,
     hostfile: Path | None,
     resume: str = "auto",
+    change: bool = False,
 ) -> int:
     """Train on `devices` ranks here, or on the hosts of `hostfile`; returns the run's code.
 
     Args:
         given: the config's path and its overrides, which every rank is started with.
+        change: as for `train`.
     """
-    arguments = ["train", *given]
+    arguments = ["train", *given, *(["--change"] if change else [])]
     if resume != "auto":
         arguments += ["--resume", resume]
+    else:  # the ranks find it out for themselves; here nothing has been started yet
+        on = [f"--{k}={v}" for k, v in (("devices", devices), ("hostfile", hostfile)) if v]
+        config = settled(config, None, change, Typed(["relora", "launch", *on, *given]))
     pass_on: Callable[[int, int], None]
     if hostfile is not None:
         slots, port = read_hostfile(hostfile), free_port()
@@ -78,11 +85,16 @@ def launch(
         command, parting = one_node_command(chosen, free_port(), arguments), signal.SIGKILL
         pass_on = _pass_on
     before = read_run_state(config.run_dir)
-    return _keep_code(*_run(command, parting, pass_on), config, before)
+    # Of other hosts nothing is known here.
+    environment = launcher_environment(hostfile is None and not torch.cuda.is_available())
+    return _keep_code(*_run(command, environment, parting, pass_on), config, before)
 
 
 def _run(
-    command: Sequence[str], parting: signal.Signals, pass_on: Callable[[int, int], None]
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    parting: signal.Signals,
+    pass_on: Callable[[int, int], None],
 ) -> tuple[int, str | None]:
     """Run the launcher in a session of its own and pass our signals to the ranks.
 
@@ -106,7 +118,7 @@ def _run(
     with caught(forward):
         process = subprocess.Popen(
             command,
-            env=launcher_environment(),
+            env=environment,
             start_new_session=True,
             preexec_fn=following(parting),
         )

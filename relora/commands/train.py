@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from relora.config import Config
@@ -15,13 +16,15 @@ from relora.engine.distributed import (
     read_ranks,
     read_world,
 )
-from relora.engine.launcher import speaks_for_machine
+from relora.engine.launcher import speaks_for_machine, words_of_train
 from relora.engine.signals import handlers_kept
 from relora.errors import LostRankError
 from relora.load import check_world
+from relora.record.settled import Typed, settled
 from relora.record.standing import is_finished
 from relora.record.trackers import check_trackers
 from relora.training.guard import guarded
+from relora.training.log_lines import next_commands
 from relora.training.preflight import (
     check_data,
     check_model,
@@ -30,13 +33,17 @@ from relora.training.preflight import (
 )
 
 
-def train(config: Config, resume: str = "auto") -> int:
+def train(
+    config: Config, resume: str = "auto", change: bool = False, given: Sequence[str] = ()
+) -> int:
     """Train, or go on with, the run that the config describes, in this process.
 
     As one rank of as many as the launcher's environment says; alone without one.
 
     Args:
         resume: `auto` for the newest sound checkpoint, or the directory of one.
+        change: rate, schedule and batch may be others than the run has, from here on, on record.
+        given: the config's path and overrides as they were typed, for messages.
 
     Returns:
         0 when the run is finished, 75 when it was stopped and can go on.
@@ -46,15 +53,17 @@ def train(config: Config, resume: str = "auto") -> int:
     """
     # Who called from Python goes on, hears its own signals, and may start others.
     with handlers_kept(), environment_kept(), determinism(config.deterministic):
-        return _train(config, resume)
+        wanted = None if resume == "auto" else checkpoint_to_resume(config.run_dir, Path(resume))
+        typed = Typed([*words_of_train(), *given] if given else (), resume)
+        return _train(settled(config, wanted, change, typed), wanted)
 
 
-def _train(config: Config, resume: str) -> int:
+def _train(config: Config, wanted: Path | None) -> int:
     check_world(config, read_world())
-    wanted = None if resume == "auto" else checkpoint_to_resume(config.run_dir, Path(resume))
     if is_finished(config, wanted):
         if read_rank() == 0:
             print(f"{config.run_dir}: is finished ({config.total_steps} steps); nothing to do")
+            print("\n".join(next_commands(config.run_dir)))
         return 0
     check_trackers(config.train.log_to)
     model = check_model(config, thorough=speaks_for_machine())

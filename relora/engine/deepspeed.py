@@ -30,6 +30,7 @@ from relora.engine.reading import Reading, read_at_norm, whole_rows
 from relora.errors import ConfigError
 from relora.lora.inject import parameter_groups
 from relora.lora.layers import adapted_layers, constant_weights
+from relora.quiet import is_loud
 
 Engine = Any  # deepspeed.DeepSpeedEngine; the import happens late
 
@@ -291,7 +292,7 @@ def _import_deepspeed() -> Any:
     # Reading this table would try the compiler for every op, and on CPUs init_distributed would
     # then compile one, where a killed compile hangs later starts. Nothing here uses any of them.
     deepspeed.ops.__compatible_ops__ = {}
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logging.getLogger("DeepSpeed").setLevel(logging.INFO if is_loud() else logging.WARNING)
     logging.getLogger("DeepSpeed").addFilter(_is_news)
     return deepspeed
 

@@ -62,11 +62,25 @@ def what_ranks_run(address: str, port: int, arguments: Sequence[str]) -> list[st
     return [*where, "--quiet", "--module", "relora", *arguments]
 
 
-def launcher_environment() -> dict[str, str]:
-    """That of the launcher: nothing is compiled, and the ranks know who counts signals."""
-    return {**os.environ, "DS_BUILD_OPS": "0", FRONT: str(os.getpid())}
+def launcher_environment(on_cpu: bool) -> dict[str, str]:
+    """That of the launcher: nothing is compiled, and the ranks know who counts signals.
+
+    Args:
+        on_cpu: there is no GPU here to look for; each process would warn that it found none.
+    """
+    found = {"DS_ACCELERATOR": "cpu"} if on_cpu else {}
+    return {**found, **os.environ, "DS_BUILD_OPS": "0", FRONT: str(os.getpid())}
 
 
 def speaks_for_machine() -> bool:
     """Whether this process alone, of all ranks on its machine, tells of an error."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def words_of_train() -> list[str]:
+    """How this process's `relora train` is typed: by itself, or by what launched it."""
+    if FRONT in os.environ:
+        return ["relora", "launch"]
+    if "LOCAL_RANK" in os.environ:
+        return ["deepspeed", "--module", "relora", "train"]
+    return ["relora", "train"]

@@ -7,10 +7,13 @@ SPECTRA_PREFIX = "spectra/"
 OVER_TOKENS_PREFIX = "tokens/"  # TensorBoard's alone: of a figure whose axis is the tokens
 
 AUXILIARY_LOSS = "train/auxiliary_loss"
+CHANGE = "train/change"  # settings that are others from here on, in words
 GRAD_NORM = "train/grad_norm"
 TRAIN_LOSS = "train/loss"
 LOSS_SCALE = "train/loss_scale"
 LR = "train/lr"
+LR_BEFORE = "train/lr_before_change"  # of the step that comes next, by the old settings
+LR_AFTER = "train/lr_after_change"
 ROLLBACK_COUNT = "train/rollbacks"
 SKIPPED = "train/skipped"
 SPIKE_LOSS = "train/spike_loss"

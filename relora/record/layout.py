@@ -14,6 +14,7 @@ spectra/step_XXXXXXXX.safetensors …   measurements
 spectra/start/LAYER.safetensors …     the weights that they are counted from
 adapters/cycle_XXXXX/   what `relora.keep_adapters` keeps of each cycle, as PEFT has it
 rollbacks.json          what the run went back from, if it did
+changes.json            settings that it changed on its way, if it did
 trackers.json           what the run is called where `train.log_to` sends its figures
 .lock                   held by the process that trains in it
 .ranks/                 marks of ranks that failed, while they do
@@ -32,6 +33,7 @@ ENVIRONMENT = "environment.json"
 METRICS = "metrics.jsonl"
 ARMS_FILE = "arms.json"  # of a comparison: each arm's overrides, runs and rates tried
 ROLLBACKS = "rollbacks.json"
+CHANGES = "changes.json"
 TRACKERS = "trackers.json"
 MODEL = "model"
 MODEL_JSON = "config.json"  # transformers' own name for a model's structure
@@ -41,7 +43,9 @@ CHECKPOINT_STATE = "state.json"
 MANIFEST = "manifest.json"
 
 # What killed processes leave of what is replaced as a whole.
-_REPLACED = (CONFIG, STATE, ENVIRONMENT, METRICS, ROLLBACKS, TRACKERS, MODEL, TOKENIZER)
+_REPLACED = (
+    *(CONFIG, STATE, ENVIRONMENT, METRICS, ROLLBACKS, CHANGES, TRACKERS, MODEL, TOKENIZER),
+)
 LEFTOVER = re.compile(rf"({'|'.join(map(re.escape, _REPLACED))}){TEMPORARY}")
 # Of saves, those of earlier versions too; anything else there is somebody else's.
 LEFTOVER_OF_SAVES = re.compile(rf"step_[0-9]{{8,}}({TEMPORARY}|(\.old|\.[0-9]+)?\.tmp)")
@@ -61,6 +65,7 @@ class RunDirectory:
         self.log = path / "log.txt"
         self.over_tokens = path / "tokens"
         self.rollbacks = path / ROLLBACKS
+        self.changes = path / CHANGES
         self.trackers = path / TRACKERS
         self.lock = path / ".lock"
         self.marks = path / ".ranks"

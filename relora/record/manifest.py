@@ -19,6 +19,7 @@ from pydantic import Field
 
 from relora.errors import CheckpointError
 from relora.files import MAX_JSON_BYTES, supplied
+from relora.record.changes import Change
 from relora.record.checked import Amount, Count, JsonRecord, checked
 from relora.record.layout import (
     CHECKPOINT_STATE,
@@ -62,6 +63,7 @@ class CheckpointState(JsonRecord):
     data: str = Field(description="text")
     beginning: str = Field(default="", description="text")  # see `model.fingerprint`
     config: dict[str, Any] | None = Field(default=None, description="a mapping")
+    changes: list[Change] = Field(default=[], description="a list of changed settings")
     run_files: dict[str, str] = Field(default={}, description="a hash for each name")
     versions: dict[str, str | None] = Field(default={}, description="a version for each package")
     shapes: dict[str, list[Count]] = Field(description="a list of whole numbers for each parameter")

@@ -6,27 +6,22 @@ with `step`; a line holds training figures, an evaluation, or a merge.
 
 from __future__ import annotations
 
-import errno
 import json
 import math
-import os
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from relora.engine.distributed import on_terminal
 from relora.errors import CheckpointError
 from relora.files import explain, replacing, supplied
 from relora.record import keys
 from relora.record.board import Board
+from relora.record.console import Console
 from relora.record.layout import RunDirectory
 from relora.record.rundir import check_plain
 from relora.record.trackers import Tracker, close_trackers, log_figures, open_trackers
-
-BAR_WIDTH = 24
 
 
 class Metrics:
@@ -37,19 +32,24 @@ class Metrics:
         active: whether this rank writes.
         resumed_at: step the run goes on from; later lines of an earlier process are dropped.
         resumed_tokens: as many as it has been trained on by then.
+        bar: whether a terminal has a bar below the lines.
 
     What cannot be written (disk full, say) is noted in `problem` and not raised: rank 0 alone would
     leave the others waiting. The run asks for it at each step.
     """
 
     def __init__(
-        self, run_dir: Path, active: bool, resumed_at: int, resumed_tokens: int = 0
+        self,
+        run_dir: Path,
+        active: bool,
+        resumed_at: int,
+        resumed_tokens: int = 0,
+        bar: bool = True,
     ) -> None:
         self.run_dir = run_dir
         self.active = active
         self.problem: CheckpointError | None = None
-        self._terminal = active and on_terminal()
-        self._bar = ""
+        self._console = Console(bar) if active else None
         self._trackers: list[Tracker] = []
         if not active:
             return
@@ -121,30 +121,25 @@ class Metrics:
 
     def say(self, text: str) -> None:
         """A line on the console and in log.txt."""
-        if not self.active:
+        if self._console is None:
             return
         with self.noting_trouble("standard output"):
-            self._clear_bar()
-            _show(f"{text}\n")
+            self._console.say(text)
         with self.noting_trouble():
             self._log.write(text + "\n")
             self._log.flush()
 
-    def bar(self, done: int, total: int, text: str) -> None:
-        """Redraw the live bar at the bottom of a terminal; nothing in a file or a pipe."""
-        if not self._terminal:
-            return
-        filled = round(BAR_WIDTH * done / total)
-        bar = f"[{'█' * filled}{'·' * (BAR_WIDTH - filled)}] {done}/{total} {text}"
-        self._clear_bar()
-        _show(bar)
-        self._bar = bar
+    def step(self, done: int, total: int, text: str) -> None:
+        """A step is done: the bar at the bottom of a terminal moves."""
+        if self._console is not None:
+            with self.noting_trouble("standard output"):
+                self._console.step(done, total, text)
 
     def close(self) -> None:
         """Flush and close everything."""
-        if not self.active:
+        if self._console is None:
             return
-        self._clear_bar()
+        self._console.close()
         for complaint in close_trackers(self._trackers):
             self.say(complaint)
         self._trackers = []
@@ -152,11 +147,6 @@ class Metrics:
             with self.noting_trouble():
                 if hasattr(self, name):
                     getattr(self, name).close()
-
-    def _clear_bar(self) -> None:
-        if self._bar:
-            _show("\r\x1b[2K")
-            self._bar = ""
 
 
 def drop_after(path: Path, step: int) -> list[str]:
@@ -231,16 +221,6 @@ def iter_metrics(run_dir: Path) -> Iterator[dict[str, Any]]:
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """`iter_metrics` as a list."""
     return list(iter_metrics(run_dir))
-
-
-def _show(text: str) -> None:
-    """Print; nothing more once nobody can read it, for the run still has to be saved."""
-    try:
-        print(text, end="", flush=True)
-    except OSError as error:
-        if error.errno not in (errno.EIO, errno.EPIPE):  # terminal closed; reader of a pipe gone
-            raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _is_odd(value: object) -> bool:

@@ -2,46 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from relora.config import Config
 from relora.errors import CheckpointError, ConfigError, UserError
-from relora.files import exists, is_dir, is_file
-from relora.load import MAY_CHANGE, differences, load_run_config
-from relora.locate import PATHS
+from relora.files import exists, is_file
+from relora.load import differences
 from relora.model import ModelConfig, load_model_config
 from relora.record.checkpoint import complete_checkpoints, newest_state
 from relora.record.layout import RunDirectory, step_of
-from relora.record.moved import other_contents
-from relora.record.rundir import RunState, check_plain, read_run_state
+from relora.record.rundir import RunState, read_run_state
+from relora.record.settled import AnotherRun, UnaskedChange, settled
 from relora.structure import changed_keys
 
 SHOWN = 3  # differences
 
 
-class AnotherRun(ConfigError):
-    """The run directory holds another run than the config describes.
-
-    Args:
-        holds: what it holds.
-        changes: how that differs, in words.
-        message: what it comes to, for a reader of `train`.
-    """
-
-    def __init__(self, holds: str, changes: Sequence[str], message: str) -> None:
-        super().__init__("\n  ".join([message, *changes]))
-        self.holds, self.changes = holds, changes
-
-
 def standing(config: Config) -> str | None:
     """In one line what `train` would do with what is in `run_dir`; None for a run yet to begin."""
+    kept = ""
     try:
+        given, config = config, settled(config)
+        stays = [f"{path} {now}" for path, _, now in differences(given, config)]
+        kept = f", with {', '.join(stays)} by its change" if stays else ""
         if is_finished(config):
             return "is finished: train has nothing to do"
     except AnotherRun as error:
         more = len(error.changes) - SHOWN
         changes = ", ".join(error.changes[:SHOWN]) + (f", and {more} more" if more > 0 else "")
+        if isinstance(error, UnaskedChange):
+            return f"train asks for --change: {changes}"
         return f"train refuses it: it holds {error.holds}: {changes}"
     except UserError as error:
         return f"train refuses it: {str(error).splitlines()[0]}"
@@ -50,26 +40,22 @@ def standing(config: Config) -> str | None:
     checkpoints = complete_checkpoints(config.run_dir)
     if not checkpoints:
         return "has begun: train starts again, for there is no checkpoint yet"
-    return f"has begun: train goes on from step {step_of(checkpoints[-1]):,}"
+    return f"has begun: train goes on from step {step_of(checkpoints[-1]):,}{kept}"
 
 
 def is_finished(config: Config, wanted: Path | None = None) -> bool:
     """Whether the run directory holds this very run, finished, and no going back is wanted.
 
     Args:
+        config: `settled`.
         wanted: a checkpoint of the run to go back to.
 
     Raises:
-        ConfigError: it holds another run, or one that is past the wanted length already.
+        ConfigError: the model is another one, or the run is past the wanted length already.
         CheckpointError: its checkpoints are gone.
     """
-    saved = RunDirectory(config.run_dir).config
-    if exists(config.run_dir) and not is_dir(config.run_dir):
-        raise ConfigError(f"run_dir: {config.run_dir} is not a directory; choose another")
-    check_plain(saved)
-    if not is_file(saved):
+    if not is_file(RunDirectory(config.run_dir).config):
         return False
-    _check_same_config(config)
     _check_same_model(config)
     state = read_run_state(config.run_dir)
     step = state.step if wanted is None else step_of(wanted)
@@ -100,29 +86,6 @@ def _is_complete(config: Config, state: RunState) -> bool:
         )
     last = newest.state.step if newest else None
     return state.status == "finished" and state.step == config.total_steps == last
-
-
-def _check_same_config(config: Config) -> None:
-    """Whether a config differs from its run's in nothing that no run changes on its way.
-
-    Paths are compared by what they hold.
-
-    Raises:
-        AnotherRun: it does.
-    """
-    before = load_run_config(config.run_dir)
-    changes = [
-        f"{path}: was {old!r}, is now {new!r}"
-        for path, old, new in differences(before, config)
-        if not path.startswith(MAY_CHANGE) and (path not in PATHS or None in (old, new))
-    ]
-    if changes := changes or list(other_contents(before, config)):
-        raise AnotherRun(
-            "another run",
-            changes,
-            f"run_dir: {config.run_dir} holds a run with another config; choose another run_dir, "
-            "or undo what a run cannot change on its way:",
-        )
 
 
 def _check_same_model(config: Config) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from relora.record import keys
+from relora.record.changes import eras
 from relora.report.arms import ArmRuns, mean_over_seeds, perplexity_of, spread
 from relora.report.read import Evaluations, RunFiles
 from relora.report.records import Curve, Curves
@@ -126,12 +128,17 @@ def _deviation(arm: ArmRuns, at: Evaluations) -> np.ndarray:
 
 
 def _learning_rate(run: RunFiles) -> Curve:
-    """The rate of each update by the config, thinned between its corners."""
-    clock, done = run.config.clock, run.step
-    wanted = set(np.linspace(0, max(0, done - 1), LR_POINTS).astype(int).tolist())
-    merges = clock.merge_steps()[: clock.merges_before(done)]
-    thinned = merges[:: 1 + max(0, len(merges) - 1) // LR_POINTS]  # else between those points
-    for corner in (clock.warmup, clock.birth or 0, *thinned):
-        wanted |= {corner - 1, corner, corner + clock.rewarm}
-    steps = sorted(step for step in wanted if 0 <= step < done)
-    return _at(run, steps, lr=[run.config.learning_rate(step) for step in steps])
+    """The rate of each update by the config of its time, thinned between its corners."""
+    done, steps, rates = run.step, list[int](), list[float]()
+    even = set(np.linspace(0, max(0, done - 1), LR_POINTS).astype(int).tolist())
+    times = eras(run.config, run.changes)
+    for (begin, config), (end, _) in itertools.pairwise([*times, (done, run.config)]):
+        clock, wanted = config.clock, {*even, begin, end - 1}
+        merges = clock.merge_steps()[: clock.merges_before(done)]
+        thinned = merges[:: 1 + max(0, len(merges) - 1) // LR_POINTS]  # else between those points
+        for corner in (clock.warmup, clock.birth or 0, *thinned):
+            wanted |= {corner - 1, corner, corner + clock.rewarm}
+        here = sorted(step for step in wanted if begin <= step < min(end, done))
+        steps += here
+        rates += [config.learning_rate(step) for step in here]
+    return _at(run, steps, lr=rates)

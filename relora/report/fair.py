@@ -182,6 +182,8 @@ def _state_of(title: str, run: RunFiles) -> Iterator[str]:
 
 def _changes_in(title: str, run: RunFiles) -> Iterator[str]:
     """What a run went on with after a stop, if that was something else."""
+    for change in run.changes:
+        yield f"{title} changed its settings from step {change.step} on: {change.describe()}"
     for before, after in itertools.pairwise(run.stretches):
         found = _differing([leaves(_described(stretch)) for stretch in (before, after)])
         changed = [f"{key} {a} → {b}" for key, (a, b) in sorted(found)]

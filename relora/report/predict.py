@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from relora.config import Config
@@ -11,6 +12,7 @@ from relora.lora.choose import describe_left
 from relora.model import build_meta_model
 from relora.plan.estimate import bytes_per_step, memory_by_part, peak_memory, training_flops
 from relora.plan.shape import shape_of
+from relora.record.changes import eras
 from relora.record.layout import RunDirectory
 from relora.record.loaded import structure_of
 from relora.record.saving import checkpoint_bytes
@@ -50,14 +52,24 @@ def predict(run: RunFiles) -> Prediction:
             parameters=sum(size for size, _ in shape.parameters),
             adapter=adapter or None,
         )
-        before = training_flops(config, 0)  # nothing; what cannot be counted is known here
-        if run.start is not None:
-            source = run.start.config.model_copy(update={"model": config.model})
-            before = training_flops(source, run.start.step)
+        times, before = eras(config, run.changes), 0.0
+        _flops_of(times, 0)  # what cannot be counted is known here
+        if (start := run.start) is not None:
+            source = start.config.model_copy(update={"model": config.model})
+            before = _flops_of(eras(source, start.changes), start.step)
         left = describe_left(build_meta_model(config.model), lora) if lora is not None else []
     except (UserError, ValueError) as error:
         return Prediction(complaint=str(error))
-    return Prediction(figures, tuple(left), lambda steps: before + training_flops(config, steps))
+    return Prediction(figures, tuple(left), lambda steps: before + _flops_of(times, steps))
+
+
+def _flops_of(times: Sequence[tuple[int, Config]], steps: int) -> float:
+    """FLOPs of the first `steps` updates, each by the config of its time (see `eras`)."""
+    ends = [*(begin for begin, _ in times[1:]), steps]
+    return sum(
+        training_flops(config, min(end, steps)) - training_flops(config, min(begin, steps))
+        for (begin, config), end in zip(times, ends, strict=True)
+    )
 
 
 def _as_of_main(config: Config, run: RunFiles) -> Config:

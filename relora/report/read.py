@@ -19,6 +19,7 @@ from relora.errors import CheckpointError, ConfigError
 from relora.files import exists, is_file, read_json
 from relora.load import build_config, leaves, load_run_config
 from relora.record import keys
+from relora.record.changes import Change, read_changes
 from relora.record.checkpoint import Standing, newest_state
 from relora.record.layout import CHECKPOINT_STATE, RunDirectory
 from relora.record.metrics import iter_metrics
@@ -52,6 +53,7 @@ class Start:
     step: int
     tokens: float
     seconds: float
+    changes: list[Change]  # of its settings, on its way
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,7 @@ class RunFiles:
     checkpoint_bytes: int | None
     data: str | None  # fingerprint of the token shards, by the newest checkpoint
     start: Start | None = None
+    changes: list[Change] = field(default_factory=list)  # of its settings, on its way
     silent_s: float | None = None  # since the newest line; of a run that says it is running
     complaints: list[str] = field(default_factory=list)
 
@@ -197,6 +200,7 @@ def read_run(run_dir: Path) -> RunFiles:
         checkpoint_bytes=newest and newest.bytes,
         data=newest and newest.state.data,
         start=start,
+        changes=_read_changes(run_dir, complaints),
         silent_s=max(0.0, time.time() - last) if status == "running" and last else None,
         complaints=complaints,
     )
@@ -207,6 +211,15 @@ def _read_newest(place: Path, complaints: list[str]) -> Standing | None:
     found, unsound = newest_state(place)
     complaints += [f"passed over {complaint}" for complaint in unsound]
     return found
+
+
+def _read_changes(run_dir: Path, complaints: list[str]) -> list[Change]:
+    """What a run has changed on its way."""
+    try:
+        return read_changes(run_dir)
+    except CheckpointError as error:
+        complaints.append(f"{error}; what it has changed on its way is unknown")
+        return []
 
 
 def _read_stretches(run_dir: Path, last: int, complaints: list[str]) -> list[Stretch]:
@@ -296,4 +309,4 @@ def _read_start(config: Config, run_dir: Path, complaints: list[str]) -> Start |
         before = source.model.pretrained
         complaints.append(f"{given} itself starts from {before}, whose cost is not counted")
     tokens = float(state.consumed * source.data.sequence_length)
-    return Start(source, state.step, tokens, state.elapsed_s)
+    return Start(source, state.step, tokens, state.elapsed_s, state.changes)

@@ -9,7 +9,7 @@ from typing import Any
 from relora.config import Config
 from relora.data.shards import TokenShards
 from relora.engine.deterministic import without_deterministic_kernel
-from relora.engine.distributed import Ranks, is_lost_rank
+from relora.engine.distributed import Ranks, is_lost_rank, memory_gib
 from relora.engine.signals import StopRequest
 from relora.errors import (
     PREEMPTED,
@@ -22,7 +22,7 @@ from relora.errors import (
 from relora.files import NO_ROOM, is_file, making, write_atomically
 from relora.load import dump_config, load_run_config
 from relora.model import save_structure
-from relora.record import lost
+from relora.record import keys, lost
 from relora.record.layout import RunDirectory
 from relora.record.lost import describe_loss, forget_marks
 from relora.record.moved import moved_lines
@@ -33,9 +33,10 @@ from relora.record.rundir import (
     read_run_state,
     write_run_state,
 )
+from relora.training.log_lines import closing_lines
 from relora.training.loop import train_run
 from relora.training.phases import PHASES, Phases
-from relora.training.run import leave_run
+from relora.training.run import Run, leave_run
 from relora.training.start import start_again
 
 
@@ -60,7 +61,9 @@ def guarded(
         while (finished := train_run(run, stop, phases)) is None:
             run = start_again(run)
         status, reason, code = ("finished", "", 0) if finished else ("preempted", "", PREEMPTED)
-        if not finished:
+        if finished:
+            _tell_of_end(run)
+        else:
             reason = f"stopped by {stop.signal or 'train.stop_after'}"
             run.metrics.say(f"stopped at step {run.step}; the same command goes on from there")
         ranks.agree(run.metrics.problem)
@@ -88,6 +91,16 @@ def guarded(
     ranks.agree(problem or run.metrics.problem)
     stop.restore()
     return code
+
+
+def _tell_of_end(run: Run) -> None:
+    values = {
+        keys.TOKENS: run.progress.consumed * run.config.data.sequence_length,
+        keys.ELAPSED_S: run.elapsed,
+        keys.MEMORY_GIB: memory_gib(run.ranks.device),
+    }
+    for line in closing_lines(run.config.run_dir, run.step, values):
+        run.metrics.say(line)
 
 
 def _begin(config: Config, ranks: Ranks) -> tuple[StopRequest, Any, list[str], int]:
@@ -164,7 +177,8 @@ def _open_run_dir(config: Config) -> tuple[Any, list[str]]:
     files = RunDirectory(run_dir)
     begun = is_file(files.config)
     moved = moved_lines(load_run_config(run_dir), config) if begun else []
-    write_atomically(files.config, dump_config(config))
+    if not begun:  # else its settings are those of its checkpoint, until that is found
+        write_atomically(files.config, dump_config(config))
     # Read only if it is to be written: what the run started from may be gone by now.
     if not is_file(files.model_json):
         with making(files.model, replace=True) as temporary:

@@ -1,14 +1,22 @@
-"""The lines a run prints: a header, then one for each log step, merge and evaluation."""
+"""The lines a run prints: a header, then one for each log step, merge and evaluation.
+
+They fit in `LINE_WIDTH` columns, but for paths.
+"""
 
 from __future__ import annotations
 
 import math
+import shlex
+import textwrap
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from relora.config import Config
 from relora.load import leaves
 from relora.record import keys
+from relora.record.changes import Change
+from relora.record.console import LINE_WIDTH
 from relora.restart.schedule import Clock
 from relora.version import __version__
 from relora.words import format_count, format_duration
@@ -91,7 +99,61 @@ def header(
         f"{ranks.world} × {batch.micro_batch_size} × {accumulation} accumulated",
         "timeline": phases_line(config.clock),
     }
-    return [f"{name:9} {text}" for name, text in rows.items()]
+    return [line for name, text in rows.items() for line in row(name, text)]
+
+
+def row(name: str, text: str) -> list[str]:
+    """A row of the header, in as many lines as it takes."""
+    return textwrap.wrap(
+        f"{name:9} {text}",
+        LINE_WIDTH,
+        subsequent_indent=" " * 10,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def change_lines(before: Config, config: Config, change: Change) -> list[str]:
+    """What a run goes on with otherwise from a step on: settings, rates, merges to come."""
+    step, old, new = change.step, before.rates(change.step), config.rates(change.step)
+    own = "adapters" if config.clock.has_adapters(step) else "matrices"
+    rates = [f"{own} {old[own]:.2e} → {new[own]:.2e}"]
+    boundary = config.clock.boundary_before(step)
+    if boundary is not None and step < (warm := boundary + config.clock.rewarm):
+        rates[0] += f" (rewarmed at step {warm}: {config.rates(warm)[own]:.2e})"
+    if (old[own], new[own]) != (old["embeddings"], new["embeddings"]):
+        rates.append(f"embeddings {old['embeddings']:.2e} → {new['embeddings']:.2e}")
+    done = before.clock.merges_before(step)  # a boundary at the former end is still to come
+    merges = config.clock.merge_steps()[done:]
+    shown = ", ".join(map(str, merges[:MERGES_SHOWN])) or "none"
+    more = f", … ({len(merges)} in all)" if len(merges) > MERGES_SHOWN else ""
+    return [
+        *row("changed", f"from step {step} on: {change.describe()}"),
+        *row("rates", f"of the step after {step}: {', '.join(rates)}"),
+        *row("merges", f"to come: {shown}{more}; ends at {config.clock.total}"),
+    ]
+
+
+def closing_lines(run_dir: Path, step: int, values: Mapping[str, float]) -> list[str]:
+    """What a finished run has come to, and what can be done with it, as it is typed."""
+    done = (
+        f"{step} steps, {format_count(values[keys.TOKENS])} tokens in "
+        f"{format_duration(values[keys.ELAPSED_S])}; peak memory of rank 0 "
+        f"{values[keys.MEMORY_GIB]:.2f} GiB"
+    )
+    return [*row("finished", done), *next_commands(run_dir)]
+
+
+def next_commands(run_dir: Path) -> list[str]:
+    """What can be done with a finished run, as it is typed."""
+    run, export = shlex.quote(str(run_dir)), shlex.quote(str(run_dir / "export"))
+    commands = (
+        f"relora evaluate {run}",
+        f"relora generate {run} --prompt TEXT",
+        f"relora export {run} --to {export}",
+        f"relora compare {run} ANOTHER_RUN --to report",
+    )
+    return [f"{'next' if n == 0 else '':9} {command}" for n, command in enumerate(commands)]
 
 
 def phases_line(clock: Clock) -> str:
@@ -114,19 +176,25 @@ def phases_line(clock: Clock) -> str:
 def step_line(clock: Clock, step: int, values: Mapping[str, float]) -> str:
     """One log line: where the run is, how it does, how fast, how long still."""
     remaining = (clock.total - step) * values[keys.STEP_MS] / 1000
-    return " | ".join(
+    return "  ".join(
         [
             f"step {step:>{len(str(clock.total))}}/{clock.total}",
             phase(clock, step),
-            f"loss {values['train/loss']:.4f}",
-            f"lr {values['train/lr']:.2e}",
-            f"gnorm {values['train/grad_norm']:.3f}",
-            f"{values['perf/tokens_per_s']:,.0f} tok/s",
-            f"{values['perf/step_ms']:.0f} ms",
-            f"{values['perf/memory_gib']:.2f} GiB",
+            f"loss {values[keys.TRAIN_LOSS]:.4f}",
+            f"lr {_short(values[keys.LR])}",
+            f"gnorm {values[keys.GRAD_NORM]:.2f}",
+            f"{format_count(values[keys.TOKENS_PER_S])} tok/s",
             f"eta {format_duration(remaining)}",
         ]
     )
+
+
+def _short(value: float) -> str:
+    """4.0e-4; 0."""
+    if not value:
+        return "0"
+    mantissa, _, exponent = f"{value:.1e}".partition("e")
+    return f"{mantissa}e{int(exponent)}" if exponent else mantissa
 
 
 def phase(clock: Clock, step: int) -> str:
@@ -151,19 +219,19 @@ def merge_line(step: int, layers: int, values: Mapping[str, float]) -> str:
     """A merge, and what was checked about it."""
     return (
         f"MERGE {values['relora/merge']:.0f} at step {step}: {layers} layers, "
-        f"|ΔW|/|W| {values['relora/update_ratio']:.1e}, "
-        f"{values['relora/zeroed_share']:.1%} of their moments zeroed, "
-        f"logits moved by {values['relora/probe_deviation']:.0e} ({values['time/merge_s']:.1f} s)"
+        f"|ΔW|/|W| {_short(values[keys.UPDATE_RATIO])}, "
+        f"moments zeroed {values[keys.ZEROED_SHARE]:.1%}, "
+        f"Δlogits {_short(values[keys.PROBE_DEVIATION])} ({values[keys.MERGE_S]:.1f} s)"
     )
 
 
 def spectra_line(step: int, values: Mapping[str, float]) -> str:
     """What the weights have gained: medians over the layers."""
-    parts = [f"effective rank {values['spectra/total_effective_rank']:.1f} since the start"]
+    parts = [f"effective rank {values['spectra/total_effective_rank']:.1f} in all"]
     if keys.CYCLE_EFFECTIVE_RANK in values:
-        parts.append(f"{values['spectra/cycle_effective_rank']:.1f} in this cycle")
+        parts.append(f"{values['spectra/cycle_effective_rank']:.1f} this cycle")
     if keys.OVERLAP in values:
-        parts.append(f"{values['spectra/overlap']:.0%} shared with the last")
+        parts.append(f"{values['spectra/overlap']:.0%} as in the last")
     return f"SPECTRA at step {step}: {', '.join(parts)} ({values['time/spectra_s']:.1f} s)"
 
 

@@ -60,14 +60,14 @@ def train_run(run: Run, stop: StopRequest, phases: Phases = PHASES) -> bool | No
         progress.step += 1
         if config.train.spike and _has_jumped(run, phases, loss, config.train.spike):
             return None
-        run.metrics.bar(run.step, clock.total, f"loss {loss:.4f}")
+        run.metrics.step(run.step, clock.total, f"loss {loss:.4f}")
 
         _follow_clock(run, phases, micro_batches[0])
 
         # What the intervals say.
         last = run.step == clock.total
         halt = stops or run.step == config.train.stop_after
-        if last or due(run.step, config.train.log_every):
+        if last or run.step == 1 or due(run.step, config.train.log_every):
             phases.log(run, loss, result.auxiliary, lr, result.grad_norm)
         if last or due(run.step, config.train.eval_every):
             phases.evaluate(run)

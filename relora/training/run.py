@@ -16,6 +16,7 @@ from relora.engine.state import EngineState
 from relora.engine.views import MOMENTS
 from relora.lora.layers import adapted_layers
 from relora.record import keys
+from relora.record.changes import Change
 from relora.record.manifest import CheckpointState
 from relora.record.metrics import Metrics
 from relora.record.rollbacks import Rollback
@@ -67,6 +68,7 @@ class Run:
     rollbacks: list[Rollback]  # what it has gone back from
     progress: Progress
     saves: Saves
+    changes: list[Change]  # of its settings, on its way
 
     @property
     def engine(self) -> Any:
@@ -120,6 +122,7 @@ def save(run: Run, background: bool) -> None:
         loss_scale=(scale.value, scale.calm) if scale else None,
         world_size=run.ranks.world,
         config=run.config.model_dump(mode="json"),  # for who reads the checkpoint elsewhere
+        changes=run.changes,
         run_files=run.files,
         versions=installed_versions(),
         shapes={view.name: list(view.shape) for view in run.state},

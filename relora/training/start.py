@@ -27,6 +27,7 @@ from relora.lora.names import names_of
 from relora.model import build_empty_model, build_meta_model, fingerprint
 from relora.plan.advice import idle_settings
 from relora.record import keys
+from relora.record.changes import Change, before_changes, record_changes
 from relora.record.checkpoint import (
     Checkpoint,
     named_checkpoints,
@@ -63,9 +64,10 @@ def start_run(
             f"{shards.directory}: holds other tokens than the run in {config.run_dir} was trained "
             "on so far; put the old shards back, or start in another run_dir"
         )
+    changes, new = record_changes(config, checkpoint.state if checkpoint else None, ranks)
     files, made_anew = describe_files(config, shards, ranks, checkpoint, step)
     tokens = checkpoint.state.consumed * config.data.sequence_length if checkpoint else 0
-    metrics = Metrics(config.run_dir, ranks.is_main, step, tokens)
+    metrics = Metrics(config.run_dir, ranks.is_main, step, tokens, bar=ranks.world == 1)
     ranks.agree(metrics.problem)
     with ranks.together():
         if ranks.is_main:
@@ -77,12 +79,17 @@ def start_run(
     frozen, left = _adapters_share(config)
     rollbacks = read_rollbacks(config.run_dir, ranks)
     saves = Saves(step if checkpoint else -1, wanted=wanted)
-    run = Run(config, ranks, shards, metrics, files, frozen, rollbacks, progress, saves)
+    run = Run(config, ranks, shards, metrics, files, frozen, rollbacks, progress, saves, changes)
     for line in _header(run, left) if ranks.is_main else ():
         metrics.say(line)
+    for change in changes if new is None else changes[:-1]:
+        for line in log_lines.row("changed", f"from step {change.step} on: {change.describe()}"):
+            metrics.say(line)
     if checkpoint:
         metrics.say(f"going on from step {step} ({checkpoint.directory})")
         _abandon_later_saves(run)
+    if new:
+        _tell_of_change(run, new)
     note_progress(run, step)
     return run
 
@@ -126,10 +133,23 @@ def _header(run: Run, left: Sequence[str]) -> Iterator[str]:
     config, shards = run.config, run.shards
     yield from log_lines.header(config, run.state.count_parameters(), shards, run.ranks)
     for line in left:
-        yield f"{'in full':9} {line}"
+        yield from log_lines.row("in full", line)
     sequences = len(shards.validation) // config.data.sequence_length
     for line in idle_settings(config, _measured_shapes(run), run.step, sequences):
         yield f"{'note':9} {line}"
+
+
+def _tell_of_change(run: Run, change: Change) -> None:
+    """Other settings from this step on, in the log and among the figures."""
+    before = before_changes(run.config, [change])
+    values: dict[str, float | int | str | list[float]] = {
+        keys.CHANGE: change.describe(),
+        keys.LR_BEFORE: before.learning_rate(run.step),
+        keys.LR_AFTER: run.config.learning_rate(run.step),
+    }
+    run.metrics.write(run.step, values)
+    for line in log_lines.change_lines(before, run.config, change):
+        run.metrics.say(line)
 
 
 def _abandon_later_saves(run: Run) -> None:
