@@ -19,7 +19,7 @@ _PATIENCE = 5.0  # seconds for a connection; the hub's own client would try for 
 
 def is_hub_name(name: str) -> bool:
     """Whether a text could be a name on the hub (`org/name`), and is no path by its look."""
-    return bool(_NAME.fullmatch(name)) and not name.startswith((".", "/"))
+    return len(name) < 100 and bool(_NAME.fullmatch(name)) and not name.startswith((".", "/"))
 
 
 def why_offline() -> str | None:

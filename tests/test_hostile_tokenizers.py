@@ -127,8 +127,10 @@ def test_a_path_to_nothing_is_refused(path: str, tmp_path: Path) -> None:
 def test_a_hub_name_without_a_network_is_refused_naming_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert "somebody/something is no tokenizer" in take("somebody/something", tmp_path / "ours")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    said = take("somebody/something", tmp_path / "ours")
+    assert said.startswith("data.tokenizer.path: somebody/something is no directory here")
+    assert "HF_HUB_OFFLINE is set" in said
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"\x0a\x0e\x0a\x05<unk>"])

@@ -7,7 +7,6 @@ import html
 import json
 import re
 import shutil
-import tomllib
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -399,14 +398,6 @@ def test_each_picture_is_there_once_for_light_and_once_for_dark_pages(run: RunFi
     assert "img{display:block;width:720px;max-width:100%" in page
     assert "prefers-color-scheme:dark){:root{--bg:#0f1318" in page
     assert 'name="viewport" content="width=device-width' in page
-
-
-def test_the_page_s_template_is_installed_with_the_package() -> None:
-    root = Path(__file__).parent.parent
-    settings = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]
-    patterns = settings["package-data"]["relora"]
-    files = [file for pattern in patterns for file in (root / "relora").glob(pattern)]
-    assert root / "relora/report/page.html.j2" in files
 
 
 def test_a_report_is_read_as_it_was_written(run: RunFiles, tmp_path: Path) -> None:

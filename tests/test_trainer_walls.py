@@ -150,7 +150,7 @@ def test_settings_that_would_do_nothing_are_refused(tiny_llama: Path, tmp_path: 
     with pytest.raises(ConfigError, match=r"tolerance: 0\.1 would do nothing"):
         relora.ReLoRACallback(trainer, relora.ReLoRAConfig(cycle_steps=200, tolerance=0.1))
     with pytest.raises(ConfigError, match="rewarm_steps: 100 must be below cycle_steps 20"):
-        relora.ReLoRACallback(trainer, relora.ReLoRAConfig(cycle_steps=20))
+        relora.ReLoRACallback(trainer, relora.ReLoRAConfig(cycle_steps=20, rewarm_steps=100))
     own = torch.optim.AdamW(relora.parameter_groups(model))
     with pytest.raises(ConfigError, match=r"lr: 0\.01 would do nothing"):
         relora.ReLoRACallback(Trainer(model, arguments, optimizers=(own, None)), config.relora)

@@ -20,10 +20,12 @@ from relora.data.text import decoded, opened
 from relora.data.transformers_tokenizer import open_directory
 from relora.errors import ConfigError, DataError
 from relora.files import exists, is_dir, is_file, write_atomically
+from relora.hub import is_hub_name
 from relora.load import build_config
 from relora.locate import find_config, look_beside, shipped_directory, shipped_names
 from relora.plan.gpus import Pace
 from relora.plan.page import page
+from relora.record.layout import MODEL_JSON
 from relora.reference import as_yaml
 from relora.structure import context_of, has_transformers_weights, read_model_json
 from relora.words import format_bytes
@@ -159,7 +161,7 @@ def _way_to_cut(path: Path) -> dict[str, Any]:
 def _take_model(values: dict[str, Any], model: Path, alone: bool, said: list[str]) -> None:
     """Args: alone: no tokenizer is named, so that of the directory is taken, or one is trained."""
     section = values["model"]
-    file = model / "config.json" if is_dir(model) else model
+    file = model / MODEL_JSON if is_dir(model) else model
     section.pop("config", None)
     section.pop("pretrained", None)
     weights = is_dir(model) and has_transformers_weights(model)
@@ -194,7 +196,7 @@ def _take_tokenizer(
     said.append(f"tokenizer    {size:,} tokens")
     section = values["model"]
     if model is not None:
-        structure = read_model_json(model / "config.json" if is_dir(model) else model, "--model")
+        structure = read_model_json(model / MODEL_JSON if is_dir(model) else model, "--model")
         if structure.get("vocab_size", size) < size:
             raise ConfigError(
                 f"--tokenizer {name}: has {size:,} tokens, and --model a vocabulary of "
@@ -226,7 +228,7 @@ def _vocabulary_of(name: str) -> tuple[int, dict[str, int | None]] | None:
         proto = parse_model(path.read_bytes())
         own = {f"{kind}_token_id": getattr(proto.trainer_spec, f"{kind}_id") for kind in kinds}
         return len(proto.pieces), {key: n if n >= 0 else None for key, n in own.items()}
-    if exists(path) or name.startswith(("/", ".", "~")) or name.count("/") > 1:
+    if exists(path) or not is_hub_name(name):
         raise DataError(
             f"--tokenizer {name}: must be a transformers tokenizer directory, a sentencepiece "
             ".model file, or a name on the hub"

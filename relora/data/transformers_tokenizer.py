@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from relora import files
 from relora.data.beginning import begin_ids, drop_beginning
 from relora.errors import ConfigError, DataError, UserError
-from relora.hub import fetch
+from relora.hub import fetch, is_hub_name
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -181,8 +181,8 @@ def _find(name: str, where: str) -> Path:
         return path
     if files.exists(path):
         raise DataError(f"{where} is a file; name its directory, or a sentencepiece .model file")
-    if name.startswith(("/", ".", "~")) or name.count("/") > 1:
-        raise DataError(f"{where}: no such directory (looked from {Path.cwd()})")
+    if not is_hub_name(name):
+        raise DataError(f"{where[:300]}: no such directory (looked from {Path.cwd()})")
     return fetch(name, [*_FILES, "config.json"], DataError, "data.tokenizer.path")
 
 
