@@ -59,14 +59,12 @@ mkdir -m 755 /run/sshd
 {sshd} -f {folder}/sshd_config -E {folder}/sshd_{name}.log
 """
 SLURM_NEEDS = {"sbatch": "slurm-wlm", "slurmctld": "slurm-wlm", "munged": "munge"}
-# A job of `high` puts one of `low` back into the queue; what is requeued may start at once, and
-# not when the credentials of its first life have run out (two minutes).
+# A job of `high` puts one of `low` back into the queue.
 SLURM = """
 ClusterName=two
 SlurmctldHost={first}
 SlurmUser=root
 AuthType=auth/munge
-AuthInfo=cred_expire=1
 StateSaveLocation={folder}/slurm_state
 SlurmdSpoolDir={folder}/spool_%n
 SlurmctldPidFile=/run/slurmctld.pid

@@ -51,7 +51,8 @@ if [[ $host == *down* ]]; then
     echo "ssh: connect to host $host port 22: No route to host" >&2
     exit 255
 fi
-cd / && exec sh -c "$*"
+[[ $host != *bare* ]] || PATH=$(dirname "$0")/bare
+cd / && exec /bin/sh -c "$*"
 """
 PDSH = r"""#!{python}
 import subprocess, sys
@@ -164,7 +165,10 @@ def test_a_hostfile_that_is_no_file_is_one_line(
 
 
 def test_hosts_that_do_not_answer_are_named_before_anything_starts(
-    stand_ins: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    stand_ins: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config = make_config(tmp_path / "run", batch__micro_batch_size=2)
     hostfile = write(tmp_path / "hosts", "up slots=1\ndown-1 slots=1\ndown-2 slots=2\n")
@@ -176,8 +180,22 @@ def test_hosts_that_do_not_answer_are_named_before_anything_starts(
     assert "down-2 (" in error
     assert error.count("\n") == 1
     (stand_ins / "pdsh").unlink()
+    monkeypatch.setenv("PATH", str(stand_ins))  # without the one that this machine may have
     assert relora("launch", "--hostfile", hostfile, config) == 2
     assert "needs pdsh, which is not installed" in capsys.readouterr().err
+
+
+def test_a_host_whose_ranks_no_signal_could_reach_is_named(
+    stand_ins: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (stand_ins / "bare").mkdir()
+    for tool in ("sh", "hostname"):
+        (stand_ins / "bare" / tool).symlink_to(f"/bin/{tool}")
+    hostfile = write(tmp_path / "hosts", "up slots=1\nbare slots=1\n")
+    config = make_config(tmp_path / "run")
+    assert relora("launch", "--hostfile", hostfile, config) == 2
+    error = capsys.readouterr().err
+    assert "no answer from bare (has no pgrep, which is in procps or hostname); each " in error
 
 
 def test_what_cannot_hold_on_other_machines_is_refused(

@@ -126,6 +126,26 @@ def test_multi_node_trains_on_both_stops_and_goes_on(
     assert series(run, "train/loss") == losses
 
 
+def test_a_rank_lost_on_the_other_machine_ends_the_run(
+    clone: Tree, hosts: list[Machine], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    hostfile = clone.root / "launch" / "hostfile"
+    hostfile.write_text("node-a slots=1\nnode-b slots=1\n")
+    program = tuple(hosts[0].command("bash", "launch/multi_node.sh", "train.steps=20000"))
+    process = Process(tmp_path / "out", program=program)
+    try:
+        wait_for_step(run, 3, hosts[0])
+        hosts[1].run("pkill -KILL -f -- '-m relora .*train'")
+        assert process.wait(600) == 6, process.text
+    finally:
+        process.kill()
+    state = run_state(run)
+    assert (state["status"], state["code"]) == ("failed", 6)
+    assert "rank 1" in state["reason"]
+    assert [ranks(host) for host in hosts] == [set(), set()]
+
+
 def test_train_stops_and_goes_on_as_the_first_process_of_a_container(
     clone: Tree, losses: dict[int, float], tmp_path: Path
 ) -> None:
@@ -166,7 +186,7 @@ def test_multi_node_names_the_host_that_does_not_answer(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("how", ["the time is up", "preempted by another job"])
+@pytest.mark.parametrize("how", ["the time is up", "another job comes first", "requeued by hand"])
 def test_a_slurm_job_goes_on_after_its_requeue(
     how: str, clone: Tree, cluster: list[Machine], losses: dict[int, float], tmp_path: Path
 ) -> None:
@@ -178,13 +198,14 @@ def test_a_slurm_job_goes_on_after_its_requeue(
     asked = logged_step(run)
     if how == "the time is up":
         first.run(f"scancel --signal=TERM --batch {job}")  # what --signal=B:TERM@180 does
+    elif how == "requeued by hand":
+        first.run(f"scontrol requeue {job}")
     else:
         first.run(f"{SBATCH} --partition=high --output=/dev/null --wrap 'sleep 1'")
-    wait_for(lambda: job_says(first, job, "Restarts=1"), first.holder.pid, 120)
+    wait_for(lambda: job_says(first, job, "JobState=PENDING"), first.holder.pid, 120)
     assert log.read_text().count("relora: stopping after this step (") == 1, log.read_text()
     check_stopped(run, asked)
     # Slurm would wait two minutes more, until credentials of the job's first life have run out.
-    wait_for(lambda: job_says(first, job, "JobState=PENDING"), first.holder.pid)
     first.run(f"scontrol update JobId={job} StartTime=now")
     wait_for(lambda: job_says(first, job, "JobState=COMPLETED"), first.holder.pid, 300)
     assert job_says(first, job, "Restarts=1")

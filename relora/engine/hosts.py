@@ -42,6 +42,15 @@ code=$?
 exit $code
 """
 ASK_S = 10  # for a host to answer
+# What a host needs for its ranks to be told anything later, and its addresses.
+ANSWER = """
+for tool in hostname pgrep pkill; do
+    command -v $tool >/dev/null && continue
+    echo "has no $tool, which is in procps or hostname" >&2
+    exit 1
+done
+exec hostname -I
+"""
 SSH = ("ssh", "-n", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={ASK_S}", "--")
 
 
@@ -114,7 +123,8 @@ def ask_hosts(hosts: Sequence[str]) -> str:
 
 def _ask(host: str) -> tuple[str, str]:
     """A host's first address, and why there is none."""
-    command = [*SSH, host, f"cd {shlex.quote(str(Path.cwd()))} && hostname -I"]
+    there = f"cd {shlex.quote(str(Path.cwd()))} && exec sh -c {shlex.quote(ANSWER)}"
+    command = [*SSH, host, there]
     try:
         done = subprocess.run(
             command,
