@@ -18,10 +18,9 @@ from relora.load import load_config, load_run_config
 from relora.plan.estimate import training_flops
 from relora.record.changes import before_changes, eras, read_changes
 from relora.record.standing import standing
-from relora.report.arms import group_runs
-from relora.report.curves import curves_of
 from relora.report.predict import predict
 from relora.report.read import read_run
+from relora.report.records import Report
 from relora.training.phases import PHASES
 from runs import (
     SEQUENCE,
@@ -435,11 +434,11 @@ def test_the_report_names_the_change_and_draws_and_counts_what_was(
     said = (tmp_path / "report" / "report.md").read_text()
     assert "changed its settings from step 14 on: " in said
     assert "train.steps 24 → 28" in said
-    run = read_run(changed)
-    (arm,) = group_runs([run], [None])
-    drawn = curves_of(arm).lr
+    report = Report.model_validate_json((tmp_path / "report" / "report.json").read_text())
+    drawn = report.arms[0].curves.lr
     rates = series(changed, "train/lr")
     assert [rates[int(step) + 1] for step in drawn.step] == drawn.lr
+    run = read_run(changed)
     flops = predict(run).flops
     assert flops is not None
     old = before_changes(run.config, run.changes)
