@@ -189,6 +189,18 @@ def test_going_back_to_before_a_change_forgets_it(run_dir: Path) -> None:
     assert trajectory(run_dir) == trajectory(run_dir.with_name("whole"))
 
 
+def test_a_change_is_on_record_where_the_run_really_goes_on(run_dir: Path) -> None:
+    """The newest checkpoint turns out to be damaged, so it is the one before."""
+    path = checkpoint(run_dir, CHANGED) / "rank_00000.safetensors"
+    content = bytearray(path.read_bytes())
+    content[5000] ^= 1
+    path.write_bytes(content)
+    assert on(run_dir, "relora.lr=1e-2", "--change", "train.stop_after=12") == 75
+    assert [change.step for change in read_changes(run_dir)] == [10]
+    new = settings_of(run_dir, "relora.lr=1e-2")
+    assert series(run_dir, "train/lr")[11] == new.learning_rate(10)
+
+
 def test_a_change_whose_start_was_killed_is_no_change_of_its_checkpoint(
     run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
