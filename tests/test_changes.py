@@ -18,10 +18,9 @@ from relora.load import load_config, load_run_config
 from relora.plan.estimate import training_flops
 from relora.record.changes import before_changes, eras, read_changes
 from relora.record.standing import standing
-from relora.report.arms import group_runs
-from relora.report.curves import curves_of
 from relora.report.predict import predict
 from relora.report.read import read_run
+from relora.report.records import Report
 from relora.training.phases import PHASES
 from runs import (
     SEQUENCE,
@@ -188,6 +187,18 @@ def test_going_back_to_before_a_change_forgets_it(run_dir: Path) -> None:
     assert load_run_config(run_dir).relora.lr == 2e-2  # type: ignore[union-attr]
     assert train(run_dir.with_name("whole"), train__save_every=5) == 0
     assert trajectory(run_dir) == trajectory(run_dir.with_name("whole"))
+
+
+def test_a_change_is_on_record_where_the_run_really_goes_on(run_dir: Path) -> None:
+    """The newest checkpoint turns out to be damaged, so it is the one before."""
+    path = checkpoint(run_dir, CHANGED) / "rank_00000.safetensors"
+    content = bytearray(path.read_bytes())
+    content[5000] ^= 1
+    path.write_bytes(content)
+    assert on(run_dir, "relora.lr=1e-2", "--change", "train.stop_after=12") == 75
+    assert [change.step for change in read_changes(run_dir)] == [10]
+    new = settings_of(run_dir, "relora.lr=1e-2")
+    assert series(run_dir, "train/lr")[11] == new.learning_rate(10)
 
 
 def test_a_change_whose_start_was_killed_is_no_change_of_its_checkpoint(
@@ -435,11 +446,11 @@ def test_the_report_names_the_change_and_draws_and_counts_what_was(
     said = (tmp_path / "report" / "report.md").read_text()
     assert "changed its settings from step 14 on: " in said
     assert "train.steps 24 → 28" in said
-    run = read_run(changed)
-    (arm,) = group_runs([run], [None])
-    drawn = curves_of(arm).lr
+    report = Report.model_validate_json((tmp_path / "report" / "report.json").read_text())
+    drawn = report.arms[0].curves.lr
     rates = series(changed, "train/lr")
     assert [rates[int(step) + 1] for step in drawn.step] == drawn.lr
+    run = read_run(changed)
     flops = predict(run).flops
     assert flops is not None
     old = before_changes(run.config, run.changes)
