@@ -217,7 +217,7 @@ def _add_reading_verbs(verbs: Verbs) -> None:
     )
     _run_or_checkpoint(generate)
     generate.add_argument("--prompt", type=utf8_text, required=True, metavar="TEXT")
-    generate.add_argument("--max-new-tokens", type=positive, default=100, metavar="N")
+    generate.add_argument("--max-new-tokens", type=positive, metavar="N", help="100, if they fit")
     generate.add_argument("--temperature", type=temperature, default=0.8, help="0 is greedy")
     generate.add_argument("--top-k", type=positive, default=50, metavar="K")
     generate.add_argument("--seed", type=whole, default=0)

@@ -283,6 +283,13 @@ def test_the_prompt_is_kept_and_goes_on(finished: Path, capsys: pytest.CaptureFi
     assert len(text.rstrip("\n")) > len(PROMPT)
 
 
+def test_it_writes_as_much_as_the_context_takes_if_nothing_is_asked(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A hundred tokens would be beyond this model's 64."""
+    assert generated(capsys, finished, "--prompt", PROMPT, "--temperature", 0).startswith(PROMPT)
+
+
 def test_a_seed_gives_one_text_and_another_seed_another(
     finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

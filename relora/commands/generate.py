@@ -14,16 +14,22 @@ from relora.errors import CheckpointError, ConfigError
 from relora.record.loaded import load_run
 from relora.structure import context_of
 
+USUAL_LENGTH = 100  # tokens
+
 
 def generate(
     path: Path,
     prompt: str,
-    max_new_tokens: int,
+    max_new_tokens: int | None,
     temperature: float,
     top_k: int,
     seed: int,
 ) -> int:
-    """Print the prompt and what the model makes of it. The same seed gives the same text."""
+    """Print the prompt and what the model makes of it. The same seed gives the same text.
+
+    Args:
+        max_new_tokens: None = `USUAL_LENGTH`, or what the model's context leaves.
+    """
     run = load_run(path)
     tokenizer = load_tokenizer(run.tokenizer_dir, CheckpointError)
     ids = torch.tensor([encode_prompt(tokenizer, prompt)], dtype=torch.long)
@@ -33,6 +39,9 @@ def generate(
     model.to(lone_rank().device)
     model.config.use_cache = True
     context = context_of(model.config)
+    if max_new_tokens is None:
+        left = USUAL_LENGTH if context is None else context - ids.shape[1]
+        max_new_tokens = max(1, min(USUAL_LENGTH, left))
     if context is not None and ids.shape[1] + max_new_tokens > context:
         raise ConfigError(
             f"--max-new-tokens: {max_new_tokens} after a prompt of {ids.shape[1]} tokens is beyond "

@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 
@@ -21,9 +21,6 @@ from relora.files import is_file, read_text, supplied, write_atomically, write_j
 from relora.load import build_config, dump_config, leaves
 from relora.record.checked import Count, JsonRecord, checked
 from relora.record.layout import RunDirectory
-
-if TYPE_CHECKING:
-    from relora.record.manifest import CheckpointState
 
 # What `--change` may change: rate, schedule, batch, and what the clock is made of if it fits.
 ASKED = (
@@ -133,13 +130,17 @@ def eras(config: Config, changes: Sequence[Change]) -> list[tuple[int, Config]]:
     return [(step, before_changes(config, changes[n:])) for n, step in enumerate(begins)]
 
 
-def change_since(state: CheckpointState, config: Config) -> Change | None:
+def change_since(trained: Mapping[str, Any], step: int, config: Config) -> Change | None:
     """What a config has otherwise than the one that a checkpoint was trained under, if anything.
+
+    Args:
+        trained: the latter, as plain values.
+        step: of the checkpoint.
 
     Raises:
         ConfigError: the clock would not fit the steps that are done.
     """
-    old, new = leaves(state.config or {}), leaves(config.model_dump(mode="json"))
+    old, new = leaves(dict(trained)), leaves(config.model_dump(mode="json"))
     settings = {
         path: (old[path], new[path])
         for path in (*ASKED, *LENGTH)
@@ -148,8 +149,8 @@ def change_since(state: CheckpointState, config: Config) -> Change | None:
     if not settings:
         return None
     before = with_settings(config, {path: was for path, (was, _) in settings.items()})
-    check_fit(before, config, state.step)
-    change = Change(step=state.step, settings=settings)
+    check_fit(before, config, step)
+    change = Change(step=step, settings=settings)
     written_otherwise = not change.was_asked and before.total_steps == config.total_steps
     return None if written_otherwise else change
 
@@ -180,18 +181,16 @@ def check_fit(before: Config, config: Config, step: int) -> None:
 
 
 def record_changes(
-    config: Config, state: CheckpointState | None, ranks: Ranks
-) -> tuple[list[Change], Change | None]:
-    """All that the run has changed by now, and what it changes as it goes on from a checkpoint.
+    config: Config, so_far: Sequence[Change], new: Change | None, ranks: Ranks
+) -> list[Change]:
+    """All that the run has changed by now, with what it changes as it goes on, if anything.
 
     The run's config and changes.json become what they say. Collective.
 
     Raises:
-        ConfigError: the clock would not fit the steps that are done.
         CheckpointError: they cannot be written (every rank raises).
     """
-    new = change_since(state, config) if state and state.config else None
-    changes = [*(state.changes if state else ()), *([new] if new else ())]
+    changes = [*so_far, *([new] if new else ())]
     files = RunDirectory(config.run_dir)
     with ranks.together():
         if ranks.is_main and is_file(files.config):
@@ -203,4 +202,4 @@ def record_changes(
                 raise CheckpointError(
                     f"{config.run_dir}: cannot be written: {error}; make room"
                 ) from None
-    return changes, new
+    return changes

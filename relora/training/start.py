@@ -27,7 +27,7 @@ from relora.lora.names import names_of
 from relora.model import build_empty_model, build_meta_model, fingerprint
 from relora.plan.advice import idle_settings
 from relora.record import keys
-from relora.record.changes import Change, before_changes, record_changes
+from relora.record.changes import Change, before_changes, change_since, record_changes
 from relora.record.checkpoint import (
     Checkpoint,
     named_checkpoints,
@@ -64,7 +64,9 @@ def start_run(
             f"{shards.directory}: holds other tokens than the run in {config.run_dir} was trained "
             "on so far; put the old shards back, or start in another run_dir"
         )
-    changes, new = record_changes(config, checkpoint.state if checkpoint else None, ranks)
+    held = checkpoint.state if checkpoint else None
+    new = change_since(held.config, step, config) if held and held.config else None
+    changes = record_changes(config, held.changes if held else (), new, ranks)
     files, made_anew = describe_files(config, shards, ranks, checkpoint, step)
     tokens = checkpoint.state.consumed * config.data.sequence_length if checkpoint else 0
     metrics = Metrics(config.run_dir, ranks.is_main, step, tokens, bar=ranks.world == 1)
