@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,11 @@ import yaml
 from relora.checks import cross_checks
 from relora.config import Config
 from relora.errors import ConfigError
-from relora.files import exists
+from relora.files import exists, is_file
 from relora.hub import fetch, is_hub_name
 from relora.locate import find_config, look_beside, shipped_directory
 from relora.lora.config import NAMES_OF_PEFT
-from relora.record.layout import RunDirectory
+from relora.record.layout import MODEL_JSON, RunDirectory
 from relora.yaml_config import apply_override, examine, read_yaml, report, without
 
 # What a continued run may change: lengths, intervals, and what belongs to the machine.
@@ -76,9 +77,12 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     for override in overrides:
         key, equals, value = override.partition("=")
         apply_override(values, f"{_OTHER_NAMES.get(key.strip(), key)}{equals}{value}")
+    begun = _values_of_run(values.get("run_dir"))
     for folder in (file.parent, shipped_directory()):
-        look_beside(values, folder)
-    if not of_run:
+        look_beside(values, folder, begun)
+    if of_run:
+        _take_own_model(values.get("model"), RunDirectory(file.parent))
+    else:
         _fetch_pretrained(values.get("model"))
     return build_config(values, str(path), read_model=not of_run)
 
@@ -109,6 +113,23 @@ def build_config(values: dict[str, Any], where: str, read_model: bool = True) ->
         raise report(where, problems)
     assert config is not None
     return config
+
+
+def _values_of_run(run_dir: Any) -> dict[str, Any] | None:
+    """What the config of a run says that is there already; None if none is, or it is damaged."""
+    file = RunDirectory(Path(run_dir)).config if isinstance(run_dir, str) else None
+    if file is None or not is_file(file):
+        return None
+    with suppress(ConfigError):  # whoever reads the run says what is wrong with it
+        return read_yaml(file)
+    return None
+
+
+def _take_own_model(model: Any, run: RunDirectory) -> None:
+    """A run's copy of its model's file in place of one that has gone since."""
+    given = model.get("config") if isinstance(model, dict) else None
+    if isinstance(given, str) and not exists(Path(given)) and is_file(run.model / MODEL_JSON):
+        model["config"] = str(run.model / MODEL_JSON)
 
 
 def _fetch_pretrained(model: Any) -> None:

@@ -62,22 +62,31 @@ def find_config(given: Path) -> Path:
     return given
 
 
-def look_beside(values: dict[str, Any], folder: Path) -> None:
+def look_beside(values: dict[str, Any], folder: Path, begun: dict[str, Any] | None = None) -> None:
     """Set paths of a config's plain values that are not here to where they are in its folder.
 
     Args:
         values: what the file and the overrides say, not checked yet; changed in place.
         folder: that of the file.
+        begun: the values of the run that this config goes on with, if there is one: what it calls
+            the same stays as it is called, wherever that has gone since.
     """
     for dotted in PATHS:
         *sections, key = dotted.split(".")
-        node: Any = values
-        for section in sections:
-            node = node.get(section) if isinstance(node, dict) else None
-        if isinstance(node, dict) and isinstance(node.get(key), str):
-            node[key] = _beside(node[key], folder)
-        elif isinstance(node, dict) and isinstance(node.get(key), list):
-            node[key] = [_beside(one, folder) for one in node[key]]
+        node, known = _section(values, sections), _section(begun or {}, sections)
+        written = node.get(key)
+        if isinstance(written, str | list) and written != known.get(key):
+            several = written if isinstance(written, list) else [written]
+            found = [_beside(one, folder) for one in several]
+            node[key] = found if isinstance(written, list) else found[0]
+
+
+def _section(values: dict[str, Any], names: list[str]) -> dict[str, Any]:
+    """A section of plain values; an empty one where there is none."""
+    for name in names:
+        inside = values.get(name)
+        values = inside if isinstance(inside, dict) else {}
+    return values
 
 
 def _beside(given: Any, folder: Path) -> Any:

@@ -107,6 +107,14 @@ def test_a_run_that_was_moved_goes_on_from_any_folder_and_says_what_moved(
         assert differing(run_dir / name, whole / name) == []
 
 
+def test_resume_needs_the_run_directory_alone(moved: Path, project: Path) -> None:
+    """Its config's paths lead nowhere from here: the model is the run's own, the data is found."""
+    run_dir = moved / "runs" / "cut"
+    assert relora("resume", run_dir) == 0
+    whole = trajectory(moved / "runs" / "whole")
+    assert trajectory(run_dir) == whole
+
+
 def test_text_that_moved_is_the_same_once_it_was_prepared(
     moved: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
