@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from relora.load import load_config
+from relora.quiet import QUIET
 from relora.record import console as under_test
 from relora.record import keys
 from relora.record.console import LINE_WIDTH, Console, wants_colours
@@ -32,7 +33,9 @@ def on_a_terminal(columns: int, *arguments: object, **environment: str) -> str:
     """What `relora …` writes to a terminal of so many columns."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
-    plain = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "FORCE_COLOR", "COLUMNS")}
+    # What other tests of this process have set by `main` is not what a user has.
+    strange = {"NO_COLOR", "FORCE_COLOR", "COLUMNS", *QUIET}
+    plain = {name: value for name, value in os.environ.items() if name not in strange}
     more = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TERM": "xterm", **environment}
     environment = {name: value for name, value in (plain | more).items() if value}
     process = subprocess.Popen(
