@@ -94,6 +94,7 @@ def wait_for_step(run: Path, step: int, host: Machine) -> None:
 def check_stopped(run: Path, asked: int) -> None:
     state = run_state(run)
     assert state["status"] == "preempted"
+    assert state["reason"].startswith("stopped by SIG")
     assert asked <= state["step"] < CHANGES["train__steps"]
     assert checkpoints(run)[-1] == f"step_{state['step']:08d}"
 
@@ -114,7 +115,8 @@ def test_multi_node_trains_on_both_stops_and_goes_on(
         assert process.wait(600) == 75, process.text
     finally:
         process.kill()
-    assert process.text.count("relora: stopping after this step (") == 1, process.text
+    # Once; or never, if the other machine heard of it first and both have stopped already.
+    assert process.text.count("relora: stopping after this step (") <= 1, process.text
     check_stopped(run, asked)
     assert [ranks(host) for host in hosts] == [set(), set()]
     process = Process(tmp_path / "second", program=program)
@@ -213,7 +215,7 @@ def test_a_slurm_job_goes_on_after_its_requeue(
         first.run(f"{SBATCH} --partition=high --output=/dev/null --wrap 'sleep 1'")
     assert wait_for_the_end(first, job) == "PENDING"
     assert about(first, job, "Restarts") == "1"
-    assert log.read_text().count("relora: stopping after this step (") == 1, log.read_text()
+    assert log.read_text().count("relora: stopping after this step (") <= 1, log.read_text()
     check_stopped(run, asked)
     # Not after two minutes, as Slurm has it, but not in the second of the end either: what it has
     # revoked then it takes for revoked.
