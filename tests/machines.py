@@ -129,9 +129,12 @@ class Machine:
     def __init__(self, name: str, address: str) -> None:
         self.name, self.address = name, address
         command = ["unshare", *SEPARATE, "--fork", "--kill-child", "bash", "-c"]
-        # Its first process, which takes in orphans; bash buries them.
+        # Its first process, which takes in orphans; bash buries them. It ends with this process at
+        # the latest, whatever ends that: then nobody holds its input open.
         self.holder = subprocess.Popen(
-            [*command, "echo; sleep infinity & wait"], stdout=subprocess.PIPE
+            [*command, "exec 3<&0; echo; cat <&3 & wait"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
         )
         assert self.holder.stdout is not None
         assert self.holder.stdout.readline() == b"\n"

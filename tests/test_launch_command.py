@@ -195,6 +195,19 @@ def test_a_lost_rank_is_code_6_whoever_notices_first(rank: int, tmp_path: Path) 
     assert "goes on from the newest checkpoint" in process.text
 
 
+def test_a_signal_that_one_rank_alone_hears_stops_all_by_its_name(tmp_path: Path) -> None:
+    """As where it reaches another machine first."""
+    run_dir = tmp_path / "run"
+    config = make_config(run_dir, train__steps=2000, train__eval_every=None)
+    process = launch(config, tmp_path / "output.txt")
+    process.wait_for_step(run_dir, 3)
+    os.kill(process.ranks()[1], signal.SIGUSR1)
+    assert process.wait() == 75, process.text
+    state = run_state(run_dir)
+    assert (state["status"], state["reason"]) == ("preempted", "stopped by SIGUSR1")
+    assert checkpoints(run_dir)[-1] == f"step_{state['step']:08d}"
+
+
 @pytest.mark.slow
 def test_a_hung_rank_is_code_6(tmp_path: Path) -> None:
     """Stopped, not killed: only the timeout of a collective can tell."""

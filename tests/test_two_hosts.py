@@ -94,6 +94,7 @@ def wait_for_step(run: Path, step: int, host: Machine) -> None:
 def check_stopped(run: Path, asked: int) -> None:
     state = run_state(run)
     assert state["status"] == "preempted"
+    assert state["reason"].startswith("stopped by SIG")
     assert asked <= state["step"] < CHANGES["train__steps"]
     assert checkpoints(run)[-1] == f"step_{state['step']:08d}"
 
@@ -114,7 +115,8 @@ def test_multi_node_trains_on_both_stops_and_goes_on(
         assert process.wait(600) == 75, process.text
     finally:
         process.kill()
-    assert process.text.count("relora: stopping after this step (") == 1, process.text
+    # Once; or never, if the other machine heard of it first and both have stopped already.
+    assert process.text.count("relora: stopping after this step (") <= 1, process.text
     check_stopped(run, asked)
     assert [ranks(host) for host in hosts] == [set(), set()]
     process = Process(tmp_path / "second", program=program)
@@ -169,8 +171,17 @@ def test_train_stops_and_goes_on_as_the_first_process_of_a_container(
     assert series(run, "train/loss") == losses
 
 
-def job_says(host: Machine, job: str, word: str) -> bool:
-    return f"{word} " in host.run(f"scontrol show job {job}")
+def about(host: Machine, job: str, key: str) -> str:
+    """What Slurm says of a job."""
+    said = host.run(f"scontrol show job {job}")
+    return dict(word.split("=", 1) for word in said.split() if "=" in word)[key]
+
+
+def wait_for_the_end(host: Machine, job: str) -> str:
+    """How a job has ended, or that it waits in the queue."""
+    at_work = ("RUNNING", "COMPLETING", "CONFIGURING")
+    wait_for(lambda: about(host, job, "JobState") not in at_work, host.holder.pid, 240)
+    return about(host, job, "JobState")
 
 
 def test_multi_node_names_the_host_that_does_not_answer(
@@ -202,13 +213,16 @@ def test_a_slurm_job_goes_on_after_its_requeue(
         first.run(f"scontrol requeue {job}")
     else:
         first.run(f"{SBATCH} --partition=high --output=/dev/null --wrap 'sleep 1'")
-    wait_for(lambda: job_says(first, job, "JobState=PENDING"), first.holder.pid, 120)
-    assert log.read_text().count("relora: stopping after this step (") == 1, log.read_text()
+    assert wait_for_the_end(first, job) == "PENDING"
+    assert about(first, job, "Restarts") == "1"
+    assert log.read_text().count("relora: stopping after this step (") <= 1, log.read_text()
     check_stopped(run, asked)
-    # Slurm would wait two minutes more, until credentials of the job's first life have run out.
-    first.run(f"scontrol update JobId={job} StartTime=now")
-    wait_for(lambda: job_says(first, job, "JobState=COMPLETED"), first.holder.pid, 300)
-    assert job_says(first, job, "Restarts=1")
+    # Not after two minutes, as Slurm has it, but not in the second of the end either: what it has
+    # revoked then it takes for revoked.
+    first.run(f"scontrol update JobId={job} StartTime=now+3seconds")
+    wait_for(lambda: about(first, job, "JobState") != "PENDING", first.holder.pid)
+    assert wait_for_the_end(first, job) == "COMPLETED", log.read_text()
+    assert about(first, job, "Restarts") == "1"
     assert run_state(run)["status"] == "finished"
     assert series(run, "train/loss") == losses
 
@@ -221,6 +235,6 @@ def test_a_slurm_job_that_was_cancelled_saves_and_does_not_come_back(
     wait_for_step(run, 3, first)
     asked = logged_step(run)
     first.run(f"scancel {job}")
-    wait_for(lambda: job_says(first, job, "JobState=CANCELLED"), first.holder.pid, 120)
+    assert wait_for_the_end(first, job) == "CANCELLED"
     check_stopped(run, asked)
-    assert job_says(first, job, "Restarts=0")
+    assert about(first, job, "Restarts") == "0"

@@ -64,7 +64,9 @@ def guarded(
         if finished:
             _tell_of_end(run)
         else:
-            reason = f"stopped by {stop.signal or 'train.stop_after'}"
+            # Another machine may have heard of it before this one.
+            heard = [name for name in ranks.gather(stop.signal) if name]
+            reason = f"stopped by {heard[0] if heard else 'train.stop_after'}"
             run.metrics.say(f"stopped at step {run.step}; the same command goes on from there")
         ranks.agree(run.metrics.problem)
     except BaseException as error:
