@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from relora.cores import limit_spinning
@@ -81,7 +82,7 @@ def _parse(argv: Sequence[str]) -> dict[str, Any]:
     # argparse takes overrides before an option or after it, and not both.
     if rest and not ("overrides" in arguments and all("=" in r and r[0] != "-" for r in rest)):
         meant = what_was_meant(rest[0], verbs[known.verb]._option_string_actions)
-        parser.error(f"unrecognized arguments: {' '.join(rest)}{meant}")
+        verbs[known.verb].error(f"unrecognized arguments: {' '.join(rest)}{meant}")
     if rest:
         arguments["overrides"] = [*arguments["overrides"], *rest]
     arguments.pop("local_rank")
@@ -91,8 +92,10 @@ def _parse(argv: Sequence[str]) -> dict[str, Any]:
 def _as_training(arguments: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """`resume RUN` as the verb that it is short for."""
     where = {name: arguments.pop(name) for name in ("devices", "hostfile")}
-    if not arguments["config"].is_dir():
-        raise ConfigError(f"{arguments['config']}: no such run directory")
+    run = arguments["config"]
+    if not run.is_dir():
+        hint = f"; that is a config: relora train {run}" if run.is_file() else ""
+        raise ConfigError(f"{run}: no such run directory (looked from {Path.cwd()}){hint}")
     return ("launch", arguments | where) if any(where.values()) else ("train", arguments)
 
 

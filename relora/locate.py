@@ -28,9 +28,8 @@ WILDCARD = re.compile(r"[*?\[]")
 
 
 def shipped_directory() -> Path:
-    """The folder of configs that came with relora: in the package, or beside it in a clone."""
-    inside = Path(__file__).parent / "configs"
-    return inside if inside.is_dir() else Path(__file__).parent.parent / "configs"
+    """The folder of configs that came with relora; in a clone a link to the one beside it."""
+    return Path(__file__).parent / "configs"
 
 
 def shipped_names() -> list[str]:

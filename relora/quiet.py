@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 LOUD = "RELORA_VERBOSE"  # in the environment: let them talk
@@ -29,3 +30,9 @@ def quiet_libraries() -> None:
     if not is_loud():
         for name, value in QUIET.items():
             os.environ.setdefault(name, value)
+        logging.getLogger("DeepSpeed").addFilter(_is_told_by_us)
+
+
+def _is_told_by_us(record: logging.LogRecord) -> bool:
+    """transformers and accelerate import DeepSpeed, which then tells what it found no driver of."""
+    return "Setting accelerator to" not in record.getMessage()

@@ -30,6 +30,8 @@ def translated(argv: Sequence[str], verbs: Iterable[str], with_config: Iterable[
     if at is None:
         return words
     verb, rest = words[at], words[at + 1 :]
+    if verb == "help":
+        return [*rest[:1], "--help"]
     if verb not in verbs:
         close = difflib.get_close_matches(verb, list(verbs), n=1)
         hint = f"did you mean {close[0]}? " if close else ""

@@ -53,7 +53,9 @@ def _add_starting_verbs(verbs: Verbs) -> None:
         "write a config to start from, every key explained in it",
         "relora init --from llama_130m --data 'text/*.jsonl' --to mine.yaml",
     )
-    init.add_argument("--to", type=Path, default=Path("relora.yaml"), metavar="FILE")
+    init.add_argument(
+        "--to", type=Path, default=Path("relora.yaml"), metavar="FILE", help="(relora.yaml)"
+    )
     init.add_argument(
         "--from",
         dest="start",
@@ -61,9 +63,21 @@ def _add_starting_verbs(verbs: Verbs) -> None:
         metavar="NAME|FILE",
         help="what to begin with: quickstart, llama_60m … llama_7b, published/llama_60m, a file",
     )
-    init.add_argument("--data", nargs="+", default=(), metavar="GLOB", help="files of text")
-    init.add_argument("--model", type=Path, metavar="JSON|DIR", help="of transformers")
-    init.add_argument("--tokenizer", metavar="DIR|FILE|NAME", help="of transformers; .model")
+    init.add_argument(
+        "--data", nargs="+", default=(), metavar="GLOB", help="files of text (Python's own source)"
+    )
+    init.add_argument(
+        "--model",
+        type=Path,
+        metavar="JSON|DIR",
+        help="a transformers config, or a directory; with weights in it they are gone on from",
+    )
+    init.add_argument(
+        "--tokenizer",
+        metavar="DIR|FILE|NAME",
+        help="a directory of transformers, a sentencepiece .model file, or a name on the hub (one "
+        "is trained on the text)",
+    )
     init.add_argument("--force", action="store_true", help="replace a file")
 
     schema = _verb(
@@ -305,8 +319,7 @@ def _config(
     help: str = "a YAML file, a run directory, or a name that comes with relora: llama_60m_relora",
 ) -> None:
     parser.add_argument("config", type=Path, metavar=metavar, help=help)
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help=OVERRIDES)
-    parser.set_defaults(overrides=[])
+    parser.add_argument("overrides", nargs="*", default=[], metavar="a.b=c", help=OVERRIDES)
 
 
 def _where(parser: argparse.ArgumentParser) -> None:

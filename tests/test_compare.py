@@ -125,14 +125,16 @@ def test_one_command_writes_a_page_a_text_and_every_figure(
     to = tmp_path / "a" / "b"
     assert relora("compare", runs / "relora", runs / "full", "--to", to) == 0
     printed = capsys.readouterr().out
-    assert "| relora |" in printed
-    for name in FILES:
-        assert str(to / name) in printed
+    assert "  relora: perplexity " in printed
+    assert max(map(len, printed.splitlines())) <= 100 or str(to) in printed
+    assert f"written  {to / 'report.html'}, .md with every table" in printed
     pictures = ["curves_tokens", "difference", "curves_time", "memory", "training_loss"]
     assert sorted(p.name for p in to.iterdir()) == sorted(FILES + [f"{p}.png" for p in pictures])
     for picture in pictures:
         assert (to / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
         assert f"]({picture}.png)" in (to / "report.md").read_text()
+        assert f"{picture}.png" in printed
+    assert "| relora |" in (to / "report.md").read_text()
 
     def refuse(word: str) -> None:
         raise AssertionError(f"{word} is not JSON")

@@ -36,7 +36,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree)
     for name in ("relora", "configs"):
-        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, tree / name, symlinks=True, ignore=ignored)
     options = ("--no-deps", "--no-build-isolation", "--no-index", "-q")
     run(sys.executable, "-m", "pip", "wheel", *options, "-w", tree / "made", tree, cwd=tree)
     (found,) = (tree / "made").glob("*.whl")

@@ -6,14 +6,17 @@ import contextlib
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
 
 from relora.errors import ConfigError, UserError
 from relora.report.arms import ArmRuns, group_runs
 from relora.report.build import build_report
-from relora.report.page import to_markdown, write_report
+from relora.report.page import write_report
 from relora.report.read import AT_WORK, read_run
 from relora.report.records import Report
-from relora.report.verdict import verdicts
+from relora.report.verdict import verdict_title, verdicts
+
+COLUMNS = 100  # columns of the terminal's lines
 
 
 def compare(
@@ -33,8 +36,14 @@ def compare(
     if watch is None:
         report = read_report(runs, baseline)
         files = write_report(report, to)
-        print(to_markdown(report, {}))
-        print(f"written: {', '.join(map(str, files))}")
+        print(f"{verdict_title(report)}\n")
+        for arm, line in verdicts(report).items():
+            print(fill(f"  {arm}: {line}", COLUMNS, subsequent_indent="    "))
+        for warning in report.warnings:
+            print(fill(f"! {warning}", COLUMNS, subsequent_indent="  "))
+        print(f"\nwritten  {to / 'report.html'}, .md with every table, .json with every figure")
+        pictures = ", ".join(sorted(file.name for file in files if file.suffix == ".png"))
+        print(fill(f"         {pictures}", COLUMNS, subsequent_indent=" " * 9))
         return 0
     with contextlib.suppress(KeyboardInterrupt):  # what was written last is whole
         while _renew(runs, to, watch, baseline):

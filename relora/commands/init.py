@@ -33,6 +33,7 @@ from relora.yaml_config import read_yaml
 
 _BLANK_LINE = re.compile(r"\n[ \t]*\n")
 _LOOK = 1 << 20  # characters of a text file that are looked at
+_FEW = 50  # files; each a document, a share of them could not be held out
 _PIECE = 20_000  # characters of a document, where nothing in the text ends one
 _ROUND = 64  # a model's vocabulary is a multiple of so many: products are faster
 
@@ -82,6 +83,11 @@ def init(
         "section that is null are its keys."
     )
     write_atomically(to, as_yaml(config, head))
+    source = config.data.source
+    if not data:
+        said.append(f"data         {source.builtin or source.dataset or source.saved} (--data)")
+    if model is None and tokenizer is None:
+        said.append(f"model        {config.model.config or config.model.pretrained} (--model)")
     for line in said:
         print(line)
     name = shlex.quote(str(to))
@@ -141,9 +147,9 @@ def _take_data(values: dict[str, Any], patterns: list[str], said: list[str]) -> 
     if columns:
         source["text_field"] = columns.pop()
         line += f", text in the column {source['text_field']!r}"
-    elif len(found) == 1:
+    elif len(found) < _FEW:
         source["cut"] = _way_to_cut(found[0])
-        line += f", cut into documents by {json.dumps(source['cut'])}"
+        line += f", cut into documents by {json.dumps(source['cut'])} (data.source.cut)"
     else:  # a file is a document, and some of them are to be held out
         fraction = values["data"].get("validation_fraction", 0.01)
         values["data"]["validation_fraction"] = max(fraction, min(0.2, 2 / len(found)))

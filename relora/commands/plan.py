@@ -41,5 +41,6 @@ def plan(
         draw_timeline(config, png)
         print(f"picture      {png}")
     print(f"next         relora prepare {shlex.join(given)}")
-    print(f"             relora launch --devices {devices} {shlex.join(given)}")
+    train = "train" if devices == 1 else f"launch --devices {devices}"
+    print(f"             relora {train} {shlex.join(given)}")
     return 0

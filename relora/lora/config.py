@@ -91,7 +91,9 @@ class LoRAConfig(Section):
     @model_validator(mode="after")
     def _has_a_size(self) -> LoRAConfig:
         if (self.rank is None) == (self.blocks is None):
-            raise ValueError("give the size of the adapters as either rank or blocks")
+            raise ValueError(
+                "give the size of the adapters as either rank or blocks, and null for the other"
+            )
         if self.blocks is None:
             return self
         of_factors = ("alpha", "scaling", "dropout", "train", "share_a")

@@ -146,10 +146,23 @@ def idle_settings(
         validation: sequences of the validation split; None = not prepared yet.
     """
     return [
+        *_nobodys_rate(config),
         *_beyond_the_end(config),
         *_stops(config, step),
         *_too_large(config, shapes, validation),
     ]
+
+
+def _nobodys_rate(config: Config) -> Iterator[str]:
+    """Full rank's rate, which twins of this run train at, where nothing of this run does."""
+    own = config.relora.lr if config.relora else config.lora and config.lora.lr
+    rest = config.optimizer.lr_embeddings
+    if own and rest is not None and config.warm_start is None:
+        key = "relora.lr" if config.relora else "lora.lr"
+        yield (
+            f"optimizer.lr {config.optimizer.lr:g}: nothing of this run trains at it; adapters "
+            f"have {key}, the rest optimizer.lr_embeddings"
+        )
 
 
 def _beyond_the_end(config: Config) -> Iterator[str]:

@@ -142,7 +142,8 @@ def _unlike(before: Config, config: Config) -> dict[str, tuple[Any, Any]]:
 
 
 def _told(path: str, both: tuple[Any, Any]) -> str:
-    return f"{path}: was {both[0]!r}, is now {both[1]!r}"
+    was, now = ("null" if value is None else repr(value) for value in both)
+    return f"{path}: was {was}, is now {now}"
 
 
 def _reason(path: str) -> str:
