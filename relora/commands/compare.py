@@ -16,7 +16,7 @@ from relora.report.read import AT_WORK, read_run
 from relora.report.records import Report
 from relora.report.verdict import verdict_title, verdicts
 
-COLUMNS = 100  # columns of the terminal's lines
+_COLUMNS = 100  # columns of the terminal's lines
 
 
 def compare(
@@ -38,12 +38,12 @@ def compare(
         files = write_report(report, to)
         print(f"{verdict_title(report)}\n")
         for arm, line in verdicts(report).items():
-            print(fill(f"  {arm}: {line}", COLUMNS, subsequent_indent="    "))
+            print(fill(f"  {arm}: {line}", _COLUMNS, subsequent_indent="    "))
         for warning in report.warnings:
-            print(fill(f"! {warning}", COLUMNS, subsequent_indent="  "))
+            print(fill(f"! {warning}", _COLUMNS, subsequent_indent="  "))
         print(f"\nwritten  {to / 'report.html'}, .md with every table, .json with every figure")
         pictures = ", ".join(sorted(file.name for file in files if file.suffix == ".png"))
-        print(fill(f"         {pictures}", COLUMNS, subsequent_indent=" " * 9))
+        print(fill(f"         {pictures}", _COLUMNS, subsequent_indent=" " * 9))
         return 0
     with contextlib.suppress(KeyboardInterrupt):  # what was written last is whole
         while _renew(runs, to, watch, baseline):
