@@ -687,8 +687,12 @@ def test_hours_on_a_gpu_are_estimated_from_its_peak(
     assert f"of {format_bytes(gpu.memory)} on each {gpu.name}: fits" in page
 
 
+LARGE_BATCH = [f"batch.{name}_batch_size=16384" for name in ("micro", "global")]
+LARGE_BATCH += ["model.loss_chunk=null"]
+
+
 def test_what_does_not_fit_is_told_with_ways_out(capsys: pytest.CaptureFixture[str]) -> None:
-    page = page_of(capsys, "llama_60m_full", "--gpu", "3090", "batch.micro_batch_size=1152")
+    page = page_of(capsys, "quickstart_full", "--gpu", "3090", *LARGE_BATCH)
     assert "on each RTX 3090: does not fit with a tenth to spare;" in page
     assert "model.gradient_checkpointing" in page
 
