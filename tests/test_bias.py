@@ -35,7 +35,7 @@ def biases(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {n: w for n, w in weights.items() if n.endswith(tuple(f"{x}.bias" for x in ADAPTED))}
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
 def test_they_stay_bit_for_bit_on_two_ranks_and_a_stop_leaves_no_trace(
     precision: str, tmp_path: Path
 ) -> None:

@@ -202,7 +202,7 @@ def test_a_block_is_the_reference_and_goes_on_bit_for_bit(
         compare_with_reference(found["whole"], tiny_llama, AS_ON_THE_PAGE)
 
 
-@pytest.mark.parametrize("batches", [5, 3])
+@pytest.mark.parametrize("batches", [pytest.param(5, marks=pytest.mark.slow), 3])
 def test_lightning_goes_on_from_the_end_of_an_epoch_and_within_a_later_one(
     batches: int, tiny_llama: Path, tmp_path: Path
 ) -> None:

@@ -192,6 +192,7 @@ def test_steps_of_warm_up_and_rewarm_never_count_as_jumps(
         assert losses[step - 1] > threshold_of(losses[: step - 1], SpikeConfig(**NARROW))
 
 
+@pytest.mark.slow
 def test_the_steps_after_them_do_and_all_losses_are_in_the_window(tmp_path: Path) -> None:
     """Each return goes to the step before, and on with the next batch."""
     steady = [4, 6, 9, 12, 15, 18, 21, 24]

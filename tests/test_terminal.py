@@ -193,7 +193,7 @@ def test_a_finished_run_says_what_to_type_next_and_it_works(
     assert "nothing to do\nnext      relora evaluate" in capsys.readouterr().out
 
 
-@pytest.mark.process
+@pytest.mark.slow
 def test_other_libraries_are_silent_unless_the_environment_asks(tmp_path: Path) -> None:
     """transformers has a bar for the weights that it loads."""
     workshop()

@@ -149,7 +149,9 @@ def test_on_two_ranks_it_is_the_reference(kind: str, two_ranks: Outcomes, tiny_l
         compare_with_reference(found, tiny_llama, MUON if "muon" in kind else {})
 
 
-@pytest.mark.parametrize("kind", ["plain", "accumulated", "plain muon"])
+@pytest.mark.parametrize(
+    "kind", [pytest.param("plain", marks=pytest.mark.slow), "accumulated", "plain muon"]
+)
 def test_it_is_the_reference(kind: str, tiny_llama: Path, tmp_path: Path) -> None:
     """Losses and weights of every update, also those that follow a merge."""
     alone = SimpleNamespace(world=1, sum=lambda values: values)
